@@ -1,0 +1,32 @@
+"""Live trajectory merging: a merge of recent checkpoints of one run, better than the newest one, while it trains.
+
+Use :class:`traj_merge_callback.lightning.TrajMergeCallback` with Lightning,
+:class:`traj_merge_callback.transformers.TrajMergeCallback` with Hugging Face, and :class:`TrajectoryMerger` in a loop
+of your own. :func:`load_merged` puts a published snapshot into a model.
+"""
+
+from .config import MergeConfig
+from .evaluation import Evaluation
+from .heldout import HeldOutLoss
+from .merger import TrajectoryMerger
+from .metrics import MergeRecord
+from .search import Problem, Search, available_searches, register_search
+from .snapshots import find_snapshot, read_merge
+from .weights import load_merged
+from .window import CheckpointWindow
+
+__all__ = [
+    "CheckpointWindow",
+    "Evaluation",
+    "HeldOutLoss",
+    "MergeConfig",
+    "MergeRecord",
+    "Problem",
+    "Search",
+    "TrajectoryMerger",
+    "available_searches",
+    "find_snapshot",
+    "load_merged",
+    "read_merge",
+    "register_search",
+]

@@ -1,0 +1,108 @@
+"""Every option of a merge, with its default, validated when it is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .search import resolve_search
+from .window import DTYPES
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Options of :class:`TrajectoryMerger` and of both callbacks, which take exactly these names.
+
+    Args:
+        window_size: k, the number of checkpoints kept, at least 2.
+        capture_every: optimizer steps between two checkpoints of the window.
+        merge_every: optimizer steps between two merges; a multiple of ``capture_every``, so that live is a row.
+        start_step: no checkpoint is taken before this step (for instance the end of warm-up).
+        search: how merge weights are chosen: "auto", "gp", "pairwise", "greedy", a recipe ("lawa", "ema", "wma",
+            "wsm", "mwa-loss", "mwa-step", "perplexity", "bema"), a registered name or "package.module:Class".
+        search_options: options of the search or recipe, for instance ``{"decay": 0.9}`` for "ema".
+        evaluations: candidates evaluated on the search split per merge, live included; at least 2.
+        heldout_batches: batches read of each held-out loader, once, and kept on the CPU.
+        search_fraction: share of the held-out sequences that weights are chosen on; the rest is reported on.
+        report_only: names of held-out domains that are reported but never searched on.
+        output_dir: folder for snapshots and metrics.jsonl. None: the callbacks use "merged" inside the trainer's own
+            output folder, the engine uses "merged" in the working directory.
+        keep_last: how many of the newest snapshots are kept; 0 with ``keep_best=False`` publishes none.
+        keep_best: whether the snapshot of lowest merged loss is kept beside them.
+        dtype: how rows are kept: "auto", "float32" or "bfloat16".
+        trainable_only: merge only parameters that require gradients (and floating-point buffers).
+        merge_at_end: merge once more at the last step if no merge was due there.
+        load_merged_at_end: put the best snapshot into the model when training ends.
+        seed: seed of everything random here; the training run's own random state is never touched.
+        on_error: "warn": a failure during training is logged once with its cause and training goes on; "raise".
+        progress: show a progress bar when a merge takes longer than a second.
+
+    Raises:
+        ValueError, TypeError: naming the argument, its value and what would be right.
+    """
+
+    window_size: int = 8
+    capture_every: int = 50
+    merge_every: int = 500
+    start_step: int = 0
+    search: str = "auto"
+    search_options: dict[str, Any] = field(default_factory=dict)
+    evaluations: int = 12
+    heldout_batches: int = 16
+    search_fraction: float = 0.5
+    report_only: list[str] = field(default_factory=list)
+    output_dir: str | None = None
+    keep_last: int = 2
+    keep_best: bool = True
+    dtype: str = "auto"
+    trainable_only: bool = True
+    merge_at_end: bool = True
+    load_merged_at_end: bool = False
+    seed: int = 0
+    on_error: str = "warn"
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        minimums = {
+            "window_size": 2,
+            "capture_every": 1,
+            "merge_every": 1,
+            "start_step": 0,
+            "evaluations": 2,
+            "heldout_batches": 1,
+            "keep_last": 0,
+            "seed": 0,
+        }
+        for name, minimum in minimums.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name}={value!r}: must be an integer")
+            if value < minimum:
+                raise ValueError(f"{name}={value}: must be at least {minimum}")
+        for name in ("keep_best", "trainable_only", "merge_at_end", "load_merged_at_end", "progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r}: must be True or False")
+        if self.merge_every % self.capture_every:
+            nearest = max(1, round(self.merge_every / self.capture_every)) * self.capture_every
+            raise ValueError(
+                f"merge_every={self.merge_every} is not a multiple of capture_every={self.capture_every}, so live "
+                f"would not be in the window at every merge; the nearest multiple is merge_every={nearest}"
+            )
+        if not isinstance(self.search_fraction, float) or not 0.0 < self.search_fraction < 1.0:
+            raise ValueError(f"search_fraction={self.search_fraction!r}: must be a float strictly between 0 and 1")
+        if self.dtype not in ("auto", *DTYPES):
+            raise ValueError(f"dtype={self.dtype!r} is not one of {['auto', *DTYPES]}")
+        if self.on_error not in ("warn", "raise"):
+            raise ValueError(f"on_error={self.on_error!r} is not one of ['warn', 'raise']")
+        if isinstance(self.report_only, str):
+            raise TypeError(f"report_only={self.report_only!r}: must be a list of domain names")
+        if self.load_merged_at_end and not self.publishes:
+            raise ValueError("load_merged_at_end=True needs snapshots: set keep_best=True or keep_last of at least 1")
+        if not isinstance(self.search, str):
+            raise TypeError(f"search={self.search!r}: must be a name; register_search gives your own class one")
+        resolve_search(self.search, self.search_options)
+
+    @property
+    def publishes(self) -> bool:
+        """Whether snapshots are written at all."""
+        return self.keep_best or self.keep_last > 0

@@ -1,0 +1,43 @@
+"""What goes wrong in a merge stays in the merge: logged once with its cause, training unharmed."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+logger = logging.getLogger("traj_merge_callback")
+
+
+class Failures:
+    """Contains exceptions, and keeps count of them.
+
+    Args:
+        on_error: "warn" logs the first failure of each kind with its traceback and goes on; "raise" lets it through.
+    """
+
+    def __init__(self, on_error: str) -> None:
+        self._raise = on_error == "raise"
+        self.counts: Counter[str] = Counter()
+
+    @contextmanager
+    def contained(self, what: str, step: int) -> Iterator[None]:
+        """Contain any ``Exception`` of the block; Ctrl-C and exits always pass."""
+        try:
+            yield
+        except Exception as error:
+            if self._raise:
+                raise
+            kind = f"{what} failed: {type(error).__name__}: {error}"
+            first = not any(known.startswith(f"{what} failed: {type(error).__name__}") for known in self.counts)
+            self.counts[kind] += 1
+            if first:
+                message = "%s (step %d). Training goes on; further failures of this kind are only counted."
+                logger.warning(message, kind, step, exc_info=True)
+
+    def summarise(self) -> None:
+        """Say once, at the end of a run, how often something failed more than once."""
+        if (total := self.counts.total()) > 1:
+            cause, times = self.counts.most_common(1)[0]
+            logger.warning("%d failures while merging; the most frequent (%d times): %s", total, times, cause)

@@ -1,0 +1,182 @@
+"""Held-out loss: cached batches in two splits that share no sequence, evaluated without a trace."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .batches import count_sequences, fingerprint, map_tensors, select_sequences
+from .evaluation import Evaluation
+from .isolation import isolated, preserved_rng
+from .losses import Nll, language_model_nll
+from .parameters import unwrap
+
+Split = Literal["search", "report"]
+# A standard error needs several independent units, so large batches are cut until each split has about this many.
+_MIN_UNITS = 8
+
+
+@dataclass(frozen=True)
+class _Unit:
+    domain: str
+    batch: Any
+
+
+class HeldOutLoss:
+    """Token-weighted held-out loss with its standard error, on a search split and a report split.
+
+    The first ``batches`` batches of each loader are read once, under a random state of their own, and kept on the CPU.
+    Their sequences are dealt to the two splits; equal sequences always go to the same split, so the splits share none.
+
+    Args:
+        heldout: a DataLoader or any iterable of batches, or a mapping from domain names to such.
+        nll: ``nll(model, batch) -> (summed NLL in nats, number of target tokens)``; by default
+            :func:`language_model_nll`, for models whose output has ``.loss``.
+        batches: batches to read of each loader.
+        search_fraction: share of the sequences in the search split, strictly between 0 and 1.
+        report_only: domains that are reported but never searched on, nor part of the overall loss.
+        precision: returns a context for the forward pass, for instance the trainer's autocast.
+        to_device: moves a batch to the training device; by default every tensor goes to the model's device.
+        seed: seed for reading shuffled loaders, and for any randomness in an evaluation.
+
+    Raises:
+        ValueError: a loader without batches, fewer than two different sequences, or unknown ``report_only`` names.
+    """
+
+    def __init__(
+        self,
+        heldout: Iterable[Any] | Mapping[str, Iterable[Any]],
+        *,
+        nll: Nll | None = None,
+        batches: int = 16,
+        search_fraction: float = 0.5,
+        report_only: Iterable[str] = (),
+        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        to_device: Callable[[Any], Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._nll = language_model_nll if nll is None else nll
+        self._precision = precision
+        self._to_device = to_device
+        self._seed = seed
+        loaders = dict(heldout) if isinstance(heldout, Mapping) else {"heldout": heldout}
+        self.report_only = frozenset(report_only)
+        if unknown := self.report_only - loaders.keys():
+            raise ValueError(f"report_only={sorted(unknown)} are not among the held-out domains {sorted(loaders)}")
+        self.searched = frozenset(loaders) - self.report_only
+        if not self.searched:
+            raise ValueError(f"report_only={sorted(self.report_only)} leaves no domain to search on")
+        self.domains = tuple(str(name) for name in loaders)
+        self._units: dict[Split, list[_Unit]] = {"search": [], "report": []}
+        self._digest = hashlib.sha256()
+        for name, loader in loaders.items():
+            fraction = 0.0 if name in self.report_only else search_fraction
+            self._deal(str(name), _read(name, loader, batches, seed), fraction)
+        for split, units in self._units.items():
+            if not any(unit.domain in self.searched for unit in units):
+                raise ValueError(
+                    f"heldout leaves no sequence for the {split} split: give at least 2 different sequences "
+                    f"(and more for a useful standard error), or raise heldout_batches={batches}"
+                )
+
+    def _deal(self, domain: str, batches: list[Any], search_fraction: float) -> None:
+        """Deal the sequences of one domain to the two splits, spreading both evenly over the batches."""
+        owner: dict[bytes, Split] = {}
+        pieces = -(-_MIN_UNITS // len(batches))
+        for batch in batches:
+            dealt: dict[Split, list[int]] = {"search": [], "report": []}
+            for index in range(count_sequences(batch)):
+                digest = fingerprint(batch, index)
+                if digest not in owner:
+                    count = len(owner)
+                    to_search = int((count + 1) * search_fraction) > int(count * search_fraction)
+                    owner[digest] = "search" if to_search else "report"
+                dealt[owner[digest]].append(index)
+                self._digest.update(digest + owner[digest].encode())
+            for split, indices in dealt.items():
+                for part in np.array_split(indices, min(pieces, len(indices))) if indices else []:
+                    self._units[split].append(_Unit(domain, select_sequences(batch, part.tolist())))
+
+    @property
+    def digest(self) -> str:
+        """A digest of the sequences and their splits: losses are comparable where it is equal."""
+        return self._digest.hexdigest()
+
+    def num_batches(self, split: Split) -> int:
+        """How many batches one evaluation on the split takes."""
+        return len(self._units[split])
+
+    def evaluate(self, model: nn.Module, split: Split, *, on_batch: Callable[[], None] | None = None) -> Evaluation:
+        """Evaluate ``model`` as it stands, in eval mode and without gradients, leaving no trace (see ``isolated``).
+
+        Args:
+            model: the model; wrappers (compile, DDP) are looked through.
+            split: "search" to choose merge weights, "report" for every number that is shown.
+            on_batch: called after each batch, to show progress.
+
+        Returns:
+            Sums per batch in float64. Non-finite losses are returned as they are.
+        """
+        model = unwrap(model)
+        units = self._units[split]
+        sums: list[Tensor] = []
+        with isolated(model, self._seed):
+            for unit in units:
+                batch = self._to_device(unit.batch) if self._to_device else _to_device_of(model, unit.batch)
+                with self._precision():
+                    nll, tokens = self._nll(model, batch)
+                sums.append(torch.stack([_as_double(nll), _as_double(tokens).to(_as_double(nll).device)]))
+                if on_batch is not None:
+                    on_batch()
+            values = torch.stack(sums).cpu().numpy()
+        return Evaluation(values[:, 0], values[:, 1], tuple(unit.domain for unit in units))
+
+
+def _as_double(value: Tensor | float | int) -> Tensor:
+    return torch.as_tensor(value).detach().double()
+
+
+def _to_device_of(model: nn.Module, batch: Any) -> Any:
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _read(name: str, loader: Iterable[Any], batches: int, seed: int) -> list[Any]:
+    # Accelerate's loaders register themselves as the active one and move batches; their inner DataLoader does neither.
+    loader = getattr(loader, "base_dataloader", loader)
+    if isinstance(loader, torch.utils.data.DataLoader):
+        # A shallow copy, so that persistent workers of the original keep the state they are in.
+        loader = copy.copy(loader)
+        loader._iterator = None  # type: ignore[attr-defined]
+    with preserved_rng(seed), _preserved_generators(loader, seed):
+        iterator = iter(loader)
+        found = [map_tensors(batch, lambda t: t.detach().cpu()) for batch in itertools.islice(iterator, batches)]
+        del iterator
+    if not found:
+        raise ValueError(f"heldout loader {name!r} yields no batches: give at least one batch of held-out data")
+    return found
+
+
+@contextmanager
+def _preserved_generators(loader: Any, seed: int) -> Iterator[None]:
+    """Generators that belong to a loader or its samplers start from ``seed`` and are put back."""
+    owners = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
+    owners.append(getattr(owners[-1], "sampler", None))
+    found = {id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)}
+    states = [(generator, generator.get_state()) for generator in found.values()]
+    try:
+        for generator, _ in states:
+            generator.manual_seed(seed)
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)

@@ -1,0 +1,99 @@
+"""Running a model's forward so that nothing of the training run can tell it happened."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .interrupts import delayed_interrupts
+
+_MODULE_INTERNALS = frozenset(vars(nn.Module()))
+_CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)
+
+
+@contextmanager
+def preserved_rng(seed: int | None = None) -> Iterator[None]:
+    """Restore the random state of Python, numpy, torch CPU and every used CUDA device on leaving.
+
+    Args:
+        seed: if given, what happens inside starts from this seed, the same one every time.
+    """
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    cpu_state = torch.get_rng_state()
+    cuda = torch.cuda.is_initialized()
+    cuda_states = torch.cuda.get_rng_state_all() if cuda else []
+    try:
+        if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            # Not torch.manual_seed: where CUDA is not initialised yet it leaves a seed behind for later.
+            torch.default_generator.manual_seed(seed)
+            if cuda:
+                torch.cuda.manual_seed_all(seed)
+        yield
+    finally:
+        with delayed_interrupts():
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+            torch.set_rng_state(cpu_state)
+            if cuda_states:
+                torch.cuda.set_rng_state_all(cuda_states)
+
+
+@contextmanager
+def isolated(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Evaluate ``model`` inside: eval mode, no gradients, eager even if compiled, and no trace left behind.
+
+    On leaving, also through an exception or Ctrl-C, these are what they were, bit for bit: the random states; every
+    submodule's train/eval flag; every gradient (its very tensor, unread and unwritten); every buffer (evaluation writes
+    to copies); and every attribute of every submodule that is a tensor, or a plain list, dict or set (one level deep),
+    which covers caches and torchmetrics states. Weights are not written by a forward without gradients.
+
+    Args:
+        model: the module to evaluate; its submodules are covered.
+        seed: random seed inside, so that any randomness of the evaluation is common to all candidates.
+    """
+    modules = list(model.modules())
+    attributes = [dict(vars(module)) for module in modules]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    with preserved_rng(seed), ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        # A compiled model would otherwise recompile for eval mode, and use up training's share of the recompile limit.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            for module, saved in zip(modules, attributes, strict=True):
+                _work_on_copies(module, saved)
+            for parameter, _ in gradients:
+                parameter.grad = None
+            model.eval()
+            yield
+        finally:
+            with delayed_interrupts():
+                for module, saved in zip(modules, attributes, strict=True):
+                    vars(module).clear()
+                    vars(module).update(saved)
+                for parameter, gradient in gradients:
+                    parameter.grad = gradient
+
+
+def _work_on_copies(module: nn.Module, saved: dict[str, Any]) -> None:
+    attributes = vars(module)
+    attributes["_buffers"] = {
+        name: buffer if buffer is None else buffer.clone() for name, buffer in module._buffers.items()
+    }
+    for name, value in saved.items():
+        if name in _MODULE_INTERNALS:
+            continue
+        if isinstance(value, Tensor):
+            attributes[name] = value.clone()
+        elif type(value) in _CONTAINERS:
+            attributes[name] = copy.copy(value)

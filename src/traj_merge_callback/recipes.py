@@ -1,0 +1,128 @@
+"""Closed-form merge weights (k-world): functions of the rows' number, steps and held-out losses.
+
+Every function returns float64 weights of shape ``(k,)``, oldest row first, that sum to 1. Where a source's exact
+constant could not be verified, the docstring says which part is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def lawa(k: int) -> np.ndarray:
+    """Uniform average ``a_i = 1/k`` of the k latest checkpoints.
+
+    LAWA: Kaddour 2022, arXiv 2209.14981; Sanyal et al., arXiv 2306.03241. SMA in PMA, arXiv 2505.12082.
+    """
+    return np.full(k, 1.0 / k)
+
+
+def ema(k: int, *, decay: float = 0.8) -> np.ndarray:
+    """Exponential weights ``a_i ~ decay^(k-1-i)`` (PMA's EMA, arXiv 2505.12082; its alpha is ``1 - decay``).
+
+    Raises:
+        ValueError: ``decay`` not in (0, 1].
+    """
+    if not 0.0 < decay <= 1.0:
+        raise ValueError(f"decay={decay}: must be in (0, 1]")
+    return _normalised(decay ** np.arange(k - 1, -1, -1.0))
+
+
+def wma(k: int) -> np.ndarray:
+    """Linearly growing weights ``a_i ~ i + 1`` (PMA's WMA, arXiv 2505.12082)."""
+    return _normalised(np.arange(1.0, k + 1))
+
+
+def suffix_average(k: int, count: int) -> np.ndarray:
+    """The uniform average of the newest ``count`` rows: LAWA over a shorter duration."""
+    weights = np.zeros(k)
+    weights[k - count :] = 1.0 / count
+    return weights
+
+
+WSM_PROFILES = {
+    "linear": lambda x, c: 1.0 - x,
+    "cosine": lambda x, c: 0.5 * (1.0 + np.cos(np.pi * x)),
+    "1-sqrt": lambda x, c: 1.0 - np.sqrt(x),
+    "inverse-sqrt": lambda x, c: ((1 + c * x) ** -0.5 - (1 + c) ** -0.5) / (1 - (1 + c) ** -0.5),
+    "exponential": lambda x, c: (np.exp(-c * x) - np.exp(-c)) / (1 - np.exp(-c)),
+}
+
+
+def wsm(k: int, *, profile: str = "1-sqrt", steepness: float = 4.0) -> np.ndarray:
+    """The average that imitates a learning-rate decay over the window (WSM, arXiv 2507.17634).
+
+    With the decay profile ``1 >= w_1 >= ... >= w_{k-1} >= 0`` sampled at ``x = j/k`` of the merge duration:
+    ``a_0 = 1 - w_1``, ``a_j = w_j - w_{j+1}``, ``a_{k-1} = w_{k-1}``; then ``w_i = sum_{j >= i} a_j``.
+
+    Args:
+        k: number of rows.
+        profile: "linear" (gives the uniform average), "cosine", "1-sqrt", "inverse-sqrt" or "exponential".
+        steepness: c > 0 of the last two; their normalisation to end at 0 and the value of c are ours.
+
+    Raises:
+        ValueError: an unknown profile, or ``steepness`` not positive.
+    """
+    if profile not in WSM_PROFILES:
+        raise ValueError(f"profile={profile!r} is not one of {sorted(WSM_PROFILES)}")
+    if not steepness > 0:
+        raise ValueError(f"steepness={steepness}: must be positive")
+    w = np.concatenate([[1.0], WSM_PROFILES[profile](np.arange(1.0, k) / k, steepness), [0.0]])
+    return w[:-1] - w[1:]
+
+
+def mwa_loss(losses: Sequence[float], *, power: float = 1.0) -> np.ndarray:
+    """Metrics-weighted averaging by loss, ``a_i ~ L_i^-power`` (arXiv 2504.18580; the normalisation is ours).
+
+    Raises:
+        ValueError: a loss that is not positive.
+    """
+    values = np.asarray(losses, dtype=np.float64)
+    if not (values > 0).all():
+        raise ValueError(f"losses={values.tolist()}: mwa-loss needs positive losses")
+    # In logarithms and relative to the best loss, so that a large power neither overflows nor underflows.
+    return _normalised(np.exp(-power * (np.log(values) - np.log(values.min()))))
+
+
+def mwa_step(steps: Sequence[int], *, power: float = 1.0) -> np.ndarray:
+    """Metrics-weighted averaging by step, ``a_i ~ s_i^power`` (arXiv 2504.18580; the normalisation is ours)."""
+    values = np.asarray(steps, dtype=np.float64)
+    return _normalised((values / values.max()) ** power)
+
+
+def perplexity(losses: Sequence[float], *, temperature: float = 0.05) -> np.ndarray:
+    """Better perplexity, larger weight: ``a_i ~ ppl_i^(-1/temperature)``, a softmax of ``-L_i / temperature``.
+
+    After "Dynamic checkpoint merging via generation quality", Information Fusion 125 (2026) 103415; the softmax form,
+    which is LM-Cocktail's, and the temperature in nats are ours.
+
+    Raises:
+        ValueError: ``temperature`` not positive.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: must be positive")
+    values = np.asarray(losses, dtype=np.float64)
+    return _normalised(np.exp(-(values - values.min()) / temperature))
+
+
+def bema_rate(step: int, *, kappa: float = 0.5, rho: float = 10.0, gamma: float = 1.0) -> float:
+    """``beta_t = (rho + gamma t)^-kappa``, the weight of theta_t in BEMA's running average (arXiv 2508.00180)."""
+    return float((rho + gamma * step) ** -kappa)
+
+
+def bema(k: int, step: int, *, eta: float = 0.2, rho: float = 10.0, gamma: float = 1.0) -> np.ndarray:
+    """BEMA as weights of the rows ``theta_0, EMA_t, theta_(0..k-1)``, shape ``(k + 2,)`` (arXiv 2508.00180).
+
+    ``theta' = alpha_t (theta_t - theta_0) + EMA_t`` with ``alpha_t = (rho + gamma t)^-eta``: the weights
+    ``-alpha_t, 1, 0, ..., alpha_t`` sum to 1.
+    """
+    alpha = (rho + gamma * step) ** -eta
+    weights = np.zeros(k + 2)
+    weights[0], weights[1], weights[-1] = -alpha, 1.0, alpha
+    return weights
+
+
+def _normalised(values: np.ndarray) -> np.ndarray:
+    return values / values.sum()

@@ -1,0 +1,54 @@
+"""A run's merging state beside the trainer's checkpoint: the window's rows and the searches' memory.
+
+Layout of the folder: ``row-00.safetensors`` ... (one tensor "row" each), and ``state.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from .files import whole_folder
+from .window import CheckpointWindow
+
+FORMAT_VERSION = 1
+
+
+def save_state(folder: Path, window: CheckpointWindow, memory: dict[str, Any]) -> None:
+    """Write the folder whole; ``memory`` is of plain JSON types."""
+    state = window.state_dict()
+    names = [slot.name for slot in window.layout.slots]
+    with whole_folder(folder) as temporary:
+        for index, row in enumerate(state["rows"]):
+            save_file({"row": row}, temporary / f"row-{index:02d}.safetensors")
+        document = {
+            "version": FORMAT_VERSION,
+            "window": {"steps": state["steps"], "dtype": state["dtype"], "rows": len(state["rows"]), "names": names},
+            "memory": memory,
+        }
+        (temporary / "state.json").write_text(json.dumps(document), encoding="utf-8")
+
+
+def load_state(folder: Path, window: CheckpointWindow, step: int) -> dict[str, Any]:
+    """Fill the window from a folder of :func:`save_state` and return the memory.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is of a newer format, of a model with other parameters, or holds checkpoints after ``step``.
+    """
+    if not (folder / "state.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no merging state (no state.json)")
+    document = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if document["version"] > FORMAT_VERSION:
+        raise ValueError(f"{folder} has format version {document['version']}; this library reads {FORMAT_VERSION}")
+    saved = document["window"]
+    if saved["names"] != [slot.name for slot in window.layout.slots]:
+        raise ValueError(f"{folder} was saved for a model with other parameters")
+    if any(saved_step > step for saved_step in saved["steps"]):
+        raise ValueError(f"{folder} holds checkpoints up to step {saved['steps'][-1]}, but training is at step {step}")
+    rows = [load_file(folder / f"row-{index:02d}.safetensors")["row"] for index in range(saved["rows"])]
+    window.load_state_dict({"steps": saved["steps"], "rows": rows})
+    return document["memory"]

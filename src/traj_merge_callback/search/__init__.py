@@ -1,0 +1,143 @@
+"""Choosing merge weights (k-world): one small protocol, and the recipes and searches behind its names.
+
+A search proposes candidates and is told their held-out loss on the search split. The engine evaluates live first,
+and the best *evaluated* candidate wins, so a search can only improve on live. Ten lines make a new one::
+
+    @register_search("random")
+    class RandomSearch:
+        def __init__(self, problem):
+            self.problem, self.rng = problem, np.random.default_rng(problem.seed)
+
+        def ask(self):
+            return self.rng.dirichlet(np.ones(self.problem.size))
+
+        def tell(self, weights, loss):
+            pass
+
+and ``search="random"``, or without registering ``search="my_module:RandomSearch"``, uses it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a search may know.
+
+    Args:
+        steps: optimizer steps of the window's rows, oldest first; the last one is live.
+        evaluations: how many candidates may be evaluated, live not counted.
+        live_loss: loss of live on the search split, in nats per token.
+        previous: the last merge's weights, shape ``(size,)``, aligned so that ages match; None at the first merge.
+        seed: for the search's own random numbers; differs from merge to merge.
+        running_sums: number of rows in front of the window that are no checkpoints (BEMA's two), else 0.
+    """
+
+    steps: tuple[int, ...]
+    evaluations: int
+    live_loss: float
+    previous: np.ndarray | None = None
+    seed: int = 0
+    running_sums: int = 0
+
+    @property
+    def size(self) -> int:
+        """The number of merge weights."""
+        return self.running_sums + len(self.steps)
+
+    def row(self, age: int) -> np.ndarray:
+        """The candidate that is one row alone; age 0 is live."""
+        weights = np.zeros(self.size)
+        weights[self.size - 1 - age] = 1.0
+        return weights
+
+
+class Search(Protocol):
+    """The protocol: built as ``Search(problem, **search_options)`` for each merge, then asked and told in turn."""
+
+    def ask(self) -> np.ndarray | None:
+        """The next candidate, shape ``(problem.size,)``, summing to 1; None when there is nothing left to try."""
+
+    def tell(self, weights: np.ndarray, loss: float) -> None:
+        """The candidate's loss on the search split, in nats per token; ``inf`` if it was not finite."""
+
+
+SearchFactory = Callable[..., Search]
+
+_BUILT_IN = {
+    "auto": "gp:AutoSearch",
+    "gp": "gp:GaussianProcessSearch",
+    "pairwise": "gp:PairwiseSearch",
+    "greedy": "greedy:GreedySearch",
+    "lawa": "recipe:lawa",
+    "ema": "recipe:ema",
+    "wma": "recipe:wma",
+    "wsm": "recipe:wsm",
+    "mwa-loss": "recipe:mwa_loss",
+    "mwa-step": "recipe:mwa_step",
+    "perplexity": "recipe:perplexity",
+    "bema": "recipe:Bema",
+}
+_registered: dict[str, SearchFactory] = {}
+
+
+def register_search(name: str) -> Callable[[SearchFactory], SearchFactory]:
+    """Decorator that makes a search class available as ``search=name``.
+
+    Raises:
+        ValueError: the name belongs to a built-in search or recipe.
+    """
+    if name in _BUILT_IN:
+        raise ValueError(f"name={name!r} is a built-in search; choose another name")
+
+    def register(factory: SearchFactory) -> SearchFactory:
+        _registered[name] = factory
+        return factory
+
+    return register
+
+
+def available_searches() -> list[str]:
+    """The names that ``search=`` takes, registered ones included."""
+    return sorted([*_BUILT_IN, *_registered])
+
+
+def resolve_search(name: str, options: dict[str, Any] | None = None) -> SearchFactory:
+    """The factory behind a name or a ``"package.module:Class"`` path, with ``options`` checked against it.
+
+    Raises:
+        ValueError: no such search, or one that does not take these options.
+    """
+    factory = _load(name)
+    options = options or {}
+    try:
+        inspect.signature(factory).bind(None, **options)
+    except TypeError as error:
+        raise ValueError(f"search_options={options} do not fit search={name!r}: {error}") from error
+    # A recipe's numbers can only be wrong, not merely unlucky: let a bad one fail now and not at the first merge.
+    if check := getattr(factory, "check_options", None):
+        check(**options)
+    return factory
+
+
+def _load(name: str) -> SearchFactory:
+    if name in _registered:
+        return _registered[name]
+    if name in _BUILT_IN:
+        module_name, _, attribute = _BUILT_IN[name].partition(":")
+        return getattr(importlib.import_module(f".{module_name}", __name__), attribute)
+    if ":" in name:
+        module_name, _, attribute = name.partition(":")
+        try:
+            return getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"search={name!r} cannot be imported: {error}") from error
+    raise ValueError(f"search={name!r} is not one of {available_searches()}, nor a 'package.module:Class' path")

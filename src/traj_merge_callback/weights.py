@@ -1,0 +1,129 @@
+"""A model's weights as files: written by ``save_pretrained`` where a model has it, as a plain state dict elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .parameters import ParameterLayout, clean_name, unwrap
+from .snapshots import read_merge
+
+STATE_DICT, TRANSFORMERS, PEFT = "state_dict", "transformers", "peft"
+_SHARD_BYTES = 5_000_000_000
+
+
+def weights_format(model: nn.Module) -> str:
+    """How a snapshot of ``model`` is written: "transformers", "peft" or "state_dict"."""
+    model = unwrap(model)
+    if hasattr(model, "peft_config") and hasattr(model, "save_pretrained"):
+        return PEFT
+    if hasattr(model, "save_pretrained") and hasattr(model, "config"):
+        return TRANSFORMERS
+    return STATE_DICT
+
+
+def save_weights(folder: Path, model: nn.Module, layout: ParameterLayout) -> None:
+    """Write the weights that ``model`` holds now into an existing folder.
+
+    A plain module's file holds the merged tensors and every other buffer of the state dict; parameters that are not
+    merged (frozen ones) did not change in training and are left out.
+    """
+    model = unwrap(model)
+    if weights_format(model) != STATE_DICT:
+        model.save_pretrained(folder)  # type: ignore[operator]
+        return
+    merged = {slot.name for slot in layout.slots}
+    parameters = {clean_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    state = {clean_name(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    kept = {name: value.cpu().contiguous() for name, value in state.items() if name in merged or name not in parameters}
+    _write_shards(folder, kept, _SHARD_BYTES)
+
+
+def _write_shards(folder: Path, state: dict[str, Tensor], shard_bytes: int) -> None:
+    """One ``model.safetensors``, or several with ``model.safetensors.index.json`` like Hugging Face's."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in state.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file_name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file_name)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _read_shards(folder: Path) -> dict[str, Tensor]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    state: dict[str, Tensor] = {}
+    for name in names:
+        state |= load_file(folder / name)
+    return state
+
+
+@torch.no_grad()
+def load_merged(folder: str | Path, model: nn.Module) -> dict[str, Any]:
+    """Put a merged snapshot's weights into ``model``, in place.
+
+    Args:
+        folder: a snapshot's folder, or the ``best`` or ``latest`` link beside it.
+        model: a model of the same architecture; wrappers (compile, DDP) are looked through.
+
+    Returns:
+        The snapshot's merge.json.
+
+    Raises:
+        FileNotFoundError: ``folder`` is no snapshot.
+        ValueError: the snapshot does not fit the model; the message names the tensors, and the model is unchanged.
+
+    Example::
+
+        load_merged("merged/best", model)
+    """
+    folder, model = Path(folder), unwrap(model)
+    merge = read_merge(folder)
+    if merge["weights_format"] == PEFT:
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+        return merge
+    state = _read_shards(folder)
+    targets = {clean_name(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    if merge["weights_format"] == TRANSFORMERS and not state.keys() <= targets.keys():
+        # save_pretrained stores some architectures under other names than the module's; only transformers knows them.
+        state = type(model).from_pretrained(folder).state_dict()  # type: ignore[attr-defined]
+    wrong = [f"{name} is not in the model" for name in state.keys() - targets.keys()]
+    wrong += [
+        f"{name} is {tuple(value.shape)} in the snapshot, {tuple(targets[name].shape)} in the model"
+        for name, value in state.items()
+        if name in targets and value.shape != targets[name].shape
+    ]
+    wrong += [f"{name} is not in the snapshot" for name in set(merge["merged_tensors"]) - _names_of(state, targets)]
+    if wrong:
+        raise ValueError(f"snapshot {folder} does not fit {type(model).__name__}: {'; '.join(sorted(wrong)[:5])}")
+    for name, value in state.items():
+        targets[name].copy_(value)
+    return merge
+
+
+def _names_of(state: dict[str, Tensor], targets: dict[str, Tensor]) -> set[str]:
+    """Every name of the model whose storage a tensor of ``state`` fills, tied names included."""
+    filled = {targets[name].data_ptr() for name in state if name in targets}
+    return {name for name, target in targets.items() if target.data_ptr() in filled}
