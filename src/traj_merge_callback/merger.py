@@ -162,24 +162,37 @@ class TrajectoryMerger:
         self._busy_s += time.perf_counter() - started
         return record
 
+    def merge_at_end(self, model: nn.Module) -> MergeRecord | None:
+        """Merge at the last step of training, if ``merge_at_end`` is set and no merge was due there.
+
+        Returns:
+            The record of the merge, if one was made.
+        """
+        step = self._last_step
+        if self.window is None or step is None or not self.config.merge_at_end:
+            return None
+        record = None
+        if step > self._last_merge_step and step >= self.config.start_step:
+            started = time.perf_counter()
+            with self._failures.contained("the merge at the end", step):
+                if self.window.steps[-1:] != (step,):
+                    self.window.push(model, step)
+                record = self._merge(model, step, started)
+            self._busy_s += time.perf_counter() - started
+        return record
+
     def finish(self, model: nn.Module) -> MergeRecord | None:
-        """The end of training: merge at the last step if ``merge_at_end``, load the best if ``load_merged_at_end``.
+        """The end of training: :meth:`merge_at_end`, load the best snapshot if ``load_merged_at_end``, and close.
 
         Returns:
             The record of the last merge, if one was made here.
         """
-        record = None
-        if self._active and self.window is not None and self._last_step is not None:
-            started = time.perf_counter()
-            step = self._last_step
-            with self._failures.contained("the merge at the end", step):
-                if self.config.merge_at_end and step >= max(1, self.config.start_step) and step > self._last_merge_step:
-                    if self.window.steps[-1:] != (step,):
-                        self.window.push(model, step)
-                    record = self._merge(model, step, started)
-            with self._failures.contained("loading the best snapshot", step):
-                if self.config.load_merged_at_end:
-                    self._load_best(model)
+        record = self.merge_at_end(model)
+        if self.window is not None and self.config.load_merged_at_end:
+            with self._failures.contained("loading the best snapshot", self._last_step or 0):
+                if self.best_snapshot is None:
+                    raise FileNotFoundError("load_merged_at_end=True, but no snapshot was published")
+                load_merged(self.best_snapshot, model)
         self.close()
         return record
 
@@ -315,11 +328,6 @@ class TrajectoryMerger:
     def _steps_saved(self, step: int, live_loss: float) -> int:
         return max((step - past for past, merged in self._history if merged <= live_loss), default=0)
 
-    def _load_best(self, model: nn.Module) -> None:
-        if self.best_snapshot is None:
-            raise FileNotFoundError("load_merged_at_end=True, but no snapshot was published")
-        load_merged(self.best_snapshot, model)
-
     # Resuming
 
     def save_state(self, folder: str | Path) -> None:
@@ -344,6 +352,13 @@ class TrajectoryMerger:
             }
             resume.save_state(Path(folder), self.window, memory)
         self._busy_s += time.perf_counter() - started
+
+    def resume_from(self, folder: Path | None, model: nn.Module, step: int) -> None:
+        """:meth:`load_state` for a trainer's resume: if nothing usable is found, say so and start an empty window."""
+        with self._failures.contained("restoring the window", step):
+            if folder is None:
+                raise FileNotFoundError("the checkpoint has no saved window beside it; the window starts empty")
+            self.load_state(folder, model, step)
 
     def load_state(self, folder: str | Path, model: nn.Module, step: int) -> None:
         """Continue from :meth:`save_state`: the merges after it equal those of an uninterrupted run.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +37,28 @@ def save_weights(folder: Path, model: nn.Module, layout: ParameterLayout) -> Non
     """
     model = unwrap(model)
     if weights_format(model) != STATE_DICT:
-        model.save_pretrained(folder)  # type: ignore[operator]
+        with _quiet_transformers():
+            model.save_pretrained(folder)  # type: ignore[operator]
         return
     merged = {slot.name for slot in layout.slots}
     parameters = {clean_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
     state = {clean_name(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     kept = {name: value.cpu().contiguous() for name, value in state.items() if name in merged or name not in parameters}
     _write_shards(folder, kept, _SHARD_BYTES)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Writing a snapshot must not draw over the trainer's progress bar."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def _write_shards(folder: Path, state: dict[str, Tensor], shard_bytes: int) -> None:

@@ -1,0 +1,290 @@
+"""The callback for ``lightning.pytorch.Trainer``."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    import lightning.pytorch as pl
+    from lightning.pytorch.loggers.logger import DummyLogger
+    from lightning.pytorch.plugins import CheckpointIO
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+except ImportError as error:
+    raise ImportError(
+        "traj_merge_callback.lightning needs Lightning: pip install 'traj-merge-callback[lightning]'"
+    ) from error
+
+from .batches import count_sequences
+from .config import MergeConfig
+from .losses import count_targets
+from .merger import TrajectoryMerger
+from .metrics import PREFIX, MergeRecord
+
+__all__ = ["TrajMergeCallback"]
+
+
+class TrajMergeCallback(pl.Callback):
+    """Merges recent checkpoints of the run while it trains, and logs and publishes the merged snapshots.
+
+    Steps are the trainer's ``global_step``: optimizer steps, whatever ``accumulate_grad_batches`` is; a step that AMP
+    skipped is not captured. The trained weights are bit-identical to a run without the callback.
+
+    - Held-out data: ``heldout``, or the trainer's validation dataloaders. The loss is ``nll``, or what the module's own
+      ``validation_step`` returns, with its logging silenced.
+    - Metrics go to every logger at the step of the merge, to ``trainer.callback_metrics`` (so
+      ``ModelCheckpoint(monitor="merge/loss")`` and ``EarlyStopping`` see them) and to the progress bar.
+    - Snapshots go to ``output_dir``, by default "merged" in the trainer's log folder; ``load_merged(folder, module)``
+      reads one. With ``save_ckpt=True`` each also holds ``merged.ckpt`` for ``load_from_checkpoint``.
+    - Resuming with ``fit(ckpt_path=...)`` restores the window from ``<checkpoint>.ckpt.merge``, which is written and
+      removed together with the checkpoint. Checkpoints on remote storage have none.
+    - Under DDP the first process does the work. Sharded strategies (FSDP, DeepSpeed) are not supported yet.
+
+    Args:
+        heldout: held-out batches, or a mapping from domain names to such; None: the trainer's validation dataloaders.
+        nll: ``nll(module, batch) -> (summed NLL in nats, number of target tokens)``; None: ``validation_step``.
+        save_ckpt: also write a Lightning checkpoint of the merged weights into each snapshot.
+        **config: the options of :class:`MergeConfig`, among them ``window_size``, ``capture_every``, ``merge_every``.
+
+    Example::
+
+        trainer = Trainer(callbacks=[TrajMergeCallback(capture_every=50, merge_every=500)])
+        trainer.fit(module, train_loader, val_loader)
+        load_merged(find_snapshot("lightning_logs/version_0/merged"), module)
+
+    Raises:
+        ValueError, TypeError: an option is wrong; at the start of ``fit`` also if there are no held-out data, no loss
+            to take from the module, or a strategy that is not supported.
+    """
+
+    def __init__(
+        self,
+        heldout: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
+        nll: Callable[[nn.Module, Any], tuple[Any, Any]] | None = None,
+        save_ckpt: bool = False,
+        **config: Any,
+    ) -> None:
+        self.config = MergeConfig(**config)
+        self.merger: TrajectoryMerger | None = None
+        self._heldout = heldout
+        self._nll = nll
+        self._save_ckpt = save_ckpt
+        self._options = config
+        self._last_step = 0
+        self._resumed = False
+        self._scale: Tensor | None = None
+
+    # The life of a run
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let the merging state be written and removed together with the trainer's checkpoints."""
+        if stage == "fit" and not isinstance(trainer.strategy.checkpoint_io, _CheckpointWithWindow):
+            trainer.strategy.checkpoint_io = _CheckpointWithWindow(trainer.strategy.checkpoint_io, self)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Build the engine, read the held-out data, and take over the window of a resumed run."""
+        self._last_step = trainer.global_step
+        self._scale = None
+        # Both may talk to the other processes, so every process asks.
+        heldout = self._heldout if self._heldout is not None else _validation_loaders(trainer)
+        default_folder = Path(trainer.log_dir or trainer.default_root_dir) / "merged"
+        if not trainer.is_global_zero:
+            return
+        self.merger = TrajectoryMerger(
+            heldout,
+            nll=self._nll or _ValidationStep(trainer, pl_module),
+            precision=trainer.precision_plugin.val_step_context,
+            to_device=lambda batch: trainer.strategy.batch_to_device(batch, dataloader_idx=0),
+            log=lambda record: self._log(trainer, record),
+            write=(lambda folder: _save_ckpt(folder, trainer)) if self._save_ckpt else None,
+            **{**self._options, "output_dir": self.config.output_dir or str(default_folder)},
+        )
+        self.merger.prepare(pl_module)
+        if self._resumed:
+            self.merger.resume_from(_saved_window(trainer), pl_module, trainer.global_step)
+            self._resumed = False
+        self._answer_monitors(trainer, pl_module)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Remember the loss scale: a step that AMP skips lowers it."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and scaler._scale is not None:
+            self._scale = scaler._scale.clone()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Capture and merge if an optimizer step was taken and something is due."""
+        step = trainer.global_step
+        if self.merger is None or step == self._last_step:
+            return
+        self._last_step = step
+        if not self._was_skipped(trainer):
+            self.merger.step(pl_module, step)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Merge once more if the last step was not due, and load the best snapshot if asked to."""
+        if self.merger is not None:
+            self.merger.finish(pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the trainer its own checkpoint plugin back."""
+        if isinstance(plugin := trainer.strategy.checkpoint_io, _CheckpointWithWindow):
+            trainer.strategy.checkpoint_io = plugin.inner
+
+    # The trainer's checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Only the step; the rows are too large for the .ckpt and stand beside it."""
+        return {"step": self._last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Note that the window is to be restored when training starts."""
+        self._resumed = True
+
+    # Logging
+
+    def _log(self, trainer: pl.Trainer, record: MergeRecord) -> None:
+        scalars = record.scalars()
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=record.step)
+            logger.save()
+        trainer.logged_metrics.update(scalars)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
+        for name in ("merge/loss", "merge/gain"):
+            trainer.progress_bar_metrics[name] = scalars[name]
+
+    def _answer_monitors(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give callbacks that monitor merge metrics a number before the first merge, where they would raise.
+
+        As long as nothing has been merged, the live model is the best there is.
+        """
+        monitors = {getattr(callback, "monitor", None) for callback in trainer.callbacks}
+        if self.merger is None or not any(str(name).startswith(PREFIX) for name in monitors):
+            return
+        live = self.merger.live_evaluation(pl_module)
+        values = {"loss": live.loss, "live_loss": live.loss, "gain": 0.0}
+        values |= {"perplexity": live.perplexity, "live_perplexity": live.perplexity}
+        trainer.callback_metrics.update({PREFIX + name: torch.tensor(value) for name, value in values.items()})
+
+    def _was_skipped(self, trainer: pl.Trainer) -> bool:
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        return scaler is not None and self._scale is not None and bool(scaler._scale < self._scale)
+
+
+def _validation_loaders(trainer: pl.Trainer) -> Any:
+    if trainer.val_dataloaders is None:
+        # Validation is not due in this epoch, so the trainer has not asked for its loaders yet.
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    loaders = trainer.val_dataloaders
+    if loaders is None:
+        raise ValueError(
+            "TrajMergeCallback has no held-out data: pass heldout=..., or give the trainer a validation dataloader"
+        )
+    if isinstance(loaders, (list, tuple)):
+        return loaders[0] if len(loaders) == 1 else {str(index): loader for index, loader in enumerate(loaders)}
+    return loaders
+
+
+class _ValidationStep:
+    """A module's ``validation_step`` as a held-out loss, with everything it logs silenced.
+
+    The step's mean loss is weighted with the batch's target tokens where the batch has labels, with its sequences
+    elsewhere.
+    """
+
+    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not is_overridden("validation_step", pl_module):
+            raise ValueError(
+                f"TrajMergeCallback has no loss: {type(pl_module).__name__} has no validation_step; define one, or "
+                "pass nll=, a function (module, batch) -> (summed NLL, tokens)"
+            )
+        self._trainer = trainer
+
+    def __call__(self, pl_module: pl.LightningModule, batch: Any) -> tuple[Tensor, int]:
+        logged: dict[str, Any] = {}
+        loggers = self._trainer.loggers
+        # Attributes set on the module here vanish with the evaluation, which restores all of them.
+        vars(pl_module)["log"] = lambda name, value, *args, **kwargs: logged.setdefault(name, value)
+        vars(pl_module)["log_dict"] = lambda values, *args, **kwargs: logged.update(values)
+        self._trainer.loggers = [DummyLogger() for _ in loggers]
+        try:
+            output = pl_module.validation_step(batch, 0)
+        finally:
+            self._trainer.loggers = loggers
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if loss is None:
+            loss = next((value for name, value in logged.items() if "loss" in name), None)
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"{type(pl_module).__name__}.validation_step gave no loss: it should return a tensor or a mapping with "
+                "'loss', or log a name with 'loss' in it; or pass nll= to TrajMergeCallback"
+            )
+        has_labels = isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor)
+        weight = count_targets(pl_module, batch) if has_labels else count_sequences(batch)
+        return loss.detach().float().mean() * weight if weight else torch.zeros(()), weight
+
+
+# Resuming: the window beside the trainer's checkpoint
+
+
+class _CheckpointWithWindow(CheckpointIO):
+    """The trainer's checkpoint plugin, which also writes and removes the merging state beside each checkpoint."""
+
+    def __init__(self, inner: CheckpointIO, callback: TrajMergeCallback) -> None:
+        self.inner = inner
+        self._callback = callback
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write the state first, so that a checkpoint never exists without it."""
+        merger = self._callback.merger
+        folder = None
+        if merger is not None and "callbacks" in checkpoint and (base := _beside(path)) is not None:
+            folder = base / f"step-{checkpoint['global_step']:08d}"
+            merger.save_state(folder)
+        self.inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
+        if folder is not None:
+            # A checkpoint that is overwritten (last.ckpt) had a state of its own.
+            for old in folder.parent.glob("step-*"):
+                if old != folder:
+                    shutil.rmtree(old, ignore_errors=True)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load the trainer's checkpoint; the callback finds the state beside it when training starts."""
+        return self.inner.load_checkpoint(path, *args, **kwargs)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove the checkpoint and the state beside it."""
+        self.inner.remove_checkpoint(path)
+        if (folder := _beside(path)) is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def teardown(self) -> None:
+        """Tear the trainer's plugin down."""
+        self.inner.teardown()
+
+
+def _beside(path: Any) -> Path | None:
+    """The folder for a checkpoint's merging state; None for remote storage."""
+    return None if "://" in str(path) else Path(f"{path}.merge")
+
+
+def _saved_window(trainer: pl.Trainer) -> Path | None:
+    """The state beside the checkpoint that training resumes from, also where that is a link (save_last="link")."""
+    for path in (trainer.ckpt_path, Path(trainer.ckpt_path or "").resolve()):
+        base = _beside(path)
+        if base is not None and (folder := base / f"step-{trainer.global_step:08d}").is_dir():
+            return folder
+    return None
+
+
+def _save_ckpt(folder: Path, trainer: pl.Trainer) -> None:
+    # Not trainer.save_checkpoint: it waits for the other processes, and its plugin may write later or elsewhere.
+    torch.save(trainer._checkpoint_connector.dump_checkpoint(weights_only=True), folder / "merged.ckpt")

@@ -1,0 +1,232 @@
+"""The callback for ``transformers.Trainer`` and its subclasses."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+try:
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as error:
+    raise ImportError(
+        "traj_merge_callback.transformers needs transformers and accelerate: "
+        "pip install 'traj-merge-callback[transformers]'"
+    ) from error
+
+from tqdm.auto import tqdm
+
+from .config import MergeConfig
+from .merger import TrajectoryMerger
+from .metrics import MergeRecord
+
+__all__ = ["TrajMergeCallback"]
+
+logger = logging.getLogger("traj_merge_callback")
+_STATE_FOLDER = "traj_merge"
+_FLAGS = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
+
+
+class TrajMergeCallback(TrainerCallback):
+    """Merges recent checkpoints of the run while it trains, and logs and publishes the merged snapshots.
+
+    Steps are the trainer's ``global_step``: optimizer steps, whatever ``gradient_accumulation_steps`` is; a step that
+    AMP skipped is not captured. The trained weights are bit-identical to a run without the callback.
+
+    Use it as ``TrajMergeCallback(...).attach(trainer)``. Then
+
+    - ``heldout=None`` takes the trainer's eval dataset (a dict of datasets gives named domains);
+    - metrics go through the trainer's own ``log``: to the console, to ``trainer_state.json``, and to whatever
+      ``report_to`` names, in the same run as the training loss. TensorBoard shows them as ``train/merge/...``.
+
+    In ``Trainer(callbacks=[TrajMergeCallback(heldout)])`` the callback cannot reach the trainer: it needs ``heldout``,
+    and metrics go to the console, to ``trainer_state.json`` and to ``metrics.jsonl`` only.
+
+    Snapshots go to ``output_dir``, by default "merged" in ``args.output_dir``, and load with ``from_pretrained``; the
+    tokenizer is saved along. Resuming with ``train(resume_from_checkpoint=...)`` restores the window, which is saved in
+    each ``checkpoint-<step>/traj_merge``. Under DDP the first process does the work. FSDP and DeepSpeed ZeRO-3 are
+    refused at the start of training: they are not supported yet.
+
+    Args:
+        heldout: held-out batches, or a mapping from domain names to such; None: the attached trainer's eval dataset.
+        nll: ``nll(model, batch) -> (summed NLL in nats, number of target tokens)``; None: the model's ``.loss``.
+        **config: the options of :class:`MergeConfig`, among them ``window_size``, ``capture_every``, ``merge_every``.
+
+    Example::
+
+        trainer = Trainer(model, args, train_dataset=train, eval_dataset=heldout)
+        TrajMergeCallback(capture_every=50, merge_every=500).attach(trainer)
+        trainer.train()
+        model = AutoModelForCausalLM.from_pretrained(f"{args.output_dir}/merged/best")
+
+    Raises:
+        ValueError, TypeError: an option is wrong; when attached or at the start of training also if there are no
+            held-out data, or the model cannot be merged.
+    """
+
+    def __init__(
+        self,
+        heldout: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
+        nll: Callable[[nn.Module, Any], tuple[Any, Any]] | None = None,
+        **config: Any,
+    ) -> None:
+        self.config = MergeConfig(**config)
+        self.merger: TrajectoryMerger | None = None
+        self._heldout = heldout
+        self._nll = nll
+        self._options = config
+        self._trainer: Trainer | None = None
+        self._resume_from: Any = None
+
+    def attach(self, trainer: Trainer) -> TrajMergeCallback:
+        """Add the callback to a trainer, so that it can use its eval dataset, its ``log`` and its checkpoints.
+
+        Returns:
+            The callback itself.
+
+        Raises:
+            ValueError: neither the callback nor the trainer has held-out data.
+        """
+        if self._heldout is None and trainer.eval_dataset is None:
+            raise ValueError("no held-out data: pass heldout= to TrajMergeCallback, or eval_dataset= to the trainer")
+        self._trainer = trainer
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
+        train = trainer.train
+
+        @functools.wraps(train)
+        def noting_the_checkpoint(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+            # Callbacks are not told which folder training resumes from.
+            self._resume_from = resume_from_checkpoint
+            return train(resume_from_checkpoint, *args, **kwargs)
+
+        trainer.train = noting_the_checkpoint
+        return self
+
+    # The life of a run
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Build the engine, read the held-out data, and take over the window of a resumed run."""
+        if not state.is_world_process_zero:
+            return
+        if self._trainer is None:
+            logger.warning(
+                "TrajMergeCallback in callbacks=[...] writes its metrics to the console, trainer_state.json and "
+                "metrics.jsonl. TrajMergeCallback(...).attach(trainer) also sends them to report_to=%s, in the run of "
+                "the training loss, and can use the trainer's eval dataset.",
+                args.report_to,
+            )
+        self.merger = TrajectoryMerger(
+            self._heldout if self._heldout is not None else self._eval_loaders(),
+            nll=self._nll,
+            log=lambda record: self._log(args, state, control, record),
+            write=functools.partial(_save_tokenizer, kwargs.get("processing_class")),
+            **{**self._options, "output_dir": self.config.output_dir or str(Path(args.output_dir) / "merged")},
+        )
+        self.merger.prepare(kwargs["model"])
+        if state.global_step > 0:
+            self.merger.resume_from(self._saved_window(args, state), kwargs["model"], state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Capture and merge if due; at the last step, merge for the last time while the loggers are still open."""
+        if self.merger is None:
+            return
+        if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):
+            self.merger.step(kwargs["model"], state.global_step)
+        if control.should_training_stop:
+            self.merger.merge_at_end(kwargs["model"])
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Merge for the last time if something stopped training early."""
+        if self.merger is not None and control.should_training_stop:
+            self.merger.merge_at_end(kwargs["model"])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save the window into the trainer's checkpoint, if the checkpoint can be resumed from."""
+        if self.merger is None or args.save_only_model:
+            return
+        folder = _checkpoint_folder(args, state)
+        if folder.is_dir():
+            self.merger.save_state(folder / _STATE_FOLDER)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Load the best snapshot if asked to."""
+        if self.merger is not None:
+            self.merger.finish(kwargs["model"])
+
+    # What the trainer has to offer
+
+    def _eval_loaders(self) -> Any:
+        if self._trainer is None:
+            raise ValueError(
+                "no held-out data: pass heldout= to TrajMergeCallback, or use TrajMergeCallback(...).attach(trainer) "
+                "to take the trainer's eval dataset"
+            )
+        datasets = self._trainer.eval_dataset
+        if isinstance(datasets, dict):
+            return {name: self._trainer.get_eval_dataloader(name) for name in datasets}
+        return self._trainer.get_eval_dataloader()
+
+    def _saved_window(self, args: TrainingArguments, state: TrainerState) -> Path | None:
+        given = [self._resume_from, args.resume_from_checkpoint]
+        folders = [Path(path) for path in given if isinstance(path, (str, Path))]
+        for folder in [*folders, _checkpoint_folder(args, state)]:
+            if (folder / _STATE_FOLDER).is_dir():
+                return folder / _STATE_FOLDER
+        return None
+
+    # Logging
+
+    def _log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, record: MergeRecord) -> None:
+        scalars = record.scalars()
+        if self._trainer is not None:
+            with _preserved_flags(control), _preserved_averages(self._trainer):
+                self._trainer.log(scalars)
+            return
+        state.log_history.append({**scalars, "epoch": state.epoch, "step": state.global_step})
+        tqdm.write(str({name: f"{value:.4g}" for name, value in scalars.items()}))
+
+
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+@contextmanager
+def _preserved_flags(control: TrainerControl) -> Iterator[None]:
+    """Logging clears ``should_log``; what the trainer has still to do at this step must stay to be done."""
+    flags = {name: getattr(control, name) for name in _FLAGS}
+    try:
+        yield
+    finally:
+        for name, value in flags.items():
+            setattr(control, name, value or getattr(control, name))
+
+
+@contextmanager
+def _preserved_averages(trainer: Trainer) -> Iterator[None]:
+    """TRL's trainers add running averages since the last log to each log and clear them; ours is not their turn."""
+    averages = getattr(trainer, "_metrics", None)
+    if not isinstance(averages, dict):
+        yield
+        return
+    trainer._metrics = {mode: {} for mode in averages}
+    try:
+        yield
+    finally:
+        trainer._metrics = averages
+
+
+def _save_tokenizer(processing_class: Any, folder: Path) -> None:
+    if hasattr(processing_class, "save_pretrained"):
+        processing_class.save_pretrained(folder)

@@ -1,0 +1,72 @@
+"""Real text and small real models, shared by all tests."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import pytest
+import realtext
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
+
+torch.set_num_threads(1)
+transformers_logging.set_verbosity_error()
+LENGTH = 32
+
+
+@pytest.fixture(scope="session")
+def text() -> tuple[torch.Tensor, torch.Tensor]:
+    """Training and held-out blocks of the standard library, shape (blocks, 32)."""
+    files = realtext.python_source()[:60]
+    return realtext.split_blocks(files, LENGTH)
+
+
+@pytest.fixture
+def train(text) -> realtext.Blocks:
+    return realtext.Blocks(text[0][:2000])
+
+
+@pytest.fixture
+def heldout(text) -> realtext.Blocks:
+    return realtext.Blocks(text[1][:48])
+
+
+def tiny_llama(seed: int = 0, dropout: float = 0.1, **config) -> LlamaForCausalLM:
+    """A two-layer Llama with dropout and tied embeddings, about 25 thousand parameters."""
+    torch.manual_seed(seed)
+    options = {
+        "vocab_size": realtext.VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        "attention_dropout": dropout,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**options, **config}))
+
+
+def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    """Whether two models' state dicts are equal, bit for bit."""
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def train_steps(model, blocks, steps: int, each=None, start: int = 0, lr: float = 3e-3, optimizer=None):
+    """A plain training loop whose data order depends on torch's global generator; ``each(step)`` after every step."""
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=lr)
+    for step in range(start + 1, start + steps + 1):
+        batch = blocks.blocks[torch.randint(len(blocks), (8,))]
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if each is not None:
+            each(step)
+    return model
