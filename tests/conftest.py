@@ -8,10 +8,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import pytest
-import realtext
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
+
+import realtext
 
 torch.set_num_threads(1)
 transformers_logging.set_verbosity_error()
@@ -51,6 +52,18 @@ def tiny_llama(seed: int = 0, dropout: float = 0.1, **config) -> LlamaForCausalL
         "eos_token_id": 0,
     }
     return LlamaForCausalLM(LlamaConfig(**{**options, **config}))
+
+
+def overflow_at(model: torch.nn.Module, backward_passes: set[int]) -> None:
+    """Let the gradients of these backward passes (counted from 1) overflow, as fp16 gradients sometimes do."""
+    count = 0
+
+    def hook(gradient):
+        nonlocal count
+        count += 1
+        return gradient * float("inf") if count in backward_passes else gradient
+
+    model.get_output_embeddings().weight.register_hook(hook)
 
 
 def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:

@@ -117,7 +117,12 @@ def test_a_report_only_domain_is_never_searched_on(heldout, train):
             ),
             32,
         ),
-        (lambda: T5ForConditionalGeneration(T5Config(num_layers=1, d_model=16, num_heads=2, d_ff=16, decoder_start_token_id=0)), 32),
+        (
+            lambda: T5ForConditionalGeneration(
+                T5Config(num_layers=1, d_model=16, num_heads=2, d_ff=16, decoder_start_token_id=0)
+            ),
+            32,
+        ),
     ],
     ids=["llama", "gpt2", "bert", "t5"],
 )

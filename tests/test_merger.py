@@ -99,11 +99,9 @@ def test_metrics_file_and_scalars_have_the_documented_names(loader, train, tmp_p
         **{**OPTIONS, "output_dir": str(tmp_path / "merged")},
     )
     train_steps(model, train, 16, lambda step: merger.step(model, step))
-    promised = (
-        "step search checkpoint_steps weights live_loss merged_loss gain gain_stderr live_perplexity merged_perplexity "
-        "steps_saved evaluations forward_equivalents seconds overhead window_bytes domains snapshot"
-    ).split()
-    assert all(record.keys() >= set(promised) for record in lines(tmp_path))
+    promised = """step search checkpoint_steps weights live_loss merged_loss gain gain_stderr live_perplexity
+        merged_perplexity steps_saved evaluations forward_equivalents seconds overhead window_bytes domains snapshot"""
+    assert all(record.keys() >= set(promised.split()) for record in lines(tmp_path))
     documented = {name.split("<")[0] for name in MEANINGS}
     for scalars in logged:
         for name in scalars:
@@ -391,5 +389,7 @@ try:
 except ValueError as error:
     print(error)
 """
-    found = subprocess.run([sys.executable, "-c", code, str(tmp_path / "store")], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "store")], capture_output=True, text=True, check=False
+    )
     assert "sharded parameters are not supported yet" in found.stdout, found.stderr

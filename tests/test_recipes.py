@@ -11,7 +11,9 @@ sizes = st.integers(2, 30)
 losses = st.lists(st.floats(0.5, 10.0), min_size=2, max_size=20)
 
 
-@given(k=sizes, decay=st.floats(0.05, 1.0), profile=st.sampled_from(sorted(recipes.WSM_PROFILES)), power=st.floats(0, 9))
+@given(
+    k=sizes, decay=st.floats(0.05, 1.0), profile=st.sampled_from(sorted(recipes.WSM_PROFILES)), power=st.floats(0, 9)
+)
 def test_every_recipe_sums_to_one_on_the_simplex(k, decay, profile, power):
     steps = list(range(50, 50 * (k + 1), 50))
     found = [

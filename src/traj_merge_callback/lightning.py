@@ -20,6 +20,7 @@ except ImportError as error:
         "traj_merge_callback.lightning needs Lightning: pip install 'traj-merge-callback[lightning]'"
     ) from error
 
+from .amp import LossScaleWatch
 from .batches import count_sequences
 from .config import MergeConfig
 from .losses import count_targets
@@ -77,7 +78,7 @@ class TrajMergeCallback(pl.Callback):
         self._options = config
         self._last_step = 0
         self._resumed = False
-        self._scale: Tensor | None = None
+        self._loss_scale = LossScaleWatch()
 
     # The life of a run
 
@@ -89,7 +90,6 @@ class TrajMergeCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Build the engine, read the held-out data, and take over the window of a resumed run."""
         self._last_step = trainer.global_step
-        self._scale = None
         # Both may talk to the other processes, so every process asks.
         heldout = self._heldout if self._heldout is not None else _validation_loaders(trainer)
         default_folder = Path(trainer.log_dir or trainer.default_root_dir) / "merged"
@@ -113,10 +113,8 @@ class TrajMergeCallback(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Remember the loss scale: a step that AMP skips lowers it."""
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None and scaler._scale is not None:
-            self._scale = scaler._scale.clone()
+        """Note the loss scale, from which a step that AMP skips can be told."""
+        self._loss_scale.before_step(getattr(trainer.precision_plugin, "scaler", None))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -126,8 +124,7 @@ class TrajMergeCallback(pl.Callback):
         if self.merger is None or step == self._last_step:
             return
         self._last_step = step
-        if not self._was_skipped(trainer):
-            self.merger.step(pl_module, step)
+        self.merger.step(pl_module, step, skipped=self._loss_scale.skipped)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Merge once more if the last step was not due, and load the best snapshot if asked to."""
@@ -173,10 +170,6 @@ class TrajMergeCallback(pl.Callback):
         values = {"loss": live.loss, "live_loss": live.loss, "gain": 0.0}
         values |= {"perplexity": live.perplexity, "live_perplexity": live.perplexity}
         trainer.callback_metrics.update({PREFIX + name: torch.tensor(value) for name, value in values.items()})
-
-    def _was_skipped(self, trainer: pl.Trainer) -> bool:
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        return scaler is not None and self._scale is not None and bool(scaler._scale < self._scale)
 
 
 def _validation_loaders(trainer: pl.Trainer) -> Any:

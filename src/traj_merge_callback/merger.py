@@ -129,12 +129,14 @@ class TrajectoryMerger:
         )
         self._began = time.perf_counter()
 
-    def step(self, model: nn.Module, step: int) -> MergeRecord | None:
-        """Capture and merge if due. Call after each optimizer step; leave out steps that AMP skipped.
+    def step(self, model: nn.Module, step: int, *, skipped: Callable[[], bool] = lambda: False) -> MergeRecord | None:
+        """Capture and merge if due. Call after each optimizer step.
 
         Args:
             model: the model being trained, at an optimizer-step boundary.
             step: the number of optimizer steps taken so far; the first one is 1.
+            skipped: tells whether mixed precision skipped this step, so that the weights are the last step's. What is
+                due then waits for the next step. Only asked when something is due.
 
         Returns:
             The record of the merge, if there was one.
@@ -153,12 +155,15 @@ class TrajectoryMerger:
                 self._active = False
                 return None
         previous = step - 1 if self._last_step is None else self._last_step
-        self._last_step = step
         with self._failures.contained("trajectory merging", step):
             if step >= self.config.start_step and _passed(self.config.capture_every, previous, step):
+                if skipped():
+                    return None
+                self._last_step = step
                 self.window.push(model, step)
                 if _passed(self.config.merge_every, previous, step):
                     record = self._merge(model, step, started)
+        self._last_step = step
         self._busy_s += time.perf_counter() - started
         return record
 

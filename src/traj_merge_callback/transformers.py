@@ -21,6 +21,7 @@ except ImportError as error:
 
 from tqdm.auto import tqdm
 
+from .amp import LossScaleWatch
 from .config import MergeConfig
 from .merger import TrajectoryMerger
 from .metrics import MergeRecord
@@ -82,6 +83,7 @@ class TrajMergeCallback(TrainerCallback):
         self._options = config
         self._trainer: Trainer | None = None
         self._resume_from: Any = None
+        self._loss_scale = LossScaleWatch()
 
     def attach(self, trainer: Trainer) -> TrajMergeCallback:
         """Add the callback to a trainer, so that it can use its eval dataset, its ``log`` and its checkpoints.
@@ -134,12 +136,17 @@ class TrajMergeCallback(TrainerCallback):
         if state.global_step > 0:
             self.merger.resume_from(self._saved_window(args, state), kwargs["model"], state.global_step)
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the loss scale, from which a step that AMP skips can be told."""
+        self._loss_scale.before_step(getattr(kwargs.get("optimizer"), "scaler", None))
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Capture and merge if due; at the last step, merge for the last time while the loggers are still open."""
         if self.merger is None:
             return
-        if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):
-            self.merger.step(kwargs["model"], state.global_step)
+        self.merger.step(kwargs["model"], state.global_step, skipped=self._loss_scale.skipped)
         if control.should_training_stop:
             self.merger.merge_at_end(kwargs["model"])
 
