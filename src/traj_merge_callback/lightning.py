@@ -99,7 +99,7 @@ class TrajMergeCallback(pl.Callback):
             heldout,
             nll=self._nll or _ValidationStep(trainer, pl_module),
             precision=trainer.precision_plugin.val_step_context,
-            to_device=lambda batch: trainer.strategy.batch_to_device(batch, dataloader_idx=0),
+            to_device=lambda batch: _transfer(trainer, batch),
             log=lambda record: self._log(trainer, record),
             write=(lambda folder: _save_ckpt(folder, trainer)) if self._save_ckpt else None,
             **{**self._options, "output_dir": self.config.output_dir or str(default_folder)},
@@ -170,6 +170,13 @@ class TrajMergeCallback(pl.Callback):
         values = {"loss": live.loss, "live_loss": live.loss, "gain": 0.0}
         values |= {"perplexity": live.perplexity, "live_perplexity": live.perplexity}
         trainer.callback_metrics.update({PREFIX + name: torch.tensor(value) for name, value in values.items()})
+
+
+def _transfer(trainer: pl.Trainer, batch: Any) -> Any:
+    """Bring a batch to the device the way the trainer does, with the module's own transfer hooks."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def _validation_loaders(trainer: pl.Trainer) -> Any:

@@ -1,0 +1,83 @@
+"""Bad configuration fails at once, and says what would be right."""
+
+import subprocess
+import sys
+
+import pytest
+
+from traj_merge_callback import MergeConfig, TrajectoryMerger
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window_size": 1}, "window_size=1: must be at least 2"),
+        ({"capture_every": 0}, "capture_every=0: must be at least 1"),
+        ({"capture_every": 50, "merge_every": 20}, "the nearest multiple is merge_every=50"),
+        ({"capture_every": 50, "merge_every": 130}, "the nearest multiple is merge_every=150"),
+        ({"evaluations": 1}, "evaluations=1: must be at least 2"),
+        ({"search": "bayes"}, "search='bayes' is not one of"),
+        ({"search": "ema", "search_options": {"decay": 3.0}}, "decay=3.0"),
+        ({"search_fraction": 1.0}, "search_fraction=1.0"),
+        ({"dtype": "float16"}, "dtype='float16' is not one of"),
+        ({"on_error": "ignore"}, "on_error='ignore' is not one of"),
+        ({"keep_last": 0, "keep_best": False, "load_merged_at_end": True}, "load_merged_at_end=True needs snapshots"),
+    ],
+)
+def test_bad_values_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        MergeConfig(**options)
+    with pytest.raises(ValueError, match=message):
+        TrajectoryMerger([], **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"window_size": "8"}, {"merge_every": 1.5}, {"keep_best": 1}, {"report_only": "law"}, {"search": None}],
+)
+def test_bad_types_are_named(options):
+    (name,) = options
+    with pytest.raises(TypeError, match=f"{name}="):
+        MergeConfig(**options)
+    with pytest.raises(TypeError, match="no_such_option"):
+        MergeConfig(no_such_option=1)
+
+
+def test_both_callbacks_take_exactly_the_options_of_the_engine():
+    from traj_merge_callback.lightning import TrajMergeCallback as Lightning
+    from traj_merge_callback.transformers import TrajMergeCallback as Transformers
+
+    options = {**vars(MergeConfig()), "window_size": 3, "search": "wsm"}
+    for callback in (Lightning, Transformers):
+        assert callback(**options).config == MergeConfig(**options)
+        with pytest.raises(ValueError, match="window_size=1"):
+            callback(window_size=1)
+
+
+IMPORTS = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("lightning", "transformers", "accelerate", "matplotlib"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+import traj_merge_callback
+for trainer in ("lightning", "transformers"):
+    try:
+        __import__(f"traj_merge_callback.{trainer}")
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_the_package_needs_no_trainer_and_adapters_name_their_extra():
+    found = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True).stdout
+    assert "pip install 'traj-merge-callback[lightning]'" in found
+    assert "pip install 'traj-merge-callback[transformers]'" in found
+
+
+def test_importing_is_light():
+    code = (
+        "import sys, traj_merge_callback; print({'skopt', 'sklearn', 'transformers', 'lightning'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
