@@ -35,13 +35,6 @@ def wma(k: int) -> np.ndarray:
     return _normalised(np.arange(1.0, k + 1))
 
 
-def suffix_average(k: int, count: int) -> np.ndarray:
-    """The uniform average of the newest ``count`` rows: LAWA over a shorter duration."""
-    weights = np.zeros(k)
-    weights[k - count :] = 1.0 / count
-    return weights
-
-
 WSM_PROFILES = {
     "linear": lambda x, c: 1.0 - x,
     "cosine": lambda x, c: 0.5 * (1.0 + np.cos(np.pi * x)),

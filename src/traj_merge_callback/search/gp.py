@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 from skopt import Optimizer
 
-from ..recipes import ema, lawa, suffix_average
+from ..recipes import ema, lawa
 from . import Problem
 
 
@@ -87,16 +87,42 @@ class GaussianProcessSearch(_BayesianSearch):
         return point
 
 
-class AutoSearch(GaussianProcessSearch):
-    """The default: ``gp``, whose first points also hold averages over shorter durations.
+class AutoSearch(_BayesianSearch):
+    """The default: Bayesian optimisation over two numbers, how long the merge reaches back and how sharply it ends.
 
-    The merge duration matters more than the shape of the weights (WSM, arXiv 2507.17634), so the averages of the newest
-    half and quarter of the window come before the Gaussian process takes over.
+    The merge duration matters more than anything else (WSM, arXiv 2507.17634), and a Gaussian process finds its way in
+    two dimensions where it is lost in k - 1. Candidates are stretched exponentials of the age i (0 is live),
+    ``a_i ~ exp(-(i / tau)^p)``: EMA for p = 1, nearly the average of the newest tau rows for large p, the uniform one
+    for large tau, live for small tau. First points: uniform, EMA, half the window, the newest few rows, and the last
+    merge's weights. The family and its bounds are ours.
     """
 
-    def _first_points(self, problem: Problem) -> list[np.ndarray]:
-        shorter = sorted({problem.size // 2, problem.size // 4} - {0, 1, problem.size}, reverse=True)
-        return [*super()._first_points(problem), *(suffix_average(problem.size, count) for count in shorter)]
+    def __init__(self, problem: Problem) -> None:
+        self._ages = np.arange(problem.size - 1, -1, -1.0)
+        longest = 4.0 * problem.size
+        self._points_of: dict[bytes, list[float]] = {}
+        self._box = [(np.log(0.4), np.log(longest)), (np.log(0.5), np.log(4.0))]
+        # As (tau, p); the second is EMA with a decay of 0.8.
+        family = [(longest, 2.0), (-1 / np.log(0.8), 1.0), (problem.size / 2, 2.0), (1.5, 1.0)]
+        first = [self._to_weights([float(np.log(tau)), float(np.log(power))]) for tau, power in family]
+        super().__init__(problem, self._box, first if problem.previous is None else [*first, problem.previous])
+
+    def _to_weights(self, point: list[float]) -> np.ndarray:
+        weights = self._family(*point)
+        self._points_of[weights.tobytes()] = list(point)
+        return weights
+
+    def _family(self, log_tau: float, log_power: float) -> np.ndarray:
+        weights = np.exp(-((self._ages / np.exp(log_tau)) ** np.exp(log_power)))
+        return weights / weights.sum()
+
+    def _to_point(self, weights: np.ndarray) -> list[float]:
+        if known := self._points_of.get(weights.tobytes()):
+            return known
+        # Weights from elsewhere (live, the last merge's) stand where the family comes nearest to them.
+        axes = [np.linspace(low, high, 25) for low, high in self._box]
+        grid = [(float(tau), float(power)) for tau in axes[0] for power in axes[1]]
+        return list(min(grid, key=lambda point: float(np.square(self._family(*point) - weights).sum())))
 
 
 class PairwiseSearch(_BayesianSearch):
