@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from traj_merge_callback import HeldOutLoss, TrajectoryMerger, find_snapshot, load_merged, read_merge, register_search
+from traj_merge_callback import HeldOutLoss, TrajectoryMerger, find_snapshot, load_merged, read_merge
 from traj_merge_callback.merger import _passed
 from traj_merge_callback.metrics import MEANINGS
 
@@ -206,14 +207,6 @@ class Broken:
         pass
 
 
-register_search("broken")(Broken)
-
-
-def nan_after_eight_steps(model, batch):
-    nan_after_eight_steps.calls += 1
-    return (torch.tensor(math.nan) if nan_after_eight_steps.calls > 60 else torch.tensor(8.0)), 8
-
-
 @pytest.mark.parametrize(
     ("trouble", "message"),
     [
@@ -228,7 +221,7 @@ def nan_after_eight_steps(model, batch):
 def test_failures_are_logged_once_and_leave_training_alone(loader, train, tmp_path, caplog, trouble, message):
     options: dict = {}
     if trouble == "search":
-        options["search"] = "broken"
+        options["search"] = f"{__name__}:Broken"
     elif trouble == "nan":
         options["nll"] = lambda model, batch: (torch.tensor(math.nan), 8)
     elif trouble == "nll":
@@ -259,12 +252,12 @@ def test_failures_are_logged_once_and_leave_training_alone(loader, train, tmp_pa
     assert same_weights(plain, model)
     kinds = {record.message.split(" failed:")[0] for record in during}
     assert len(during) == len(kinds), "each kind of failure is logged once"
-    assert any(__import__("re").search(message, record.message) for record in during)
+    assert any(re.search(message, record.message) for record in during)
     assert any("failures while merging" in record.message for record in caplog.records)
 
 
 def test_on_error_raise_lets_failures_through(loader, train, tmp_path):
-    merger = engine(loader, tmp_path, search="broken", on_error="raise")
+    merger = engine(loader, tmp_path, search=f"{__name__}:Broken", on_error="raise")
     model = tiny_llama()
     with pytest.raises(RuntimeError, match="fell over"):
         train_steps(model, train, 8, lambda step: merger.step(model, step))
