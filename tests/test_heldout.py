@@ -204,6 +204,15 @@ def test_nothing_to_hold_out_is_a_clear_error(arguments, message):
         HeldOutLoss(**arguments)
 
 
+def test_what_is_no_loader_is_a_clear_error(heldout):
+    with pytest.raises(TypeError, match="is a Blocks, a Dataset: wrap it in a DataLoader"):
+        HeldOutLoss(heldout)
+    with pytest.raises(TypeError, match="is a int: give an iterable"):
+        HeldOutLoss({"code": 5})
+    with pytest.raises(TypeError, match="nll='loss'"):
+        HeldOutLoss([{}], nll="loss")
+
+
 def test_a_batch_the_default_cannot_read_names_the_way_out(heldout):
     with pytest.raises(TypeError, match="pass nll="):
         HeldOutLoss([heldout.blocks]).evaluate(tiny_llama(), "report")

@@ -74,7 +74,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def _flush(path: Path) -> None:
     """Hand a file's or folder's content to the disk, so that a rename cannot reach it first."""
-    if os.name == "nt" and path.is_dir():
+    if os.name == "nt":  # which flushes neither folders nor files opened for reading
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .batches import count_sequences, fingerprint, map_tensors, select_sequences
 from .evaluation import Evaluation
@@ -50,6 +51,7 @@ class HeldOutLoss:
 
     Raises:
         ValueError: a loader without batches, fewer than two different sequences, or unknown ``report_only`` names.
+        TypeError: something that is no loader (a Dataset, say), or an ``nll`` that cannot be called.
     """
 
     def __init__(
@@ -64,6 +66,8 @@ class HeldOutLoss:
         to_device: Callable[[Any], Any] | None = None,
         seed: int = 0,
     ) -> None:
+        if nll is not None and not callable(nll):
+            raise TypeError(f"nll={nll!r}: must be a function (model, batch) -> (summed NLL, tokens)")
         self._nll = language_model_nll if nll is None else nll
         self._precision = precision
         self._to_device = to_device
@@ -128,21 +132,18 @@ class HeldOutLoss:
         """
         model = unwrap(model)
         units = self._units[split]
-        sums: list[Tensor] = []
+        sums: list[tuple[Tensor, Tensor]] = []
         with isolated(model, self._seed):
             for unit in units:
                 batch = self._to_device(unit.batch) if self._to_device else _to_device_of(model, unit.batch)
                 with self._precision():
                     nll, tokens = self._nll(model, batch)
-                sums.append(torch.stack([_as_double(nll), _as_double(tokens).to(_as_double(nll).device)]))
+                sums.append((torch.as_tensor(nll).detach(), torch.as_tensor(tokens).detach()))
                 if on_batch is not None:
                     on_batch()
-            values = torch.stack(sums).cpu().numpy()
+            # Fetched at the end, so that the device need not wait for the CPU after every batch.
+            values = np.array([[float(nll), float(tokens)] for nll, tokens in sums])
         return Evaluation(values[:, 0], values[:, 1], tuple(unit.domain for unit in units))
-
-
-def _as_double(value: Tensor | float | int) -> Tensor:
-    return torch.as_tensor(value).detach().double()
 
 
 def _to_device_of(model: nn.Module, batch: Any) -> Any:
@@ -151,9 +152,13 @@ def _to_device_of(model: nn.Module, batch: Any) -> Any:
 
 
 def _read(name: str, loader: Iterable[Any], batches: int, seed: int) -> list[Any]:
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        raise TypeError(f"heldout loader {name!r} is a {type(loader).__name__}, a Dataset: wrap it in a DataLoader")
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"heldout loader {name!r} is a {type(loader).__name__}: give an iterable of batches")
     # Accelerate's loaders register themselves as the active one and move batches; their inner DataLoader does neither.
     loader = getattr(loader, "base_dataloader", loader)
-    if isinstance(loader, torch.utils.data.DataLoader):
+    if isinstance(loader, DataLoader):
         # A shallow copy, so that persistent workers of the original keep the state they are in.
         loader = copy.copy(loader)
         loader._iterator = None  # type: ignore[attr-defined]

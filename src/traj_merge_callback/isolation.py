@@ -21,7 +21,7 @@ _CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)
 
 @contextmanager
 def preserved_rng(seed: int | None = None) -> Iterator[None]:
-    """Restore the random state of Python, numpy, torch CPU and every used CUDA device on leaving.
+    """Restore the random state of Python, numpy, torch's CPU, every CUDA device in use and MPS on leaving.
 
     Args:
         seed: if given, what happens inside starts from this seed, the same one every time.
@@ -29,24 +29,28 @@ def preserved_rng(seed: int | None = None) -> Iterator[None]:
     python_state = random.getstate()
     numpy_state = np.random.get_state()
     cpu_state = torch.get_rng_state()
-    cuda = torch.cuda.is_initialized()
-    cuda_states = torch.cuda.get_rng_state_all() if cuda else []
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    mps_state = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:
         if seed is not None:
             random.seed(seed)
             np.random.seed(seed % 2**32)
             # Not torch.manual_seed: where CUDA is not initialised yet it leaves a seed behind for later.
             torch.default_generator.manual_seed(seed)
-            if cuda:
+            if cuda_states is not None:
                 torch.cuda.manual_seed_all(seed)
+            if mps_state is not None:
+                torch.mps.manual_seed(seed)
         yield
     finally:
         with delayed_interrupts():
             random.setstate(python_state)
             np.random.set_state(numpy_state)
             torch.set_rng_state(cpu_state)
-            if cuda_states:
+            if cuda_states is not None:
                 torch.cuda.set_rng_state_all(cuda_states)
+            if mps_state is not None:
+                torch.mps.set_rng_state(mps_state)
 
 
 @contextmanager

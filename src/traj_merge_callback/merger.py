@@ -232,7 +232,9 @@ class TrajectoryMerger:
         if len(window) < 2:
             logger.info("no merge at step %d: the window holds %d checkpoint", step, len(window))
             return None
-        total = self.config.evaluations * self.heldout.num_batches("search") + 2 * self.heldout.num_batches("report")
+        total = (
+            self.config.evaluations * self.heldout.num_batches("search") + 2 * self.heldout.num_batches("report") + 1
+        )
         self._last_merge_step = step
         with preserved_rng(), SlowProgress(f"merging at step {step}", total, enabled=self.config.progress) as progress:
 
@@ -254,6 +256,7 @@ class TrajectoryMerger:
             if not math.isfinite(losses["gain"]):
                 raise ValueError(f"the held-out loss on the report split is not finite: {losses}")
             snapshot = None
+            progress.advance()
             with self._failures.contained("publishing a snapshot", step):
                 if self.config.publishes:
                     snapshot = self._publish(model, step, chosen, problem, losses)

@@ -106,7 +106,7 @@ class CheckpointWindow:
         row = self._matrix[self._extra + self._pushed % self.size]
         for slot, tensor in zip(self.layout.slots, tensors, strict=True):
             target = row[slot.offset : slot.offset + slot.numel].view(slot.shape)
-            target.copy_(tensor, non_blocking=True)
+            target.copy_(tensor, non_blocking=tensor.is_cuda)
         for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
         if self._average_rate is not None:
