@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +16,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import resume
 from .config import MergeConfig
 from .evaluation import Evaluation
 from .failures import Failures
@@ -25,6 +25,7 @@ from .losses import Nll
 from .metrics import MergeRecord, MetricsFile, report_losses
 from .parameters import unwrap
 from .progress import SlowProgress
+from .resume import Memory, load_state, save_state
 from .search import Problem, resolve_search
 from .selection import Selection, is_row, select
 from .snapshots import SnapshotStore
@@ -100,14 +101,7 @@ class TrajectoryMerger:
                 to_device=to_device,
                 seed=self.config.seed,
             )
-        # The search's memory: all that merges depend on beside the window. Saved and restored for resuming.
-        self._last_step: int | None = None
-        self._last_merge_step = 0
-        self._previous: list[float] | None = None
-        self._row_losses: dict[int, float] = {}
-        self._history: list[tuple[int, float]] = []
-        self._busy_s = 0.0
-        self._wall_s = 0.0
+        self._memory = Memory()
         self._began = time.perf_counter()
 
     def prepare(self, model: nn.Module) -> None:
@@ -154,17 +148,17 @@ class TrajectoryMerger:
             if self.window is None:
                 self._active = False
                 return None
-        previous = step - 1 if self._last_step is None else self._last_step
+        previous = step - 1 if self._memory.last_step is None else self._memory.last_step
         with self._failures.contained("trajectory merging", step):
             if step >= self.config.start_step and _passed(self.config.capture_every, previous, step):
                 if skipped():
                     return None
-                self._last_step = step
+                self._memory.last_step = step
                 self.window.push(model, step)
                 if _passed(self.config.merge_every, previous, step):
                     record = self._merge(model, step, started)
-        self._last_step = step
-        self._busy_s += time.perf_counter() - started
+        self._memory.last_step = step
+        self._memory.busy_s += time.perf_counter() - started
         return record
 
     def merge_at_end(self, model: nn.Module) -> MergeRecord | None:
@@ -173,17 +167,17 @@ class TrajectoryMerger:
         Returns:
             The record of the merge, if one was made.
         """
-        step = self._last_step
+        step = self._memory.last_step
         if self.window is None or step is None or not self.config.merge_at_end:
             return None
         record = None
-        if step > self._last_merge_step and step >= self.config.start_step:
+        if step > self._memory.last_merge_step and step >= self.config.start_step:
             started = time.perf_counter()
             with self._failures.contained("the merge at the end", step):
                 if self.window.steps[-1:] != (step,):
                     self.window.push(model, step)
                 record = self._merge(model, step, started)
-            self._busy_s += time.perf_counter() - started
+            self._memory.busy_s += time.perf_counter() - started
         return record
 
     def finish(self, model: nn.Module) -> MergeRecord | None:
@@ -194,7 +188,7 @@ class TrajectoryMerger:
         """
         record = self.merge_at_end(model)
         if self.window is not None and self.config.load_merged_at_end:
-            with self._failures.contained("loading the best snapshot", self._last_step or 0):
+            with self._failures.contained("loading the best snapshot", self._memory.last_step or 0):
                 if self.best_snapshot is None:
                     raise FileNotFoundError("load_merged_at_end=True, but no snapshot was published")
                 load_merged(self.best_snapshot, model)
@@ -235,7 +229,7 @@ class TrajectoryMerger:
         total = (
             self.config.evaluations * self.heldout.num_batches("search") + 2 * self.heldout.num_batches("report") + 1
         )
-        self._last_merge_step = step
+        self._memory.last_merge_step = step
         with preserved_rng(), SlowProgress(f"merging at step {step}", total, enabled=self.config.progress) as progress:
 
             def evaluate(weights: np.ndarray, split: Split) -> Evaluation:
@@ -249,7 +243,7 @@ class TrajectoryMerger:
                 raise ValueError(f"the live model's held-out loss on the search split is {live_loss}")
             problem = self._problem(live_loss, step)
             search = self._search(problem, **self.config.search_options)
-            chosen = select(search, problem, lambda weights: evaluate(weights, "search").loss, self._row_losses)
+            chosen = select(search, problem, lambda weights: evaluate(weights, "search").loss, self._memory.row_losses)
             live = evaluate(_live(window.num_weights), "report")
             merged = live if chosen.is_live else evaluate(chosen.weights, "report")
             losses = report_losses(live, merged, set(self.heldout.searched))
@@ -260,9 +254,9 @@ class TrajectoryMerger:
             with self._failures.contained("publishing a snapshot", step):
                 if self.config.publishes:
                     snapshot = self._publish(model, step, chosen, problem, losses)
-        self._previous = chosen.weights.tolist()
-        self._row_losses = {s: loss for s, loss in self._row_losses.items() if s in window.steps}
-        self._history.append((step, losses["merged_loss"]))
+        self._memory.previous = chosen.weights.tolist()
+        self._memory.row_losses = {s: loss for s, loss in self._memory.row_losses.items() if s in window.steps}
+        self._memory.history.append((step, losses["merged_loss"]))
         now = time.perf_counter()
         record = MergeRecord(
             step=step,
@@ -275,7 +269,7 @@ class TrajectoryMerger:
             evaluations=chosen.evaluations,
             forward_equivalents=float(chosen.evaluations),
             seconds=now - started,
-            overhead=(self._busy_s + now - started) / (self._wall_s + now - self._began),
+            overhead=(self._memory.busy_s + now - started) / (self._memory.wall_s + now - self._began),
             window_bytes=window.nbytes,
             search_losses={"live": live_loss, "merged": chosen.loss},
             snapshot=str(snapshot) if snapshot else None,
@@ -292,9 +286,9 @@ class TrajectoryMerger:
         assert self.window is not None
         size = self.window.num_weights
         previous = None
-        if self._previous is not None and len(self._previous) <= size:
+        if self._memory.previous is not None and len(self._memory.previous) <= size:
             # Ages match from the newest row on; a window that has grown since then has older rows of weight 0.
-            previous = np.concatenate([np.zeros(size - len(self._previous)), self._previous])
+            previous = np.concatenate([np.zeros(size - len(self._memory.previous)), self._memory.previous])
         return Problem(
             steps=self.window.steps,
             evaluations=self.config.evaluations - 1,
@@ -334,7 +328,7 @@ class TrajectoryMerger:
         return self._store.publish(step, losses["merged_loss"], write, merge)
 
     def _steps_saved(self, step: int, live_loss: float) -> int:
-        return max((step - past for past, merged in self._history if merged <= live_loss), default=0)
+        return max((step - past for past, merged in self._memory.history if merged <= live_loss), default=0)
 
     # Resuming
 
@@ -343,26 +337,19 @@ class TrajectoryMerger:
 
         Does nothing before the first step.
         """
-        if self.window is None or self._last_step is None:
+        if self.window is None or self._memory.last_step is None:
             return
         started = time.perf_counter()
-        with self._failures.contained("saving the window", self._last_step):
-            memory = {
-                "last_step": self._last_step,
-                "last_merge_step": self._last_merge_step,
-                "previous": self._previous,
-                "row_losses": list(self._row_losses.items()),
-                "history": self._history,
-                "busy_s": self._busy_s,
-                "wall_s": self._wall_s + started - self._began,
-                "snapshots": [vars(entry) for entry in self._store.entries],
-                "heldout": self.heldout.digest,
-            }
-            resume.save_state(Path(folder), self.window, memory)
-        self._busy_s += time.perf_counter() - started
+        with self._failures.contained("saving the window", self._memory.last_step):
+            memory = replace(self._memory, wall_s=self._memory.wall_s + started - self._began)
+            snapshots = [vars(entry) for entry in self._store.entries]
+            extra = {"heldout": self.heldout.digest, "snapshots": snapshots}
+            save_state(Path(folder), self.window, memory, extra)
+        self._memory.busy_s += time.perf_counter() - started
 
     def resume_from(self, folder: Path | None, model: nn.Module, step: int) -> None:
         """:meth:`load_state` for a trainer's resume: if nothing usable is found, say so and start an empty window."""
+        self._metrics.resumed = True
         with self._failures.contained("restoring the window", step):
             if folder is None:
                 raise FileNotFoundError("the checkpoint has no saved window beside it; the window starts empty")
@@ -384,17 +371,12 @@ class TrajectoryMerger:
             return
         self.prepare(model)
         assert self.window is not None
-        memory = resume.load_state(Path(folder), self.window, step)
-        self._last_step = memory["last_step"]
-        self._last_merge_step = memory["last_merge_step"]
-        self._previous = memory["previous"]
-        if memory["heldout"] == self.heldout.digest:
-            self._row_losses = dict(memory["row_losses"])
-            self._history = [(past, loss) for past, loss in memory["history"]]
-            self._store.restore(memory["snapshots"])
+        self._memory, document = load_state(Path(folder), self.window, step)
+        if document["heldout"] == self.heldout.digest:
+            self._store.restore(document["snapshots"])
         else:
             logger.info("the held-out data changed since %s was saved: losses measured before are forgotten", folder)
-        self._busy_s, self._wall_s = memory["busy_s"], memory["wall_s"]
+            self._memory.row_losses, self._memory.history = {}, []
         self._metrics.resumed = True
 
 

@@ -6,6 +6,7 @@ Layout of the folder: ``row-00.safetensors`` ... (one tensor "row" each), and ``
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,38 @@ from .window import CheckpointWindow
 FORMAT_VERSION = 1
 
 
-def save_state(folder: Path, window: CheckpointWindow, memory: dict[str, Any]) -> None:
-    """Write the folder whole; ``memory`` is of plain JSON types."""
+@dataclass
+class Memory:
+    """What merges depend on beside the window's rows, and what their records are computed from.
+
+    Args:
+        last_step: the last optimizer step seen.
+        last_merge_step: the step of the last merge, 0 before the first.
+        previous: the last merge's weights.
+        row_losses: losses of single rows on the search split, by step.
+        history: step and merged loss on the report split of every merge.
+        busy_s: seconds spent in the callback.
+        wall_s: seconds of training before the last resume.
+    """
+
+    last_step: int | None = None
+    last_merge_step: int = 0
+    previous: list[float] | None = None
+    row_losses: dict[int, float] = field(default_factory=dict)
+    history: list[tuple[int, float]] = field(default_factory=list)
+    busy_s: float = 0.0
+    wall_s: float = 0.0
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Memory:
+        """The memory that ``dataclasses.asdict`` gave and JSON has kept: keys were strings, pairs lists."""
+        row_losses = {int(step): loss for step, loss in values["row_losses"].items()}
+        history = [(step, loss) for step, loss in values["history"]]
+        return cls(**{**values, "row_losses": row_losses, "history": history})
+
+
+def save_state(folder: Path, window: CheckpointWindow, memory: Memory, extra: dict[str, Any]) -> None:
+    """Write the folder whole; ``extra`` is of plain JSON types."""
     state = window.state_dict()
     names = [slot.name for slot in window.layout.slots]
     with whole_folder(folder) as temporary:
@@ -27,13 +58,14 @@ def save_state(folder: Path, window: CheckpointWindow, memory: dict[str, Any]) -
         document = {
             "version": FORMAT_VERSION,
             "window": {"steps": state["steps"], "dtype": state["dtype"], "rows": len(state["rows"]), "names": names},
-            "memory": memory,
+            "memory": asdict(memory),
+            **extra,
         }
         (temporary / "state.json").write_text(json.dumps(document), encoding="utf-8")
 
 
-def load_state(folder: Path, window: CheckpointWindow, step: int) -> dict[str, Any]:
-    """Fill the window from a folder of :func:`save_state` and return the memory.
+def load_state(folder: Path, window: CheckpointWindow, step: int) -> tuple[Memory, dict[str, Any]]:
+    """Fill the window from a folder of :func:`save_state`; return the memory, and the document with the extra values.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -51,4 +83,4 @@ def load_state(folder: Path, window: CheckpointWindow, step: int) -> dict[str, A
         raise ValueError(f"{folder} holds checkpoints up to step {saved['steps'][-1]}, but training is at step {step}")
     rows = [load_file(folder / f"row-{index:02d}.safetensors")["row"] for index in range(saved["rows"])]
     window.load_state_dict({"steps": saved["steps"], "rows": rows})
-    return document["memory"]
+    return Memory.from_json(document["memory"]), document
