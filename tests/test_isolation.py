@@ -108,6 +108,15 @@ def test_randomness_inside_is_common_to_all_candidates():
     assert loss.evaluate(model, "search").nll.tolist() == loss.evaluate(model, "search").nll.tolist()
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler: a process started in the background is told to ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_ctrl_c_at_any_moment_leaves_live_weights_bit_exact(heldout):
     """A real SIGINT, many times, at random moments of installing, evaluating and restoring."""
     model = tiny_llama()
