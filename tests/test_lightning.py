@@ -196,6 +196,19 @@ def test_resuming_gives_the_merges_of_an_uninterrupted_run(tmp_path, train, held
             assert getattr(one, name) == getattr(other, name)
 
 
+def test_the_trainers_last_checkpoint_is_of_the_live_model_and_has_its_window(tmp_path, train, heldout):
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=100, save_last=True)  # saves when training ends
+    callback = merging(tmp_path, load_merged_at_end=True)
+    _, module = fit(tmp_path, train, heldout, callback, checkpoint)
+    _, plain = fit(tmp_path / "plain", train, heldout)
+    live = torch.load(tmp_path / "ckpt" / "last.ckpt", weights_only=False)["state_dict"]
+    assert all(torch.equal(value, live[name]) for name, value in plain.state_dict().items())
+    assert (tmp_path / "ckpt" / "last.ckpt.merge" / "step-00000010" / "state.json").exists()
+    best = Module()
+    load_merged(callback.merger.best_snapshot, best)
+    assert same_weights(best, module)
+
+
 def test_the_window_goes_with_its_checkpoint(tmp_path, train, heldout):
     checkpoint = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=2, save_top_k=1, save_last=True)
     trainer, _ = fit(tmp_path, train, heldout, merging(tmp_path), checkpoint)

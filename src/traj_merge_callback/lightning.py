@@ -127,7 +127,12 @@ class TrajMergeCallback(pl.Callback):
         self.merger.step(pl_module, step, skipped=self._loss_scale.skipped)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Merge once more if the last step was not due, and load the best snapshot if asked to."""
+        """Merge once more if the last step was not due. The trainer's last checkpoint is still of the live model."""
+        if self.merger is not None:
+            self.merger.merge_at_end(pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Load the best snapshot if asked to, and release the window."""
         if self.merger is not None:
             self.merger.finish(pl_module)
 
