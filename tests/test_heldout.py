@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_llama
@@ -10,7 +11,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
-from traj_merge_callback import HeldOutLoss
+from traj_merge_callback import CheckpointWindow, HeldOutLoss
 
 
 def ragged_batches(heldout, lengths=(32, 17, 9, 25)):
@@ -223,3 +224,53 @@ def test_a_batch_the_default_cannot_read_names_the_way_out(heldout):
 class Silent(nn.Module):
     def forward(self, **batch):
         return {"logits": batch["input"]}
+
+
+def test_the_gradient_is_that_of_the_token_weighted_loss_and_leaves_no_trace(heldout):
+    model = tiny_llama()
+    model.model.embed_tokens.requires_grad_(False)
+    window = CheckpointWindow(model, 2)
+    loss = HeldOutLoss(ragged_batches(heldout))
+    fired = []
+    parameter = model.model.layers[0].mlp.up_proj.weight
+    parameter.register_hook(lambda gradient: fired.append("hook"))
+    parameter.register_post_accumulate_grad_hook(lambda p: fired.append("post"))  # an optimizer in backward would step
+    parameter.grad = torch.full_like(parameter, 3.0)
+    held = parameter.grad
+    gradient = torch.empty(window.layout.numel)
+    found = loss.evaluate_with_gradient(model, window.layout, gradient)
+    assert found.loss == pytest.approx(loss.evaluate(model, "search").loss, abs=1e-6)
+    assert fired == []
+    assert parameter.grad is held
+    assert torch.equal(held, torch.full_like(parameter, 3.0))
+    assert model.model.layers[0].mlp.up_proj.weight is parameter
+    # Against finite differences in the direction of the gradient and in a random one.
+    double = tiny_llama().double()
+    double.load_state_dict(model.state_dict())
+    double.model.embed_tokens.requires_grad_(False)
+    tensors = window.layout.tensors(double)
+    for direction in (gradient.double(), torch.randn(window.layout.numel, dtype=torch.float64)):
+        direction /= direction.norm()
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for slot, tensor in zip(window.layout.slots, tensors):
+                    tensor.add_(sign * 1e-2 * direction[slot.offset : slot.offset + slot.numel].view(slot.shape))
+                values.append(loss.evaluate(double, "search").loss)
+                double.load_state_dict(model.state_dict())
+        assert (values[0] - values[1]) / 2e-2 == pytest.approx(float(gradient.double() @ direction), abs=1e-3)
+    # And the gradient of the loss with respect to merge weights, which is what it is for.
+    window.push(model, 1)
+    with torch.no_grad():
+        parameter.mul_(4.0)
+    window.push(model, 2)
+
+    def merged(weight):
+        with window.layout.installed(model, window.combine([1 - weight, weight])):
+            return loss.evaluate(model, "search").loss
+
+    with window.layout.installed(model, window.combine([0.5, 0.5])):
+        loss.evaluate_with_gradient(model, window.layout, gradient)
+    slope = window.project(gradient)
+    assert slope[1] - slope[0] == pytest.approx((merged(0.51) - merged(0.49)) / 0.02, rel=2e-2)
+    np.testing.assert_allclose(window.gram()[0, 0], float((3.0 / 4.0 * parameter.detach()).square().sum()), rtol=1e-4)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from traj_merge_callback import HeldOutLoss, TrajectoryMerger, find_snapshot, load_merged, read_merge
+from traj_merge_callback.losses import language_model_nll
 from traj_merge_callback.merger import _passed
 from traj_merge_callback.metrics import MEANINGS
 
@@ -254,6 +255,24 @@ def test_failures_are_logged_once_and_leave_training_alone(loader, train, tmp_pa
     assert len(during) == len(kinds), "each kind of failure is logged once"
     assert any(re.search(message, record.message) for record in during)
     assert any("failures while merging" in record.message for record in caplog.records)
+
+
+def test_auto_takes_gradients_and_goes_on_without_them_where_there_are_none(loader, train, tmp_path, caplog):
+    def detached(model, batch):
+        nll, tokens = language_model_nll(model, batch)
+        return nll.detach(), tokens
+
+    for folder, nll in (("with", None), ("without", detached)):
+        plain = train_steps(tiny_llama(), train, 16)
+        model = tiny_llama()
+        merger = engine(loader, tmp_path / folder, nll=nll, evaluations=12, on_error="raise")
+        train_steps(model, train, 16, lambda step, merger=merger, model=model: merger.step(model, step))
+        assert same_weights(plain, model)
+        for record in merger.records:
+            assert 3 <= record.evaluations <= record.forward_equivalents <= 12
+            assert (record.forward_equivalents > record.evaluations) == (nll is None)
+            assert record.search_losses["merged"] <= record.search_losses["live"]
+    assert len([r for r in caplog.records if "goes on with search='reach'" in r.message]) == 1
 
 
 def test_on_error_raise_lets_failures_through(loader, train, tmp_path):

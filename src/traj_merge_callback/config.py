@@ -18,10 +18,12 @@ class MergeConfig:
         capture_every: optimizer steps between two checkpoints of the window.
         merge_every: optimizer steps between two merges; a multiple of ``capture_every``, so that live is a row.
         start_step: no checkpoint is taken before this step (for instance the end of warm-up).
-        search: how merge weights are chosen: "auto", "gp", "pairwise", "greedy", a recipe ("lawa", "ema", "wma",
-            "wsm", "mwa-loss", "mwa-step", "perplexity", "bema"), a registered name or "package.module:Class".
+        search: how merge weights are chosen: "auto", "surrogate", "reach", "gp", "pairwise", "greedy", a recipe
+            ("lawa", "ema", "wma", "wsm", "mwa-loss", "mwa-step", "perplexity", "bema"), a registered name or
+            "package.module:Class".
         search_options: options of the search or recipe, for instance ``{"decay": 0.9}`` for "ema".
-        evaluations: candidates evaluated on the search split per merge, live included; at least 2.
+        evaluations: what a merge may spend, in forward passes over the search split, live included; a candidate costs
+            1, with its gradient 3; at least 2.
         heldout_batches: batches read of each held-out loader, once, and kept on the CPU.
         search_fraction: share of the held-out sequences that weights are chosen on; the rest is reported on.
         report_only: names of held-out domains that are reported but never searched on.

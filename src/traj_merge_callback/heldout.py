@@ -19,7 +19,7 @@ from .batches import count_sequences, fingerprint, map_tensors, select_sequences
 from .evaluation import Evaluation
 from .isolation import isolated, preserved_rng
 from .losses import Nll, language_model_nll
-from .parameters import unwrap
+from .parameters import ParameterLayout, unwrap
 
 Split = Literal["search", "report"]
 # A standard error needs several independent units, so large batches are cut until each split has about this many.
@@ -131,19 +131,64 @@ class HeldOutLoss:
             Sums per batch in float64. Non-finite losses are returned as they are.
         """
         model = unwrap(model)
-        units = self._units[split]
-        sums: list[tuple[Tensor, Tensor]] = []
         with isolated(model, self._seed):
-            for unit in units:
-                batch = self._to_device(unit.batch) if self._to_device else _to_device_of(model, unit.batch)
-                with self._precision():
-                    nll, tokens = self._nll(model, batch)
-                sums.append((torch.as_tensor(nll).detach(), torch.as_tensor(tokens).detach()))
-                if on_batch is not None:
-                    on_batch()
-            # Fetched at the end, so that the device need not wait for the CPU after every batch.
-            values = np.array([[float(nll), float(tokens)] for nll, tokens in sums])
-        return Evaluation(values[:, 0], values[:, 1], tuple(unit.domain for unit in units))
+            return self._sum(model, split, on_batch, backward=False)
+
+    def evaluate_with_gradient(
+        self,
+        model: nn.Module,
+        layout: ParameterLayout,
+        out: Tensor,
+        *,
+        on_batch: Callable[[], None] | None = None,
+    ) -> Evaluation:
+        """Evaluate on the search split, and write the gradient of its loss in the merged tensors to ``out``.
+
+        Like :meth:`evaluate` it runs in eval mode and leaves no trace; the live gradients are put back untouched. It
+        costs about three forward passes.
+
+        Args:
+            model: the model; wrappers (compile, DDP) are looked through.
+            layout: which tensors, in which order.
+            out: float32, shape ``(layout.numel,)``; gradient of the token-weighted mean loss.
+            on_batch: called after each batch, to show progress.
+
+        Raises:
+            RuntimeError: the loss does not depend on the parameters (an ``nll`` that detaches it, say).
+        """
+        model = unwrap(model)
+        with isolated(model, self._seed, gradients=True):
+            found = self._sum(model, "search", on_batch, backward=True)
+            _flatten_gradients(model, layout, out)
+        out.div_(found.tokens.sum())
+        return found
+
+    def _sum(
+        self, model: nn.Module, split: Split, on_batch: Callable[[], None] | None, *, backward: bool
+    ) -> Evaluation:
+        sums: list[tuple[Tensor, Tensor]] = []
+        for unit in self._units[split]:
+            batch = self._to_device(unit.batch) if self._to_device else _to_device_of(model, unit.batch)
+            with self._precision():
+                nll, tokens = self._nll(model, batch)
+            if backward and float(tokens):
+                torch.as_tensor(nll).backward()
+            sums.append((torch.as_tensor(nll).detach(), torch.as_tensor(tokens).detach()))
+            if on_batch is not None:
+                on_batch()
+        # Fetched at the end, so that the device need not wait for the CPU after every batch.
+        values = np.array([[float(nll), float(tokens)] for nll, tokens in sums])
+        return Evaluation(values[:, 0], values[:, 1], tuple(unit.domain for unit in self._units[split]))
+
+
+def _flatten_gradients(model: nn.Module, layout: ParameterLayout, out: Tensor) -> None:
+    """Write the parameters' gradients to a flat row; buffers have none, and unused parameters a gradient of zero."""
+    for slot, tensor in zip(layout.slots, layout.tensors(model), strict=True):
+        target = out[slot.offset : slot.offset + slot.numel].view(slot.shape)
+        if tensor.grad is None:
+            target.zero_()
+        else:
+            target.copy_(tensor.grad)
 
 
 def _to_device_of(model: nn.Module, batch: Any) -> Any:

@@ -54,8 +54,8 @@ def preserved_rng(seed: int | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def isolated(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Evaluate ``model`` inside: eval mode, no gradients, eager even if compiled, and no trace left behind.
+def isolated(model: nn.Module, seed: int = 0, *, gradients: bool = False) -> Iterator[None]:
+    """Evaluate ``model`` inside: eval mode, eager even if compiled, and no trace left behind.
 
     On leaving, also through an exception or Ctrl-C, these are what they were, bit for bit: the random states; every
     submodule's train/eval flag; every gradient (its very tensor, unread and unwritten); every buffer (evaluation writes
@@ -65,19 +65,24 @@ def isolated(model: nn.Module, seed: int = 0) -> Iterator[None]:
     Args:
         model: the module to evaluate; its submodules are covered.
         seed: random seed inside, so that any randomness of the evaluation is common to all candidates.
+        gradients: whether gradients are recorded inside. The modules then hold stand-ins for trainable parameters,
+            other Parameter objects on the same memory, so that no hook of the live ones fires (DDP, DeepSpeed and
+            optimizers that step during backward have such hooks) and no live gradient changes.
     """
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    saved_gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     with preserved_rng(seed), ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.set_grad_enabled(gradients))
         # A compiled model would otherwise recompile for eval mode, and use up training's share of the recompile limit.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             for module, saved in zip(modules, attributes, strict=True):
                 _work_on_copies(module, saved)
-            for parameter, _ in gradients:
+            for parameter, _ in saved_gradients:
                 parameter.grad = None
+            if gradients:
+                _use_stand_ins(modules)
             model.eval()
             yield
         finally:
@@ -85,7 +90,7 @@ def isolated(model: nn.Module, seed: int = 0) -> Iterator[None]:
                 for module, saved in zip(modules, attributes, strict=True):
                     vars(module).clear()
                     vars(module).update(saved)
-                for parameter, gradient in gradients:
+                for parameter, gradient in saved_gradients:
                     parameter.grad = gradient
 
 
@@ -101,3 +106,15 @@ def _work_on_copies(module: nn.Module, saved: dict[str, Any]) -> None:
             attributes[name] = value.clone()
         elif type(value) in _CONTAINERS:
             attributes[name] = copy.copy(value)
+
+
+def _use_stand_ins(modules: list[nn.Module]) -> None:
+    stand_ins: dict[int, nn.Parameter] = {}
+
+    def stand_in(parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or not parameter.requires_grad:
+            return parameter
+        return stand_ins.setdefault(id(parameter), nn.Parameter(parameter.data))
+
+    for module in modules:
+        vars(module)["_parameters"] = {name: stand_in(parameter) for name, parameter in module._parameters.items()}

@@ -234,7 +234,7 @@ class _ValidationStep:
             )
         has_labels = isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor)
         weight = count_targets(pl_module, batch) if has_labels else count_sequences(batch)
-        return loss.detach().float().mean() * weight if weight else torch.zeros(()), weight
+        return loss.float().mean() * weight if weight else torch.zeros(()), weight
 
 
 # Resuming: the window beside the trainer's checkpoint

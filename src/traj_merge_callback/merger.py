@@ -102,6 +102,7 @@ class TrajectoryMerger:
                 seed=self.config.seed,
             )
         self._memory = Memory()
+        self._without_gradients = False
         self._began = time.perf_counter()
 
     def prepare(self, model: nn.Module) -> None:
@@ -242,8 +243,14 @@ class TrajectoryMerger:
             if not math.isfinite(live_loss):
                 raise ValueError(f"the live model's held-out loss on the search split is {live_loss}")
             problem = self._problem(live_loss, step)
-            search = self._search(problem, **self.config.search_options)
-            chosen = select(search, problem, lambda weights: evaluate(weights, "search").loss, self._memory.row_losses)
+
+            def evaluate_candidate(weights: np.ndarray, with_gradient: bool) -> tuple[float, np.ndarray | None]:
+                if not with_gradient:
+                    return evaluate(weights, "search").loss, None
+                with window.layout.installed(model, window.combine(weights)):
+                    return self._evaluate_with_gradient(model, progress)
+
+            chosen = self._select(problem, evaluate_candidate)
             live = evaluate(_live(window.num_weights), "report")
             merged = live if chosen.is_live else evaluate(chosen.weights, "report")
             losses = report_losses(live, merged, set(self.heldout.searched))
@@ -267,7 +274,7 @@ class TrajectoryMerger:
             **losses,
             steps_saved=self._steps_saved(step, losses["live_loss"]),
             evaluations=chosen.evaluations,
-            forward_equivalents=float(chosen.evaluations),
+            forward_equivalents=float(chosen.forward_equivalents),
             seconds=now - started,
             overhead=(self._memory.busy_s + now - started) / (self._memory.wall_s + now - self._began),
             window_bytes=window.nbytes,
@@ -281,6 +288,33 @@ class TrajectoryMerger:
             if self._log is not None:
                 self._log(record)
         return record
+
+    def _evaluate_with_gradient(self, model: nn.Module, progress: SlowProgress) -> tuple[float, np.ndarray]:
+        window = self.window
+        assert window is not None
+        gradient = torch.empty(window.layout.numel)
+        found = self.heldout.evaluate_with_gradient(model, window.layout, gradient, on_batch=progress.advance)
+        return found.loss, window.project(gradient)
+
+    def _select(
+        self, problem: Problem, evaluate: Callable[[np.ndarray, bool], tuple[float, np.ndarray | None]]
+    ) -> Selection:
+        """Run the search; ``auto`` does without gradients from the first time they cannot be had."""
+        if not (self.config.search == "auto" and self._without_gradients):
+            try:
+                search = self._search(problem, **self.config.search_options)
+                return select(search, problem, evaluate, self._memory.row_losses)
+            except Exception as error:
+                if self.config.search != "auto":
+                    raise
+                logger.warning(
+                    "auto found no gradients of the held-out loss (%s: %s); it goes on with search='reach', which "
+                    "needs none and finds a little less",
+                    type(error).__name__,
+                    error,
+                )
+                self._without_gradients = True
+        return select(resolve_search("reach")(problem), problem, evaluate, self._memory.row_losses)
 
     def _problem(self, live_loss: float, step: int) -> Problem:
         assert self.window is not None
@@ -296,6 +330,7 @@ class TrajectoryMerger:
             previous=previous,
             seed=self.config.seed + step,
             running_sums=size - len(self.window),
+            gram=self.window.gram() if getattr(self._search, "needs_gradients", False) else None,
         )
 
     def _publish(

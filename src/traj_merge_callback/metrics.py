@@ -49,7 +49,7 @@ class MergeRecord:
             error is None when there are too few held-out batches for one.
         steps_saved: see ``MEANINGS``.
         evaluations: candidates evaluated on the search split.
-        forward_equivalents: their cost in passes over the search split (a forward is 1).
+        forward_equivalents: their cost in passes over the search split (a forward is 1, with a gradient 3).
         seconds, overhead, window_bytes: see ``MEANINGS``.
         search_losses: live and merged loss on the search split, the optimistic numbers the choice was made by.
         domains: per named domain ``{"live_loss", "merged_loss", "gain", "gain_stderr"}``.

@@ -177,6 +177,20 @@ class CheckpointWindow:
         products[:-1] += products[-1]
         return products
 
+    @torch.no_grad()
+    def gram(self) -> np.ndarray:
+        """Inner products of the rows' deltas to the newest row, shape ``(num_weights, num_weights)``, in float64.
+
+        ``d' G d`` with merge weights' differences ``d`` that sum to 0 is the squared distance between two merges.
+        """
+        rows = self._rows()
+        products = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+        for part in self._chunks():
+            newest = rows[-1][part].float()
+            deltas = torch.stack([row[part].float() - newest for row in rows])
+            products += (deltas @ deltas.T).double()
+        return products.numpy()
+
     def _chunks(self) -> Iterator[slice]:
         for start in range(0, self.layout.numel, _CHUNK):
             yield slice(start, min(start + _CHUNK, self.layout.numel))

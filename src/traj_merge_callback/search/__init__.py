@@ -34,11 +34,13 @@ class Problem:
 
     Args:
         steps: optimizer steps of the window's rows, oldest first; the last one is live.
-        evaluations: how many candidates may be evaluated, live not counted.
+        evaluations: what may be spent, in forward passes over the search split: a candidate costs 1, with its gradient
+            3. Live is evaluated beside that.
         live_loss: loss of live on the search split, in nats per token.
         previous: the last merge's weights, shape ``(size,)``, aligned so that ages match; None at the first merge.
         seed: for the search's own random numbers; differs from merge to merge.
         running_sums: number of rows in front of the window that are no checkpoints (BEMA's two), else 0.
+        gram: inner products of the rows' deltas to live, shape ``(size, size)``, for searches that take gradients.
     """
 
     steps: tuple[int, ...]
@@ -47,6 +49,7 @@ class Problem:
     previous: np.ndarray | None = None
     seed: int = 0
     running_sums: int = 0
+    gram: np.ndarray | None = None
 
     @property
     def size(self) -> int:
@@ -61,7 +64,12 @@ class Problem:
 
 
 class Search(Protocol):
-    """The protocol: built as ``Search(problem, **search_options)`` for each merge, then asked and told in turn."""
+    """The protocol: built as ``Search(problem, **search_options)`` for each merge, then asked and told in turn.
+
+    A class with ``needs_gradients = True`` gets ``problem.gram``; while its attribute ``wants_gradient`` is true,
+    ``tell`` has a third argument, the gradient of the loss with respect to the merge weights, shape
+    ``(problem.size,)``, known up to a constant that weights which sum to 1 do not feel.
+    """
 
     def ask(self) -> np.ndarray | None:
         """The next candidate, shape ``(problem.size,)``, summing to 1; None when there is nothing left to try."""
@@ -73,7 +81,9 @@ class Search(Protocol):
 SearchFactory = Callable[..., Search]
 
 _BUILT_IN = {
-    "auto": "gp:AutoSearch",
+    "auto": "surrogate:SurrogateSearch",
+    "surrogate": "surrogate:SurrogateSearch",
+    "reach": "gp:ReachSearch",
     "gp": "gp:GaussianProcessSearch",
     "pairwise": "gp:PairwiseSearch",
     "greedy": "greedy:GreedySearch",

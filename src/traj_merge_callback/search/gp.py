@@ -87,8 +87,8 @@ class GaussianProcessSearch(_BayesianSearch):
         return point
 
 
-class AutoSearch(_BayesianSearch):
-    """The default: Bayesian optimisation over two numbers, how long the merge reaches back and how sharply it ends.
+class ReachSearch(_BayesianSearch):
+    """Bayesian optimisation over two numbers: how far the merge reaches back and how sharply it ends.
 
     The merge duration matters more than anything else (WSM, arXiv 2507.17634), and a Gaussian process finds its way in
     two dimensions where it is lost in k - 1. Candidates are stretched exponentials of the age i (0 is live),
