@@ -17,6 +17,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    set_seed,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -85,6 +86,7 @@ def main() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    set_seed(0)
     started = time.perf_counter()
     train, heldout = split_blocks(python_source() + cpp_headers()[:1500], length=128)
     _, reference = split_blocks(language_reference(), length=128, heldout_every=2)
