@@ -88,6 +88,12 @@ def test_proposed_weights_sum_to_one_and_stay_within_bounds(seed):
         assert -1.01 <= weights.min() <= weights.max() <= 2.01
 
 
+def test_equal_rows_leave_nothing_to_search_for():
+    chosen, seen = run("surrogate", lambda w: 1.0, 12, gram=np.zeros((8, 8)), gradient=lambda w: np.zeros(8))
+    assert seen == []
+    assert chosen.is_live
+
+
 def test_a_loss_that_is_not_finite_ends_the_search():
     _, gradient, gram, _ = landscape(0)
     losses = iter([1.0] + [np.nan] * 20)

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from .candidates import Candidates
 from .config import MergeConfig
 from .evaluation import Evaluation
 from .failures import Failures
-from .heldout import HeldOutLoss, Split
+from .heldout import HeldOutLoss
 from .isolation import preserved_rng
 from .losses import Nll
 from .metrics import MergeRecord, MetricsFile, report_losses
@@ -27,7 +28,7 @@ from .parameters import unwrap
 from .progress import SlowProgress
 from .resume import Memory, load_state, save_state
 from .search import Problem, resolve_search
-from .selection import Selection, is_row, select
+from .selection import Selection, select
 from .snapshots import SnapshotStore
 from .weights import load_merged, save_weights, weights_format
 from .window import CheckpointWindow
@@ -232,27 +233,14 @@ class TrajectoryMerger:
         )
         self._memory.last_merge_step = step
         with preserved_rng(), SlowProgress(f"merging at step {step}", total, enabled=self.config.progress) as progress:
-
-            def evaluate(weights: np.ndarray, split: Split) -> Evaluation:
-                if is_row(weights, len(weights) - 1):
-                    return self.heldout.evaluate(model, split, on_batch=progress.advance)
-                with window.layout.installed(model, window.combine(weights)):
-                    return self.heldout.evaluate(model, split, on_batch=progress.advance)
-
-            live_loss = evaluate(_live(window.num_weights), "search").loss
+            candidates = Candidates(model, window, self.heldout, progress.advance)
+            live_loss = candidates.evaluate(candidates.live, "search").loss
             if not math.isfinite(live_loss):
                 raise ValueError(f"the live model's held-out loss on the search split is {live_loss}")
             problem = self._problem(live_loss, step)
-
-            def evaluate_candidate(weights: np.ndarray, with_gradient: bool) -> tuple[float, np.ndarray | None]:
-                if not with_gradient:
-                    return evaluate(weights, "search").loss, None
-                with window.layout.installed(model, window.combine(weights)):
-                    return self._evaluate_with_gradient(model, progress)
-
-            chosen = self._select(problem, evaluate_candidate)
-            live = evaluate(_live(window.num_weights), "report")
-            merged = live if chosen.is_live else evaluate(chosen.weights, "report")
+            chosen = self._select(problem, candidates)
+            live = candidates.evaluate(candidates.live, "report")
+            merged = live if chosen.is_live else candidates.evaluate(chosen.weights, "report")
             losses = report_losses(live, merged, set(self.heldout.searched))
             if not math.isfinite(losses["gain"]):
                 raise ValueError(f"the held-out loss on the report split is not finite: {losses}")
@@ -289,32 +277,24 @@ class TrajectoryMerger:
                 self._log(record)
         return record
 
-    def _evaluate_with_gradient(self, model: nn.Module, progress: SlowProgress) -> tuple[float, np.ndarray]:
-        window = self.window
-        assert window is not None
-        gradient = torch.empty(window.layout.numel)
-        found = self.heldout.evaluate_with_gradient(model, window.layout, gradient, on_batch=progress.advance)
-        return found.loss, window.project(gradient)
-
-    def _select(
-        self, problem: Problem, evaluate: Callable[[np.ndarray, bool], tuple[float, np.ndarray | None]]
-    ) -> Selection:
+    def _select(self, problem: Problem, candidates: Candidates) -> Selection:
         """Run the search; ``auto`` does without gradients from the first time they cannot be had."""
+        row_losses = self._memory.row_losses
         if not (self.config.search == "auto" and self._without_gradients):
             try:
                 search = self._search(problem, **self.config.search_options)
-                return select(search, problem, evaluate, self._memory.row_losses)
+                return select(search, problem, candidates.search_loss, row_losses)
             except Exception as error:
                 if self.config.search != "auto":
                     raise
                 logger.warning(
-                    "auto found no gradients of the held-out loss (%s: %s); it goes on with search='reach', which "
-                    "needs none and finds a little less",
+                    "auto could not search with gradients of the held-out loss (%s: %s); it goes on with "
+                    "search='reach', which needs none and finds a little less",
                     type(error).__name__,
                     error,
                 )
                 self._without_gradients = True
-        return select(resolve_search("reach")(problem), problem, evaluate, self._memory.row_losses)
+        return select(resolve_search("reach")(problem), problem, candidates.search_loss, row_losses)
 
     def _problem(self, live_loss: float, step: int) -> Problem:
         assert self.window is not None
@@ -418,9 +398,3 @@ class TrajectoryMerger:
 def _passed(every: int, previous: int, step: int) -> bool:
     """Whether a multiple of ``every`` lies in ``(previous, step]``: also true if the exact step was skipped."""
     return step // every > previous // every
-
-
-def _live(size: int) -> np.ndarray:
-    weights = np.zeros(size)
-    weights[-1] = 1.0
-    return weights

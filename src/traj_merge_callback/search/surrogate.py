@@ -52,7 +52,8 @@ class SurrogateSearch:
         self._budget = problem.evaluations
         self._observations = [Observation(self._to_point(problem.row(age=0)), problem.live_loss)]
         self._next = ema(problem.size, decay=0.35) if problem.previous is None else problem.previous
-        self._done = False
+        # Rows that are all equal leave nothing to search for.
+        self._done = not extents[-1] > 0
         self.wants_gradient = self._budget >= 3
 
     def ask(self) -> np.ndarray | None:
