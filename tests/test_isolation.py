@@ -146,6 +146,27 @@ def test_a_ctrl_c_at_any_moment_leaves_live_weights_bit_exact(heldout):
     assert interrupted == 40
 
 
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_waits_for_the_batch_and_the_second_one_does_not(presses):
+    model = nn.Linear(4, 1)
+    seen = []
+
+    def nll(model, x):
+        for press in range(presses):
+            os.kill(os.getpid(), signal.SIGINT)
+            seen.append(f"pressed {press + 1}")
+        seen.append("end of the batch")
+        return model(x).sum(), 1
+
+    with pytest.raises(KeyboardInterrupt):
+        HeldOutLoss(list(torch.randn(8, 2, 4)), nll=nll).evaluate(model, "search")
+    assert seen == (["pressed 1", "end of the batch"] if presses == 1 else ["pressed 1"])
+    assert model.training
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    HeldOutLoss(list(torch.randn(8, 2, 4)), nll=lambda model, x: (0.0, 1)).evaluate(model, "search")  # nothing is left
+
+
 @pytest.mark.parametrize("compile_all", [True, False])
 def test_a_compiled_model_is_evaluated_without_recompiling(heldout, compile_all):
     torch._dynamo.reset()

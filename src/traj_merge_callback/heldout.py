@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .batches import count_sequences, fingerprint, map_tensors, select_sequences
 from .evaluation import Evaluation
+from .interrupts import raise_pending_interrupt
 from .isolation import isolated, preserved_rng
 from .losses import Nll, language_model_nll
 from .parameters import ParameterLayout, unwrap
@@ -168,6 +169,7 @@ class HeldOutLoss:
     ) -> Evaluation:
         sums: list[tuple[Tensor, Tensor]] = []
         for unit in self._units[split]:
+            raise_pending_interrupt()
             batch = self._to_device(unit.batch) if self._to_device else _to_device_of(model, unit.batch)
             with self._precision():
                 nll, tokens = self._nll(model, batch)

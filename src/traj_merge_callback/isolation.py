@@ -43,14 +43,13 @@ def preserved_rng(seed: int | None = None) -> Iterator[None]:
                 torch.mps.manual_seed(seed)
         yield
     finally:
-        with delayed_interrupts():
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-            torch.set_rng_state(cpu_state)
-            if cuda_states is not None:
-                torch.cuda.set_rng_state_all(cuda_states)
-            if mps_state is not None:
-                torch.mps.set_rng_state(mps_state)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(cpu_state)
+        if cuda_states is not None:
+            torch.cuda.set_rng_state_all(cuda_states)
+        if mps_state is not None:
+            torch.mps.set_rng_state(mps_state)
 
 
 @contextmanager
@@ -60,7 +59,8 @@ def isolated(model: nn.Module, seed: int = 0, *, gradients: bool = False) -> Ite
     On leaving, also through an exception or Ctrl-C, these are what they were, bit for bit: the random states; every
     submodule's train/eval flag; every gradient (its very tensor, unread and unwritten); every buffer (evaluation writes
     to copies); and every attribute of every submodule that is a tensor, or a plain list, dict or set (one level deep),
-    which covers caches and torchmetrics states. Weights are not written by a forward without gradients.
+    which covers caches and torchmetrics states. Weights are not written by a forward without gradients. Inside, a
+    Ctrl-C waits for :func:`raise_pending_interrupt` or for the end of the block.
 
     Args:
         model: the module to evaluate; its submodules are covered.
@@ -72,7 +72,7 @@ def isolated(model: nn.Module, seed: int = 0, *, gradients: bool = False) -> Ite
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
     saved_gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    with preserved_rng(seed), ExitStack() as stack:
+    with delayed_interrupts(), preserved_rng(seed), ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(gradients))
         # A compiled model would otherwise recompile for eval mode, and use up training's share of the recompile limit.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -86,12 +86,11 @@ def isolated(model: nn.Module, seed: int = 0, *, gradients: bool = False) -> Ite
             model.eval()
             yield
         finally:
-            with delayed_interrupts():
-                for module, saved in zip(modules, attributes, strict=True):
-                    vars(module).clear()
-                    vars(module).update(saved)
-                for parameter, gradient in saved_gradients:
-                    parameter.grad = gradient
+            for module, saved in zip(modules, attributes, strict=True):
+                vars(module).clear()
+                vars(module).update(saved)
+            for parameter, gradient in saved_gradients:
+                parameter.grad = gradient
 
 
 def _work_on_copies(module: nn.Module, saved: dict[str, Any]) -> None:

@@ -122,25 +122,26 @@ class ParameterLayout:
         views = self.views(row)
         live: list[tuple[Tensor, Tensor]] = []
         replaced: list[tuple[_BufferPlace, Tensor | None]] = []
-        try:
-            for slot, tensor in zip(self.slots, tensors, strict=True):
-                merged = views[slot.name].to(device=tensor.device, dtype=tensor.dtype)
-                if slot.is_parameter:
-                    live.append((tensor, tensor.data))
-                    tensor.data = merged
-            for name, places in buffers.items():
-                if (view := views.get(clean_name(name))) is None:
-                    continue
-                for place in places:
-                    buffer = place.module._buffers[place.name]
-                    assert buffer is not None
-                    replaced.append((place, buffer))
-                    place.module._buffers[place.name] = view.to(device=buffer.device, dtype=buffer.dtype, copy=True)
-            # Autocast keeps low-precision copies of weights by tensor identity, and these tensors just changed content.
-            torch.clear_autocast_cache()
-            yield
-        finally:
-            with delayed_interrupts():
+        with delayed_interrupts():
+            try:
+                for slot, tensor in zip(self.slots, tensors, strict=True):
+                    merged = views[slot.name].to(device=tensor.device, dtype=tensor.dtype)
+                    if slot.is_parameter:
+                        live.append((tensor, tensor.data))
+                        tensor.data = merged
+                for name, places in buffers.items():
+                    if (view := views.get(clean_name(name))) is None:
+                        continue
+                    for place in places:
+                        buffer = place.module._buffers[place.name]
+                        assert buffer is not None
+                        replaced.append((place, buffer))
+                        merged = view.to(device=buffer.device, dtype=buffer.dtype, copy=True)
+                        place.module._buffers[place.name] = merged
+                # Autocast keeps low-precision copies of weights by tensor identity, and these just changed content.
+                torch.clear_autocast_cache()
+                yield
+            finally:
                 for tensor, data in live:
                     tensor.data = data
                 for place, buffer in replaced:
