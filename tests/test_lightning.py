@@ -105,6 +105,8 @@ def test_the_run_is_untouched_and_its_own_logs_are_complete(tmp_path, train, hel
     # Gradient accumulation: steps are optimizer steps. The last step is merged although it was not due.
     assert [record.step for record in callback.merger.records] == [4, 8, 10]
     assert [int(row["step"]) for row in rows(tmp_path / "merging", merges=True)] == [4, 8, 10]
+    # The search took gradients through the module's own validation_step.
+    assert all(record.forward_equivalents > record.evaluations for record in callback.merger.records)
 
 
 def test_metrics_reach_every_logger_and_the_callbacks_that_monitor_them(tmp_path, train, heldout):

@@ -341,7 +341,8 @@ def test_another_runs_metrics_are_set_aside_and_a_resumed_runs_continue(loader, 
     assert len(resumed._store.entries) >= 2
 
 
-def test_a_peft_run_keeps_and_publishes_only_the_adapter(loader, train, tmp_path):
+@pytest.mark.parametrize("search", ["lawa", "surrogate"])
+def test_a_peft_run_keeps_and_publishes_only_the_adapter(loader, train, tmp_path, search):
     peft = pytest.importorskip("peft")
 
     def adapted(seed):
@@ -351,7 +352,7 @@ def test_a_peft_run_keeps_and_publishes_only_the_adapter(loader, train, tmp_path
 
     plain = train_steps(adapted(0), train, 17)
     model = adapted(0)
-    merger = engine(loader, tmp_path, search="lawa", on_error="raise")
+    merger = engine(loader, tmp_path, search=search, on_error="raise")
     train_steps(model, train, 17, lambda step: merger.step(model, step))
     assert merger.window.layout.numel == sum(p.numel() for p in model.parameters() if p.requires_grad)
     merger.finish(model)
@@ -372,7 +373,8 @@ def test_gradient_checkpointing_and_autocast_leave_training_alone(loader, train,
         model.gradient_checkpointing_enable()
         model.train()
         precision = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
-        merger = engine(loader, tmp_path, precision=precision, on_error="raise") if merging else None
+        options = {"precision": precision, "search": "surrogate", "on_error": "raise"}
+        merger = engine(loader, tmp_path, **options) if merging else None
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         for step in range(1, 17):
             batch = train.blocks[torch.randint(len(train), (8,))]

@@ -76,6 +76,7 @@ def test_the_run_is_untouched_and_its_own_logs_are_complete(tmp_path, train, hel
     assert own_logs(trainer) == own_logs(plain)
     # Gradient accumulation: steps are optimizer steps. The last step is merged although it was not due.
     assert merges(trainer).keys() == {4, 8, 10}
+    assert all(record.forward_equivalents > record.evaluations for record in callback.merger.records)
     # What is logged at a step is in the checkpoint of that step.
     state = json.loads((tmp_path / "merging" / "checkpoint-8" / "trainer_state.json").read_text())
     assert [log["step"] for log in state["log_history"] if "merge/loss" in log] == [4, 8]
