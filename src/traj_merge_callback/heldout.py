@@ -185,8 +185,7 @@ class HeldOutLoss:
 
 def _flatten_gradients(model: nn.Module, layout: ParameterLayout, out: Tensor) -> None:
     """Write the parameters' gradients to a flat row; buffers have none, and unused parameters a gradient of zero."""
-    for slot, tensor in zip(layout.slots, layout.tensors(model), strict=True):
-        target = out[slot.offset : slot.offset + slot.numel].view(slot.shape)
+    for target, tensor in zip(layout.views(out).values(), layout.tensors(model), strict=True):
         if tensor.grad is None:
             target.zero_()
         else:

@@ -280,7 +280,7 @@ class TrajectoryMerger:
     def _select(self, problem: Problem, candidates: Candidates) -> Selection:
         """Run the search; ``auto`` does without gradients from the first time they cannot be had."""
         row_losses = self._memory.row_losses
-        if not (self.config.search == "auto" and self._without_gradients):
+        if not self._without_gradients:
             try:
                 search = self._search(problem, **self.config.search_options)
                 return select(search, problem, candidates.search_loss, row_losses)
@@ -303,6 +303,7 @@ class TrajectoryMerger:
         if self._memory.previous is not None and len(self._memory.previous) <= size:
             # Ages match from the newest row on; a window that has grown since then has older rows of weight 0.
             previous = np.concatenate([np.zeros(size - len(self._memory.previous)), self._memory.previous])
+        takes_gradients = getattr(self._search, "needs_gradients", False) and not self._without_gradients
         return Problem(
             steps=self.window.steps,
             evaluations=self.config.evaluations - 1,
@@ -310,7 +311,7 @@ class TrajectoryMerger:
             previous=previous,
             seed=self.config.seed + step,
             running_sums=size - len(self.window),
-            gram=self.window.gram() if getattr(self._search, "needs_gradients", False) else None,
+            gram=self.window.gram() if takes_gradients else None,
         )
 
     def _publish(

@@ -106,7 +106,7 @@ class ParameterLayout:
         return [tensor for _, tensor, _ in found]
 
     def views(self, row: Tensor) -> dict[str, Tensor]:
-        """The named, shaped views of a flat row of shape ``(numel,)``."""
+        """The named, shaped views of a flat row of shape ``(numel,)``, in the order of ``slots``."""
         return {slot.name: row[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in self.slots}
 
     @contextmanager

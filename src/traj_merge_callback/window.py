@@ -104,8 +104,7 @@ class CheckpointWindow:
             raise ValueError(f"step={step} is not after the newest checkpoint's step {self._steps[-1]}")
         tensors = self.layout.tensors(model)
         row = self._matrix[self._extra + self._pushed % self.size]
-        for slot, tensor in zip(self.layout.slots, tensors, strict=True):
-            target = row[slot.offset : slot.offset + slot.numel].view(slot.shape)
+        for target, tensor in zip(self.layout.views(row).values(), tensors, strict=True):
             target.copy_(tensor, non_blocking=tensor.is_cuda)
         for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
             torch.cuda.current_stream(device).synchronize()

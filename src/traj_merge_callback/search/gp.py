@@ -101,11 +101,11 @@ class ReachSearch(_BayesianSearch):
         self._ages = np.arange(problem.size - 1, -1, -1.0)
         longest = 4.0 * problem.size
         self._points_of: dict[bytes, list[float]] = {}
-        self._box = [(np.log(0.4), np.log(longest)), (np.log(0.5), np.log(4.0))]
+        box = [(np.log(0.4), np.log(longest)), (np.log(0.5), np.log(4.0))]
         # As (tau, p); the second is EMA with a decay of 0.8.
         family = [(longest, 2.0), (-1 / np.log(0.8), 1.0), (problem.size / 2, 2.0), (1.5, 1.0)]
         first = [self._to_weights([float(np.log(tau)), float(np.log(power))]) for tau, power in family]
-        super().__init__(problem, self._box, first if problem.previous is None else [*first, problem.previous])
+        super().__init__(problem, box, first if problem.previous is None else [*first, problem.previous])
 
     def _to_weights(self, point: list[float]) -> np.ndarray:
         weights = self._family(*point)
