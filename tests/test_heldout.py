@@ -100,6 +100,11 @@ def test_domains_are_named_and_the_whole_is_token_weighted(heldout, train):
     assert found.loss == pytest.approx((2 * a.loss + b.loss) / 3)
 
 
+def test_domain_names_need_not_be_strings(heldout, train):
+    loss = HeldOutLoss({0: DataLoader(heldout, batch_size=8), 1: DataLoader(train, batch_size=4)})
+    assert set(loss.evaluate(tiny_llama(), "search").domains) == {"0", "1"}
+
+
 def test_a_report_only_domain_is_never_searched_on(heldout, train):
     loaders = {"a": DataLoader(heldout, batch_size=8), "b": DataLoader(train, batch_size=4)}
     loss = HeldOutLoss(loaders, report_only=["b"])

@@ -147,6 +147,22 @@ def test_named_domains_and_an_nll_of_ones_own(tmp_path, train, heldout):
     assert record.merged_loss == record.domains["code"]["merged_loss"]
 
 
+class TwoLoaders(Module):
+    def val_dataloader(self):
+        return [DataLoader(blocks, batch_size=8) for blocks in self.heldout]
+
+    def validation_step(self, batch, batch_idx, dataloader_idx):
+        return self.model(**batch).loss
+
+
+def test_several_validation_loaders_are_named_by_their_index(tmp_path, train, heldout):
+    module = TwoLoaders()
+    module.heldout = (heldout, train)
+    callback = merging(tmp_path)
+    fit(tmp_path, train, None, callback, module=module)
+    assert callback.merger.records[-1].domains.keys() == {"0", "1"}
+
+
 def test_a_snapshot_loads_into_the_module_and_as_a_lightning_checkpoint(tmp_path, train, heldout):
     callback = merging(tmp_path, save_ckpt=True, load_merged_at_end=True)
     _, trained = fit(tmp_path, train, heldout, callback, module=Module(dropout=0.05))

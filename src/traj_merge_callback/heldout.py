@@ -73,19 +73,19 @@ class HeldOutLoss:
         self._precision = precision
         self._to_device = to_device
         self._seed = seed
-        loaders = dict(heldout) if isinstance(heldout, Mapping) else {"heldout": heldout}
+        named = heldout if isinstance(heldout, Mapping) else {"heldout": heldout}
+        loaders = {str(name): loader for name, loader in named.items()}
         self.report_only = frozenset(report_only)
         if unknown := self.report_only - loaders.keys():
             raise ValueError(f"report_only={sorted(unknown)} are not among the held-out domains {sorted(loaders)}")
         self.searched = frozenset(loaders) - self.report_only
         if not self.searched:
             raise ValueError(f"report_only={sorted(self.report_only)} leaves no domain to search on")
-        self.domains = tuple(str(name) for name in loaders)
         self._units: dict[Split, list[_Unit]] = {"search": [], "report": []}
         self._digest = hashlib.sha256()
         for name, loader in loaders.items():
             fraction = 0.0 if name in self.report_only else search_fraction
-            self._deal(str(name), _read(name, loader, batches, seed), fraction)
+            self._deal(name, _read(name, loader, batches, seed), fraction)
         for split, units in self._units.items():
             if not any(unit.domain in self.searched for unit in units):
                 raise ValueError(

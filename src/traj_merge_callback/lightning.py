@@ -15,6 +15,7 @@ try:
     from lightning.pytorch.loggers.logger import DummyLogger
     from lightning.pytorch.plugins import CheckpointIO
     from lightning.pytorch.utilities.model_helpers import is_overridden
+    from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 except ImportError as error:
     raise ImportError(
         "traj_merge_callback.lightning needs Lightning: pip install 'traj-merge-callback[lightning]'"
@@ -212,6 +213,9 @@ class _ValidationStep:
                 "pass nll=, a function (module, batch) -> (summed NLL, tokens)"
             )
         self._trainer = trainer
+        # Modules with several validation loaders take a third argument; held-out batches are evaluated as the first's.
+        takes_index = is_param_in_hook_signature(pl_module.validation_step, "dataloader_idx", explicit=True)
+        self._arguments = (0, 0) if takes_index else (0,)
 
     def __call__(self, pl_module: pl.LightningModule, batch: Any) -> tuple[Tensor, int]:
         logged: dict[str, Any] = {}
@@ -221,7 +225,7 @@ class _ValidationStep:
         vars(pl_module)["log_dict"] = lambda values, *args, **kwargs: logged.update(values)
         self._trainer.loggers = [DummyLogger() for _ in loggers]
         try:
-            output = pl_module.validation_step(batch, 0)
+            output = pl_module.validation_step(batch, *self._arguments)
         finally:
             self._trainer.loggers = loggers
         loss = output.get("loss") if isinstance(output, Mapping) else output
