@@ -6,13 +6,15 @@ import sys
 import numpy as np
 import pytest
 
-from traj_merge_callback import Problem, available_searches, register_search
+from traj_merge_callback import Evaluation, Problem, available_searches, register_search
+from traj_merge_callback.evaluation import Gradient
+from traj_merge_callback.objective import Objective
 from traj_merge_callback.search import _registered, resolve_search
-from traj_merge_callback.selection import select
+from traj_merge_callback.selection import Selection, select
 
 STEPS = tuple(range(50, 450, 50))
 # These extrapolate; BEMA needs running sums beside the window as well: see test_merger.
-ON_THE_SIMPLEX = sorted(set(available_searches()) - {"bema", "surrogate", "auto"})
+ON_THE_SIMPLEX = sorted(set(available_searches()) - {"bema", "surrogate", "trajectory", "auto"})
 
 
 def quadratic(target):
@@ -20,17 +22,39 @@ def quadratic(target):
     return lambda weights: 1.0 + float(np.square(np.asarray(weights) - target).sum())
 
 
+def evaluation(*losses):
+    """An evaluation with one batch of one token for each loss."""
+    return Evaluation(np.array(losses), np.ones(len(losses)), ("",) * len(losses), tuple(range(len(losses))))
+
+
+def measuring(loss, seen, gradient=None):
+    """What ``select`` evaluates candidates with: one batch, one token."""
+
+    def measure(weights, with_gradient, parts, abandon):
+        seen.append(weights)
+        found = evaluation(loss(weights))
+        abandon(found)
+        return found, Gradient(np.array([gradient(weights)]), np.ones(1), ("",)) if with_gradient else None
+
+    return measure
+
+
 def run(name, loss, evaluations=12, previous=None, row_losses=None, steps=STEPS, gram=None, gradient=None, **options):
     seen = []
-
-    def evaluate(weights, with_gradient):
-        seen.append(weights)
-        return loss(weights), gradient(weights) if with_gradient else None
-
-    live = np.eye(len(steps))[-1]
-    problem = Problem(steps, evaluations - 1, loss(live), previous, seed=1, gram=gram)
+    live_is_row, memory = options.pop("live_is_row", True), options.pop("memory", {})
+    live = loss(np.eye(len(steps))[-1]) if live_is_row else options.pop("live_loss")
+    problem = Problem(
+        steps, evaluations - 1, Objective.single(live), previous, 1, live_is_row=live_is_row, gram=gram, memory=memory
+    )
     search = resolve_search(name, options)(problem, **options)
-    return select(search, problem, evaluate, {} if row_losses is None else row_losses), seen
+    start = Selection(None, live, evaluation(live))
+    chosen = select(search, problem, measuring(loss, seen, gradient), start, {} if row_losses is None else row_losses)
+    return chosen, seen
+
+
+def weights_of(chosen, size=8):
+    """The chosen weights, those of live if live itself was chosen."""
+    return np.eye(size)[-1] if chosen.weights is None else chosen.weights
 
 
 @pytest.mark.parametrize("name", ON_THE_SIMPLEX)
@@ -44,13 +68,13 @@ def test_every_search_keeps_its_budget_proposes_merges_and_returns_the_best_it_e
         assert weights.sum() == pytest.approx(1)
         assert weights.min() >= 0
     assert chosen.loss == pytest.approx(min(loss(weights) for weights in candidates))
-    assert loss(chosen.weights) == chosen.loss
+    assert loss(weights_of(chosen)) == chosen.loss
 
 
 @pytest.mark.parametrize("name", ON_THE_SIMPLEX)
 def test_live_wins_where_every_merge_is_worse(name):
     chosen, _ = run(name, quadratic(np.eye(8)[-1]))
-    assert chosen.is_live
+    assert chosen.weights is None
 
 
 @pytest.mark.parametrize(("name", "atol"), [("gp", 0.02), ("reach", 0.02)])
@@ -92,7 +116,7 @@ def test_greedy_spends_a_small_budget_on_the_newest_rows():
 
 def test_recipes_that_need_losses_measure_rows_and_reuse_what_is_known():
     loss = quadratic(np.full(8, 1 / 8))
-    known: dict[int, float] = {}
+    known: dict[int, list[float]] = {}
     first, seen = run("perplexity", loss, row_losses=known, temperature=0.5)
     assert len(seen) == 8
     assert known.keys() == set(STEPS)
@@ -115,7 +139,7 @@ def test_a_candidate_whose_loss_is_not_finite_is_never_chosen():
     for name in ("reach", "gp", "greedy", "lawa", "perplexity"):
         chosen, _ = run(name, loss)
         assert math.isfinite(chosen.loss)
-        assert chosen.weights[0] == 0
+        assert weights_of(chosen)[0] == 0
 
 
 def test_the_same_seed_gives_the_same_search():
@@ -145,7 +169,7 @@ def test_a_search_of_ones_own_by_name_and_by_path():
         for name in ("ten", "my_searches:Ten"):
             chosen, seen = run(name, quadratic(np.full(8, 1 / 8)), concentration=50.0)
             assert len(seen) == 11
-            assert not chosen.is_live
+            assert chosen.weights is not None
     finally:
         del _registered["ten"]
     with pytest.raises(ValueError, match="'gp' is a built-in search"):
@@ -157,8 +181,9 @@ def test_a_search_that_repeats_itself_ends():
         def ask(self):
             return np.full(8, 1 / 8)
 
-    problem = Problem(STEPS, 5, 2.0)
-    chosen = select(Stuck(problem), problem, lambda w, _: (quadratic(np.full(8, 1 / 8))(w), None), {})
+    problem = Problem(STEPS, 5, Objective.single(2.0))
+    measure = measuring(quadratic(np.full(8, 1 / 8)), [])
+    chosen = select(Stuck(problem), problem, measure, Selection(None, 2.0, evaluation(2.0)), {})
     assert chosen.evaluations == 2
 
 
@@ -168,9 +193,9 @@ def test_a_candidate_that_is_no_merge_is_a_clear_error(weights):
         def ask(self):
             return weights
 
-    problem = Problem(STEPS, 5, 2.0)
+    problem = Problem(STEPS, 5, Objective.single(2.0))
     with pytest.raises(ValueError, match="the search proposed weights"):
-        select(Wrong(problem), problem, lambda w, _: (1.0, None), {})
+        select(Wrong(problem), problem, measuring(lambda w: 1.0, []), Selection(None, 2.0, evaluation(2.0)), {})
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_search import run
 
-from traj_merge_callback.search.quadratic import Observation, posterior
+from traj_merge_callback.search.quadratic import Observation, Prior, posterior, quadratic
 
 
 def landscape(seed, k=8, alpha=0.6, coupling=0.05, gain=0.1, cubic=0.0):
@@ -91,7 +91,7 @@ def test_proposed_weights_sum_to_one_and_stay_within_bounds(seed):
 def test_equal_rows_leave_nothing_to_search_for():
     chosen, seen = run("surrogate", lambda w: 1.0, 12, gram=np.zeros((8, 8)), gradient=lambda w: np.zeros(8))
     assert seen == []
-    assert chosen.is_live
+    assert chosen.weights is None
 
 
 def test_a_loss_that_is_not_finite_ends_the_search():
@@ -99,7 +99,7 @@ def test_a_loss_that_is_not_finite_ends_the_search():
     losses = iter([1.0] + [np.nan] * 20)
     chosen, seen = run("surrogate", lambda w: next(losses), 12, gram=gram, gradient=gradient)
     assert len(seen) == 1
-    assert chosen.is_live
+    assert chosen.weights is None
 
 
 def test_the_posterior_of_enough_gradients_is_the_true_quadratic():
@@ -112,14 +112,20 @@ def test_the_posterior_of_enough_gradients_is_the_true_quadratic():
     for point in 0.05 * np.vstack([np.eye(3), -np.eye(3), np.zeros(3)]):
         z = point - best
         observations.append(Observation(point, 2.0 + 0.5 * z @ hessian @ z, hessian @ z))
-    found = posterior(observations, curvatures, np.zeros(3))
-    np.testing.assert_allclose(found.hessian, hessian, atol=5e-3)
-    minimum, expected = found.minimum(np.zeros(3))
-    np.testing.assert_allclose(minimum, best, atol=1e-3)
-    assert expected == pytest.approx(0.5 * best @ hessian @ best, rel=0.05)
+    found = posterior(observations, Prior(curvatures, 10 * curvatures), np.zeros(3))
+    model = quadratic(found.mean, curvatures)
+    np.testing.assert_allclose(model.hessian, hessian, atol=5e-3)
+    np.testing.assert_allclose(model.minimum(), best, atol=1e-3)
+    fall = model.value(np.zeros(3)) - model.value(model.minimum())
+    assert fall == pytest.approx(0.5 * best @ hessian @ best, rel=0.05)
+    # What is known is certain; without observations of the slope it is not.
+    draws = found.samples(20, np.random.default_rng(0))
+    assert np.std([draw.minimum() for draw in draws], axis=0).max() < 2e-3
 
 
 def test_without_evidence_the_posterior_is_the_prior():
     curvatures = np.array([3.0, 1.0])
-    found = posterior([Observation(np.zeros(2), 1.0)], curvatures, np.zeros(2))
-    np.testing.assert_allclose(found.hessian, np.diag(curvatures))
+    found = posterior([Observation(np.zeros(2), 1.0)], Prior(curvatures, curvatures), np.zeros(2))
+    np.testing.assert_allclose(quadratic(found.mean, curvatures).hessian, np.diag(curvatures))
+    slopes = [draw.slope for draw in found.samples(400, np.random.default_rng(0))]
+    np.testing.assert_allclose(np.std(slopes, axis=0), np.sqrt(curvatures), rtol=0.15)

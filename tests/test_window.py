@@ -188,3 +188,40 @@ def test_a_bad_row_cannot_spoil_a_merge_without_it():
     torch.nn.init.constant_(model.weight, float("nan"))
     window.push(model, 2)
     assert torch.equal(window.combine([1.0, 0.0])[:4].view(2, 2), good)
+
+
+def test_mean_rows_are_the_means_of_what_was_sampled():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    window = CheckpointWindow(model, 2, mean_rows=True)
+    assert window.nbytes == (2 + 1 + 1) * 15 * 4
+    expected = []
+    for row in range(3):
+        sampled = []
+        for sample in range(4):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.copy_(torch.randn_like(parameter))
+            sampled.append(torch.cat([p.detach().flatten() for p in model.parameters()]).clone())
+            if sample < 3:
+                window.sample(model)
+        window.push(model, 10 * row + 10)
+        expected.append(torch.stack(sampled).mean(dim=0))
+    assert window.steps == (20, 30)
+    assert not window.newest_is_live
+    torch.testing.assert_close(window.combine([1.0, 0.0]).clone(), expected[1], atol=1e-6, rtol=0)
+    torch.testing.assert_close(window.combine([0.0, 1.0]).clone(), expected[2], atol=1e-6, rtol=0)
+    # A row that was begun goes with the state, and is finished elsewhere.
+    window.sample(model)
+    begun = torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
+    other = CheckpointWindow(model, 2, mean_rows=True)
+    other.load_state_dict(window.state_dict())
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.zero_()
+    other.push(model, 40)
+    torch.testing.assert_close(other.combine([0.0, 1.0]), begun / 2)
+    with pytest.raises(ValueError, match="rows are means and this one's are not"):
+        CheckpointWindow(model, 2).load_state_dict(window.state_dict())
+    with pytest.raises(ValueError, match="construct it with mean_rows=True"):
+        CheckpointWindow(model, 2).sample(model)

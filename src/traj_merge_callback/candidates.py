@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .evaluation import Evaluation
+from .evaluation import Evaluation, Gradient
 from .heldout import HeldOutLoss, Split
-from .selection import is_row
 from .window import CheckpointWindow
 
 
@@ -18,7 +16,7 @@ class Candidates:
     """Evaluates merges of a window, with the training model as the skeleton; live weights are never written.
 
     Args:
-        model: the model being trained, whose weights are the window's newest row.
+        model: the model being trained.
         window: the checkpoints.
         heldout: the held-out loss.
         on_batch: called after each held-out batch, to show progress.
@@ -32,26 +30,28 @@ class Candidates:
         self._heldout = heldout
         self._on_batch = on_batch
 
-    @property
-    def live(self) -> np.ndarray:
-        """The merge weights that are live alone."""
-        weights = np.zeros(self._window.num_weights)
-        weights[-1] = 1.0
-        return weights
+    def evaluate_live(self, split: Split) -> Evaluation:
+        """Evaluate live as it is, which is exact whatever the rows' precision."""
+        return self._heldout.evaluate(self._model, split, on_batch=self._on_batch)
 
     def evaluate(self, weights: np.ndarray, split: Split) -> Evaluation:
-        """Evaluate a merge; live is evaluated as it is, which is exact whatever the rows' precision."""
-        if is_row(weights, len(weights) - 1):
-            return self._heldout.evaluate(self._model, split, on_batch=self._on_batch)
+        """Evaluate a merge with weights of shape ``(num_weights,)`` or ``(groups, num_weights)``."""
         with self._window.layout.installed(self._model, self._window.combine(weights)):
             return self._heldout.evaluate(self._model, split, on_batch=self._on_batch)
 
-    def search_loss(self, weights: np.ndarray, with_gradient: bool) -> tuple[float, np.ndarray | None]:
-        """Loss on the search split and, if asked for, its gradient in the merge weights, shape ``(num_weights,)``."""
-        if not with_gradient:
-            return self.evaluate(weights, "search").loss, None
-        layout = self._window.layout
-        gradient = torch.empty(layout.numel)
-        with layout.installed(self._model, self._window.combine(weights)):
-            found = self._heldout.evaluate_with_gradient(self._model, layout, gradient, on_batch=self._on_batch)
-        return found.loss, self._window.project(gradient)
+    def measure(
+        self, weights: np.ndarray, with_gradient: bool, parts: Sequence[int], abandon: Callable[[Evaluation], bool]
+    ) -> tuple[Evaluation, Gradient | None]:
+        """Evaluate a merge on parts of the search split and, if asked for, take the gradient in its merge weights."""
+
+        def project(gradient: Tensor) -> np.ndarray:
+            return self._window.project(gradient, grouped=weights.ndim == 2)
+
+        with self._window.layout.installed(self._model, self._window.combine(weights)):
+            return self._heldout.search(
+                self._model,
+                parts=parts,
+                on_batch=self._on_batch,
+                abandon=abandon,
+                gradient=(self._window.layout, project) if with_gradient else None,
+            )

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from .groups import check_groups
+from .objective import KINDS
 from .search import resolve_search
+from .search.grouped import GroupedSearch
 from .window import DTYPES
 
 
@@ -14,14 +17,25 @@ class MergeConfig:
     """Options of :class:`TrajectoryMerger` and of both callbacks, which take exactly these names.
 
     Args:
-        window_size: k, the number of checkpoints kept, at least 2.
-        capture_every: optimizer steps between two checkpoints of the window.
+        window_size: k, the number of rows kept, at least 2.
+        capture_every: optimizer steps between two rows of the window.
+        row: what a row is: "last", a checkpoint as it was at its step, or "mean", the mean of ``samples_per_row``
+            checkpoints sampled evenly over the ``capture_every`` steps up to it.
+        samples_per_row: must divide ``capture_every``; only for ``row="mean"``.
         merge_every: optimizer steps between two merges; a multiple of ``capture_every``, so that live is a row.
         start_step: no checkpoint is taken before this step (for instance the end of warm-up).
-        search: how merge weights are chosen: "auto", "surrogate", "reach", "gp", "pairwise", "greedy", a recipe
-            ("lawa", "ema", "wma", "wsm", "mwa-loss", "mwa-step", "perplexity", "bema"), a registered name or
+        search: how merge weights are chosen: "auto", "surrogate", "trajectory", "reach", "gp", "pairwise", "greedy",
+            a recipe ("lawa", "ema", "wma", "wsm", "mwa-loss", "mwa-step", "perplexity", "bema"), a registered name or
             "package.module:Class".
-        search_options: options of the search or recipe, for instance ``{"decay": 0.9}`` for "ema".
+        search_options: options of the search or recipe, for instance ``{"decay": 0.9}`` for "ema" or
+            ``{"space": "simplex"}`` for "auto".
+        groups: merge weights for each parameter group of its own, starting from the best ones for the whole model:
+            "blocks" (each block's attention and MLP, norms, embeddings, head), or a mapping from group names to lists
+            of name patterns. Takes 5 of the ``evaluations``.
+        objective: "mean" of the loss over the held-out domains, or "worst": the largest rise over live in any of them.
+        domain_weights: weights of the domains in the mean; by default they count by their tokens.
+        tolerance: largest rise over live, in nats per token, that a merge may have in any domain on the search split;
+            None: no limit.
         evaluations: what a merge may spend, in forward passes over the search split, live included; a candidate costs
             1, with its gradient 3; at least 2.
         heldout_batches: batches read of each held-out loader, once, and kept on the CPU.
@@ -45,11 +59,17 @@ class MergeConfig:
 
     window_size: int = 8
     capture_every: int = 50
+    row: str = "last"
+    samples_per_row: int = 8
     merge_every: int = 500
     start_step: int = 0
     search: str = "auto"
     search_options: dict[str, Any] = field(default_factory=dict)
-    evaluations: int = 12
+    groups: str | dict[str, list[str]] | None = None
+    objective: str = "mean"
+    domain_weights: dict[str, float] | None = None
+    tolerance: float | None = None
+    evaluations: int = 9
     heldout_batches: int = 16
     search_fraction: float = 0.5
     report_only: list[str] = field(default_factory=list)
@@ -68,6 +88,7 @@ class MergeConfig:
         minimums = {
             "window_size": 2,
             "capture_every": 1,
+            "samples_per_row": 1,
             "merge_every": 1,
             "start_step": 0,
             "evaluations": 2,
@@ -102,7 +123,38 @@ class MergeConfig:
             raise ValueError("load_merged_at_end=True needs snapshots: set keep_best=True or keep_last of at least 1")
         if not isinstance(self.search, str):
             raise TypeError(f"search={self.search!r}: must be a name; register_search gives your own class one")
-        resolve_search(self.search, self.search_options)
+        search = resolve_search(self.search, self.search_options)
+        self._check_rows(hasattr(search, "average_rate"))
+        check_groups(self.groups)
+        if self.groups is not None and self.evaluations < GroupedSearch.cost + 2:
+            raise ValueError(
+                f"evaluations={self.evaluations}: groups take {GroupedSearch.cost} of them, so with groups="
+                f"{self.groups!r} it must be at least {GroupedSearch.cost + 2}"
+            )
+        self._check_objective()
+
+    def _check_rows(self, has_running_sums: bool) -> None:
+        if self.row not in ("last", "mean"):
+            raise ValueError(f"row={self.row!r} is not one of ['last', 'mean']")
+        if self.row == "mean" and self.capture_every % self.samples_per_row:
+            raise ValueError(
+                f"samples_per_row={self.samples_per_row} does not divide capture_every={self.capture_every}: samples "
+                "must be evenly spaced"
+            )
+        if self.row == "mean" and has_running_sums:
+            raise ValueError(f"row='mean' does not go with search={self.search!r}, which needs single checkpoints")
+
+    def _check_objective(self) -> None:
+        if self.objective not in KINDS:
+            raise ValueError(f"objective={self.objective!r} is not one of {list(KINDS)}")
+        if self.domain_weights is not None:
+            if self.objective != "mean":
+                raise ValueError(f"domain_weights={self.domain_weights} are for objective='mean'")
+            weights = self.domain_weights.values()
+            if not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
+                raise ValueError(f"domain_weights={self.domain_weights}: must be at least 0, and one of them positive")
+        if self.tolerance is not None and not 0 <= self.tolerance < float("inf"):
+            raise ValueError(f"tolerance={self.tolerance}: must be at least 0 nats per token, or None")
 
     @property
     def publishes(self) -> bool:

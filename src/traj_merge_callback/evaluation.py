@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# The search split is evaluated in so many parts: a search can do with some of them, or give a candidate up after each.
+PARTS = 4
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -18,11 +21,13 @@ class Evaluation:
         nll: summed negative log-likelihood in nats, shape ``(batches,)``.
         tokens: number of target tokens, shape ``(batches,)``.
         domains: the domain's name of each batch, length ``batches``.
+        indices: which batches of the split these are, if that matters.
     """
 
     nll: np.ndarray
     tokens: np.ndarray
     domains: tuple[str, ...]
+    indices: tuple[int, ...] = ()
 
     @property
     def loss(self) -> float:
@@ -42,9 +47,22 @@ class Evaluation:
 
     def only(self, names: set[str]) -> Evaluation:
         """The part of the evaluation that belongs to some domains."""
-        chosen = np.array([domain in names for domain in self.domains], dtype=bool)
-        kept = tuple(domain for domain in self.domains if domain in names)
-        return Evaluation(self.nll[chosen], self.tokens[chosen], kept)
+        return self._take([place for place, domain in enumerate(self.domains) if domain in names])
+
+    def on(self, indices: tuple[int, ...]) -> Evaluation:
+        """The part of the evaluation on some batches of the split, in their order."""
+        places = {index: place for place, index in enumerate(self.indices)}
+        return self._take([places[index] for index in indices])
+
+    def joined(self, other: Evaluation) -> Evaluation:
+        """This evaluation and then the other one."""
+        nll, tokens = np.concatenate([self.nll, other.nll]), np.concatenate([self.tokens, other.tokens])
+        return Evaluation(nll, tokens, self.domains + other.domains, self.indices + other.indices)
+
+    def _take(self, places: list[int]) -> Evaluation:
+        domains = tuple(self.domains[place] for place in places)
+        indices = tuple(self.indices[place] for place in places) if self.indices else ()
+        return Evaluation(self.nll[places], self.tokens[places], domains, indices)
 
     def gain_of(self, other: Evaluation) -> tuple[float, float]:
         """How much lower the loss of ``other`` is than this one's on the same batches, and its standard error.
@@ -62,3 +80,35 @@ class Evaluation:
         total = self.tokens.sum()
         residuals = sums - sums.sum() / total * self.tokens
         return float(math.sqrt(batches / (batches - 1) * np.square(residuals).sum()) / total)
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Gradients of the summed NLL with respect to the merge weights, for parts of one split.
+
+    Args:
+        sums: shape ``(parts, k)``, or ``(parts, groups, k)`` with a weight vector for each parameter group.
+        tokens: number of target tokens of each part.
+        domains: the domain's name of each part.
+    """
+
+    sums: np.ndarray
+    tokens: np.ndarray
+    domains: tuple[str, ...]
+
+    def of(self, names: frozenset[str]) -> np.ndarray:
+        """Gradient of the token-weighted mean loss over some domains, shape ``(k,)`` or ``(groups, k)``."""
+        chosen = self._chosen(names)
+        return self.sums[chosen].sum(axis=0) / self.tokens[chosen].sum()
+
+    def stderr_along(self, direction: np.ndarray, names: frozenset[str]) -> float:
+        """Standard error of the derivative along ``direction``, with parts as units (ratio estimator); nan for one.
+
+        It is, to first order, the standard error of the difference between the losses of two merges that far apart.
+        """
+        chosen = self._chosen(names)
+        slopes = (self.sums[chosen] * direction).reshape(len(self.tokens[chosen]), -1).sum(axis=1)
+        return Evaluation(slopes, self.tokens[chosen], ("",) * len(slopes)).stderr
+
+    def _chosen(self, names: frozenset[str]) -> np.ndarray:
+        return np.array([domain in names for domain in self.domains], dtype=bool)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .batches import count_sequences, fingerprint, map_tensors, select_sequences
-from .evaluation import Evaluation
+from .evaluation import PARTS, Evaluation, Gradient
 from .interrupts import raise_pending_interrupt
 from .isolation import isolated, preserved_rng
 from .losses import Nll, language_model_nll
@@ -92,6 +92,7 @@ class HeldOutLoss:
                     f"heldout leaves no sequence for the {split} split: give at least 2 different sequences "
                     f"(and more for a useful standard error), or raise heldout_batches={batches}"
                 )
+        self._parts = self._divide()
 
     def _deal(self, domain: str, batches: list[Any], search_fraction: float) -> None:
         """Deal the sequences of one domain to the two splits, spreading both evenly over the batches."""
@@ -110,6 +111,21 @@ class HeldOutLoss:
             for split, indices in dealt.items():
                 for part in np.array_split(indices, min(pieces, len(indices))) if indices else []:
                     self._units[split].append(_Unit(domain, select_sequences(batch, part.tolist())))
+
+    def _divide(self) -> list[list[int]]:
+        """The batches of each part of the search split, a like share of every domain's, those of a domain together."""
+        fewest = min(sum(unit.domain == domain for unit in self._units["search"]) for domain in self.searched)
+        parts: list[list[int]] = [[] for _ in range(max(1, min(PARTS, fewest)))]
+        for domain in sorted(self.searched):
+            indices = [index for index, unit in enumerate(self._units["search"]) if unit.domain == domain]
+            for part, share in zip(parts, np.array_split(indices, len(parts)), strict=True):
+                part += share.tolist()
+        return parts
+
+    @property
+    def parts(self) -> int:
+        """How many parts the search split has: 4, or fewer if a domain has fewer batches."""
+        return len(self._parts)
 
     @property
     def digest(self) -> str:
@@ -133,42 +149,73 @@ class HeldOutLoss:
         """
         model = unwrap(model)
         with isolated(model, self._seed):
-            return self._sum(model, split, on_batch, backward=False)
+            return self._sum(model, split, range(len(self._units[split])), on_batch)
 
-    def evaluate_with_gradient(
+    def search(
         self,
         model: nn.Module,
-        layout: ParameterLayout,
-        out: Tensor,
         *,
+        parts: Sequence[int] | None = None,
         on_batch: Callable[[], None] | None = None,
-    ) -> Evaluation:
-        """Evaluate on the search split, and write the gradient of its loss in the merged tensors to ``out``.
+        abandon: Callable[[Evaluation], bool] = lambda _: False,
+        gradient: tuple[ParameterLayout, Callable[[Tensor], np.ndarray]] | None = None,
+    ) -> tuple[Evaluation, Gradient | None]:
+        """Evaluate on the search split or some of its parts, with the gradient of the loss if asked for.
 
-        Like :meth:`evaluate` it runs in eval mode and leaves no trace; the live gradients are put back untouched. It
-        costs about three forward passes.
+        Like :meth:`evaluate` it runs in eval mode and leaves no trace; the live gradients are put back untouched. A
+        gradient costs about two forward passes more.
 
         Args:
             model: the model; wrappers (compile, DDP) are looked through.
-            layout: which tensors, in which order.
-            out: float32, shape ``(layout.numel,)``; gradient of the token-weighted mean loss.
+            parts: which of the split's parts, each with a like share of every domain, and in which order; all of them
+                by default.
             on_batch: called after each batch, to show progress.
+            abandon: asked after each part, with the evaluation so far, whether that is enough.
+            gradient: which tensors the gradient is wanted in, and what makes of it, as float32 of shape
+                ``(layout.numel,)``, a gradient in the merge weights (:meth:`CheckpointWindow.project`); that is called
+                for each domain of each part.
+
+        Returns:
+            The evaluation, of fewer batches if it was abandoned, and the gradient.
 
         Raises:
             RuntimeError: the loss does not depend on the parameters (an ``nll`` that detaches it, say).
         """
         model = unwrap(model)
-        with isolated(model, self._seed, gradients=True):
-            found = self._sum(model, "search", on_batch, backward=True)
-            _flatten_gradients(model, layout, out)
-        out.div_(found.tokens.sum())
-        return found
+        done = Evaluation(np.zeros(0), np.zeros(0), ())
+        flat = torch.empty(gradient[0].numel) if gradient else None
+        sums: list[np.ndarray] = []
+        tokens: list[float] = []
+        domains: list[str] = []
+        with isolated(model, self._seed, gradients=gradient is not None):
+            for part in range(self.parts) if parts is None else parts:
+                units = self._parts[part]
+                for domain, group in itertools.groupby(units, key=lambda index: self._units["search"][index].domain):
+                    found = self._sum(model, "search", group, on_batch, backward=gradient is not None)
+                    done = done.joined(found)
+                    if gradient is not None and flat is not None:
+                        layout, project = gradient
+                        _move_gradients(model, layout, flat)
+                        sums.append(project(flat))
+                        tokens.append(found.tokens.sum())
+                        domains.append(domain)
+                if abandon(done):
+                    break
+        return done, Gradient(np.array(sums), np.array(tokens), tuple(domains)) if gradient is not None else None
 
     def _sum(
-        self, model: nn.Module, split: Split, on_batch: Callable[[], None] | None, *, backward: bool
+        self,
+        model: nn.Module,
+        split: Split,
+        chosen: Iterable[int],
+        on_batch: Callable[[], None] | None,
+        *,
+        backward: bool = False,
     ) -> Evaluation:
+        indices = tuple(chosen)
+        units = [self._units[split][index] for index in indices]
         sums: list[tuple[Tensor, Tensor]] = []
-        for unit in self._units[split]:
+        for unit in units:
             raise_pending_interrupt()
             batch = self._to_device(unit.batch) if self._to_device else _to_device_of(model, unit.batch)
             with self._precision():
@@ -180,16 +227,17 @@ class HeldOutLoss:
                 on_batch()
         # Fetched at the end, so that the device need not wait for the CPU after every batch.
         values = np.array([[float(nll), float(tokens)] for nll, tokens in sums])
-        return Evaluation(values[:, 0], values[:, 1], tuple(unit.domain for unit in self._units[split]))
+        return Evaluation(values[:, 0], values[:, 1], tuple(unit.domain for unit in units), indices)
 
 
-def _flatten_gradients(model: nn.Module, layout: ParameterLayout, out: Tensor) -> None:
-    """Write the parameters' gradients to a flat row; buffers have none, and unused parameters a gradient of zero."""
+def _move_gradients(model: nn.Module, layout: ParameterLayout, out: Tensor) -> None:
+    """Move the parameters' gradients to a flat row; buffers have none, and unused parameters a gradient of zero."""
     for target, tensor in zip(layout.views(out).values(), layout.tensors(model), strict=True):
         if tensor.grad is None:
             target.zero_()
         else:
             target.copy_(tensor.grad)
+            tensor.grad = None
 
 
 def _to_device_of(model: nn.Module, batch: Any) -> Any:

@@ -12,11 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from .candidates import Candidates
+from .choice import Choice, Chooser
 from .config import MergeConfig
 from .evaluation import Evaluation
 from .failures import Failures
@@ -27,8 +27,7 @@ from .metrics import MergeRecord, MetricsFile, report_losses
 from .parameters import unwrap
 from .progress import SlowProgress
 from .resume import Memory, load_state, save_state
-from .search import Problem, resolve_search
-from .selection import Selection, select
+from .search import resolve_search
 from .snapshots import SnapshotStore
 from .weights import load_merged, save_weights, weights_format
 from .window import CheckpointWindow
@@ -102,8 +101,13 @@ class TrajectoryMerger:
                 to_device=to_device,
                 seed=self.config.seed,
             )
+            if unknown := set(self.config.domain_weights or {}) - self.heldout.searched:
+                raise ValueError(
+                    f"domain_weights={self.config.domain_weights}: {sorted(unknown)} are not among the domains "
+                    f"searched on, {sorted(self.heldout.searched)}"
+                )
+            self._chooser = Chooser(self.config, self.heldout)
         self._memory = Memory()
-        self._without_gradients = False
         self._began = time.perf_counter()
 
     def prepare(self, model: nn.Module) -> None:
@@ -122,6 +126,8 @@ class TrajectoryMerger:
             dtype=self.config.dtype,
             trainable_only=self.config.trainable_only,
             average_rate=(lambda step: average_rate(step, **options)) if average_rate else None,
+            mean_rows=self.config.row == "mean",
+            groups=self.config.groups,
         )
         self._began = time.perf_counter()
 
@@ -152,11 +158,15 @@ class TrajectoryMerger:
                 return None
         previous = step - 1 if self._memory.last_step is None else self._memory.last_step
         with self._failures.contained("trajectory merging", step):
-            if step >= self.config.start_step and _passed(self.config.capture_every, previous, step):
+            samples = self.config.samples_per_row if self.config.row == "mean" else 1
+            if step >= self.config.start_step and _passed(self.config.capture_every // samples, previous, step):
                 if skipped():
                     return None
                 self._memory.last_step = step
-                self.window.push(model, step)
+                if _passed(self.config.capture_every, previous, step):
+                    self.window.push(model, step)
+                else:
+                    self.window.sample(model)
                 if _passed(self.config.merge_every, previous, step):
                     record = self._merge(model, step, started)
         self._memory.last_step = step
@@ -234,13 +244,12 @@ class TrajectoryMerger:
         self._memory.last_merge_step = step
         with preserved_rng(), SlowProgress(f"merging at step {step}", total, enabled=self.config.progress) as progress:
             candidates = Candidates(model, window, self.heldout, progress.advance)
-            live_loss = candidates.evaluate(candidates.live, "search").loss
-            if not math.isfinite(live_loss):
-                raise ValueError(f"the live model's held-out loss on the search split is {live_loss}")
-            problem = self._problem(live_loss, step)
-            chosen = self._select(problem, candidates)
-            live = candidates.evaluate(candidates.live, "report")
-            merged = live if chosen.is_live else candidates.evaluate(chosen.weights, "report")
+            live_search = candidates.evaluate_live("search")
+            if not math.isfinite(live_search.loss):
+                raise ValueError(f"the live model's held-out loss on the search split is {live_search.loss}")
+            chosen = self._chooser.choose(candidates, window, live_search, self._memory, step)
+            live = candidates.evaluate_live("report")
+            merged = live if chosen.weights is None else candidates.evaluate(chosen.weights, "report")
             losses = report_losses(live, merged, set(self.heldout.searched))
             if not math.isfinite(losses["gain"]):
                 raise ValueError(f"the held-out loss on the report split is not finite: {losses}")
@@ -248,17 +257,14 @@ class TrajectoryMerger:
             progress.advance()
             with self._failures.contained("publishing a snapshot", step):
                 if self.config.publishes:
-                    snapshot = self._publish(model, step, chosen, problem, losses)
-        self._memory.previous = chosen.weights.tolist()
-        self._memory.row_losses = {s: loss for s, loss in self._memory.row_losses.items() if s in window.steps}
+                    snapshot = self._publish(model, step, chosen, losses)
         self._memory.history.append((step, losses["merged_loss"]))
         now = time.perf_counter()
         record = MergeRecord(
             step=step,
             search=self.config.search,
             checkpoint_steps=list(window.steps),
-            weights=chosen.weights[problem.running_sums :].tolist(),
-            running_sum_weights=chosen.weights[: problem.running_sums].tolist(),
+            **chosen.described,
             **losses,
             steps_saved=self._steps_saved(step, losses["live_loss"]),
             evaluations=chosen.evaluations,
@@ -266,7 +272,7 @@ class TrajectoryMerger:
             seconds=now - started,
             overhead=(self._memory.busy_s + now - started) / (self._memory.wall_s + now - self._began),
             window_bytes=window.nbytes,
-            search_losses={"live": live_loss, "merged": chosen.loss},
+            search_losses=chosen.search_losses,
             snapshot=str(snapshot) if snapshot else None,
         )
         self.records.append(record)
@@ -277,49 +283,10 @@ class TrajectoryMerger:
                 self._log(record)
         return record
 
-    def _select(self, problem: Problem, candidates: Candidates) -> Selection:
-        """Run the search; ``auto`` does without gradients from the first time they cannot be had."""
-        row_losses = self._memory.row_losses
-        if not self._without_gradients:
-            try:
-                search = self._search(problem, **self.config.search_options)
-                return select(search, problem, candidates.search_loss, row_losses)
-            except Exception as error:
-                if self.config.search != "auto":
-                    raise
-                logger.warning(
-                    "auto could not search with gradients of the held-out loss (%s: %s); it goes on with "
-                    "search='reach', which needs none and finds a little less",
-                    type(error).__name__,
-                    error,
-                )
-                self._without_gradients = True
-        return select(resolve_search("reach")(problem), problem, candidates.search_loss, row_losses)
-
-    def _problem(self, live_loss: float, step: int) -> Problem:
-        assert self.window is not None
-        size = self.window.num_weights
-        previous = None
-        if self._memory.previous is not None and len(self._memory.previous) <= size:
-            # Ages match from the newest row on; a window that has grown since then has older rows of weight 0.
-            previous = np.concatenate([np.zeros(size - len(self._memory.previous)), self._memory.previous])
-        takes_gradients = getattr(self._search, "needs_gradients", False) and not self._without_gradients
-        return Problem(
-            steps=self.window.steps,
-            evaluations=self.config.evaluations - 1,
-            live_loss=live_loss,
-            previous=previous,
-            seed=self.config.seed + step,
-            running_sums=size - len(self.window),
-            gram=self.window.gram() if takes_gradients else None,
-        )
-
-    def _publish(
-        self, model: nn.Module, step: int, chosen: Selection, problem: Problem, losses: dict[str, Any]
-    ) -> Path:
+    def _publish(self, model: nn.Module, step: int, chosen: Choice, losses: dict[str, Any]) -> Path:
         window = self.window
         assert window is not None
-        row = None if chosen.is_live else window.combine(chosen.weights)
+        row = None if chosen.weights is None else window.combine(chosen.weights)
 
         def write(folder: Path) -> None:
             with window.layout.installed(model, row) if row is not None else nullcontext():
@@ -330,11 +297,12 @@ class TrajectoryMerger:
         merge = {
             "step": step,
             "checkpoint_steps": list(window.steps),
-            "weights": chosen.weights[problem.running_sums :].tolist(),
-            "running_sum_weights": chosen.weights[: problem.running_sums].tolist(),
+            "row": self.config.row,
+            "samples_per_row": self.config.samples_per_row if self.config.row == "mean" else 1,
+            **chosen.described,
             "search": self.config.search,
             "search_options": self.config.search_options,
-            "search_split": {"live_loss": problem.live_loss, "merged_loss": chosen.loss},
+            "search_split": {f"{name}_loss": loss for name, loss in chosen.search_losses.items()},
             "report_split": losses,
             "row_dtype": window.dtype,
             "model_class": type(unwrap(model)).__name__,
@@ -392,7 +360,7 @@ class TrajectoryMerger:
             self._store.restore(document["snapshots"])
         else:
             logger.info("the held-out data changed since %s was saved: losses measured before are forgotten", folder)
-            self._memory.row_losses, self._memory.history = {}, []
+            self._memory.row_losses, self._memory.search, self._memory.history = {}, {}, []
         self._metrics.resumed = True
 
 

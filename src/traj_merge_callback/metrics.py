@@ -43,8 +43,10 @@ class MergeRecord:
         step: optimizer step of the merge.
         search: name of the search or recipe.
         checkpoint_steps: steps of the window's rows, oldest first.
-        weights: merge weights of those rows, oldest first.
+        weights: merge weights of those rows, oldest first; all zero where live itself, being no row, was best.
         running_sum_weights: weights of BEMA's theta_0 and EMA_t; empty for every other search.
+        group_weights: merge weights of each parameter group, which are those published; ``weights`` are what they were
+            shrunk towards. Empty without ``groups``, or where weights of the whole model did better.
         live_loss, merged_loss, gain, gain_stderr, live_perplexity, merged_perplexity: see ``MEANINGS``; the standard
             error is None when there are too few held-out batches for one.
         steps_saved: see ``MEANINGS``.
@@ -61,6 +63,7 @@ class MergeRecord:
     checkpoint_steps: list[int]
     weights: list[float]
     running_sum_weights: list[float]
+    group_weights: dict[str, list[float]]
     live_loss: float
     merged_loss: float
     gain: float

@@ -1,6 +1,7 @@
 """A run's merging state beside the trainer's checkpoint: the window's rows and the searches' memory.
 
-Layout of the folder: ``row-00.safetensors`` ... (one tensor "row" each), and ``state.json``.
+Layout of the folder: ``row-00.safetensors`` ... (one tensor "row" each), ``mean.safetensors`` if rows are means
+(the one begun), and ``state.json``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Memory:
         last_step: the last optimizer step seen.
         last_merge_step: the step of the last merge, 0 before the first.
         previous: the last merge's weights.
-        row_losses: losses of single rows on the search split, by step.
+        row_losses: losses of single rows on the search split, by step; of each component of the objective.
+        search: what the search itself remembers.
         history: step and merged loss on the report split of every merge.
         busy_s: seconds spent in the callback.
         wall_s: seconds of training before the last resume.
@@ -35,7 +37,8 @@ class Memory:
     last_step: int | None = None
     last_merge_step: int = 0
     previous: list[float] | None = None
-    row_losses: dict[int, float] = field(default_factory=dict)
+    row_losses: dict[int, list[float]] = field(default_factory=dict)
+    search: dict[str, Any] = field(default_factory=dict)
     history: list[tuple[int, float]] = field(default_factory=list)
     busy_s: float = 0.0
     wall_s: float = 0.0
@@ -55,9 +58,12 @@ def save_state(folder: Path, window: CheckpointWindow, memory: Memory, extra: di
     with whole_folder(folder) as temporary:
         for index, row in enumerate(state["rows"]):
             save_file({"row": row}, temporary / f"row-{index:02d}.safetensors")
+        if "mean" in state:
+            save_file({"row": state["mean"]}, temporary / "mean.safetensors")
         document = {
             "version": FORMAT_VERSION,
-            "window": {"steps": state["steps"], "dtype": state["dtype"], "rows": len(state["rows"]), "names": names},
+            "window": {"steps": state["steps"], "dtype": state["dtype"], "rows": len(state["rows"]), "names": names}
+            | ({"sampled": state["sampled"]} if "mean" in state else {}),
             "memory": asdict(memory),
             **extra,
         }
@@ -82,5 +88,8 @@ def load_state(folder: Path, window: CheckpointWindow, step: int) -> tuple[Memor
     if any(saved_step > step for saved_step in saved["steps"]):
         raise ValueError(f"{folder} holds checkpoints up to step {saved['steps'][-1]}, but training is at step {step}")
     rows = [load_file(folder / f"row-{index:02d}.safetensors")["row"] for index in range(saved["rows"])]
-    window.load_state_dict({"steps": saved["steps"], "rows": rows})
+    state: dict[str, Any] = {"steps": saved["steps"], "rows": rows}
+    if "sampled" in saved:
+        state |= {"sampled": saved["sampled"], "mean": load_file(folder / "mean.safetensors")["row"]}
+    window.load_state_dict(state)
     return Memory.from_json(document["memory"]), document

@@ -2,103 +2,117 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from .search import Problem, Search
+from .evaluation import Evaluation, Gradient
+from .search import GradientSearch, Observed, Problem, Search
 
 # A search may repeat itself (repeats are answered from memory, for free), but not for ever.
 _ASKS_PER_EVALUATION = 10
 # A forward and a backward pass, in forward passes.
 _GRADIENT_COST = 3
 
+Measure = Callable[
+    [np.ndarray, bool, Sequence[int], Callable[[Evaluation], bool]], tuple[Evaluation, "Gradient | None"]
+]
+
 
 @dataclass(frozen=True)
 class Selection:
-    """The best evaluated merge weights and their loss on the search split.
+    """The best candidate so far, and what it cost to find.
 
     Args:
-        weights: shape ``(size,)``.
-        loss: nats per token.
+        weights: shape ``(size,)`` or ``(groups, size)``; None for live itself.
+        loss: the objective on the search split, nats per token.
+        evaluation: on the search split; None if the loss was known from an earlier merge.
         evaluations: how many candidates were evaluated, live included.
         forward_equivalents: what that cost, in forward passes over the search split.
     """
 
-    weights: np.ndarray
+    weights: np.ndarray | None
     loss: float
+    evaluation: Evaluation | None
     evaluations: int = 1
-    forward_equivalents: int = 1
-
-    @property
-    def is_live(self) -> bool:
-        """Whether the live model itself was the best candidate."""
-        return is_row(self.weights, len(self.weights) - 1)
-
-
-def is_row(weights: np.ndarray, index: int) -> bool:
-    """Whether the weights are exactly one row alone."""
-    return weights[index] == 1.0 and np.count_nonzero(weights) == 1
+    forward_equivalents: float = 1.0
 
 
 def select(
-    search: Search,
+    search: Search | GradientSearch,
     problem: Problem,
-    evaluate: Callable[[np.ndarray, bool], tuple[float, np.ndarray | None]],
-    row_losses: dict[int, float],
+    measure: Measure,
+    start: Selection,
+    row_losses: dict[int, list[float]],
 ) -> Selection:
     """Run a search to its end or its budget.
 
     Args:
-        search: asked for candidates and told their losses; live is evaluated before it is asked.
+        search: asked for candidates and told their losses.
         problem: the problem the search was built for; ``problem.evaluations`` is the budget.
-        evaluate: the loss of merge weights on the search split, and its gradient in the weights if asked for.
-        row_losses: losses of single rows by step, known from earlier merges; new ones are added.
+        measure: evaluates merge weights on parts of the search split, with the gradient in the weights if asked for.
+        start: the best candidate so far, live to begin with.
+        row_losses: losses of single rows by step, known from earlier merges; new ones are added. Each is a list, of the
+            losses of the objective's components.
 
     Raises:
         ValueError: a candidate of the wrong shape, with a weight that is not finite, or that does not sum to 1.
     """
-    best = Selection(problem.row(age=0), problem.live_loss)
-    known = {best.weights.tobytes(): problem.live_loss}
-    for age, step in enumerate(reversed(problem.steps)):
-        if step in row_losses:
-            known[problem.row(age).tobytes()] = row_losses[step]
-    evaluations, spent = 0, 0
+    objective = problem.objective
+    best, count, spent = start, 0, 0.0
+    known = {} if problem.live is None else {problem.live.tobytes(): objective.live}
+    single = {problem.row(age).tobytes(): step for age, step in enumerate(reversed(problem.steps))}
+    known |= {key: np.array(row_losses[step]) for key, step in single.items() if step in row_losses}
+
+    def hopeless(evaluation: Evaluation) -> bool:
+        unfinished = len(evaluation.nll) < problem.batches
+        return unfinished and best.evaluation is not None and objective.clearly_worse(evaluation, best.evaluation)
+
     for _ in range(_ASKS_PER_EVALUATION * problem.evaluations):
-        candidate = search.ask()
-        if candidate is None:
+        if (candidate := search.ask()) is None:
             break
         weights = _checked(candidate, problem)
         key = weights.tobytes()
-        wants_gradient = bool(getattr(search, "wants_gradient", False))
-        gradient = None
-        if wants_gradient or key not in known:
-            cost = _GRADIENT_COST if wants_gradient else 1
-            if spent + cost > problem.evaluations:
+        with_gradient = bool(getattr(search, "wants_gradient", False))
+        wanted_parts = min(int(getattr(search, "wants_parts", problem.parts)), problem.parts)
+        evaluation, gradient = None, None
+        if with_gradient or key not in known:
+            cost = _GRADIENT_COST if with_gradient else 1
+            if spent + cost * wanted_parts / problem.parts > problem.evaluations:
                 break
-            known[key], gradient = evaluate(weights, wants_gradient)
-            evaluations, spent = evaluations + 1, spent + cost
-        loss = known[key] if math.isfinite(known[key]) else math.inf
-        if loss < best.loss:
-            best = Selection(weights, loss)
-        if gradient is None:
-            search.tell(weights, loss)
+            # Candidates that are not evaluated on all parts take different ones in turn, whose errors differ.
+            parts = [(count + part) % problem.parts for part in range(wanted_parts)]
+            evaluation, gradient = measure(weights, with_gradient, parts, hopeless)
+            share = len(evaluation.nll) / problem.batches
+            count, spent = count + 1, spent + cost * share
+            losses = objective.losses(evaluation)
+            whole = len(evaluation.nll) == problem.batches
+            if whole:
+                known[key] = losses
+            elif best.evaluation is not None:
+                # Its difference to the best candidate is taken to be the same on the rest of the split.
+                losses = losses + objective.losses(best.evaluation)
+                losses -= objective.losses(best.evaluation.on(evaluation.indices))
         else:
-            search.tell(weights, loss, gradient)  # type: ignore[call-arg]
-    row_losses |= {
-        step: known[key]
-        for age, step in enumerate(reversed(problem.steps))
-        if (key := problem.row(age).tobytes()) in known
-    }
-    return Selection(best.weights, best.loss, evaluations + 1, spent + 1)
+            losses, whole = known[key], True
+        loss = objective.value(losses)
+        # What was not evaluated on the whole split is not known well enough to be published.
+        if whole and loss < best.loss:
+            best = replace(best, weights=weights, loss=loss, evaluation=evaluation)
+        more: tuple[Any, ...] = ()
+        if getattr(search, "needs_gradients", False):
+            more = (Observed(losses, None if gradient is None else objective.gradients(gradient), gradient),)
+        search.tell(weights, loss, *more)
+    row_losses |= {step: known[key].tolist() for key, step in single.items() if key in known}
+    return replace(best, evaluations=best.evaluations + count, forward_equivalents=best.forward_equivalents + spent)
 
 
 def _checked(candidate: np.ndarray, problem: Problem) -> np.ndarray:
     weights = np.array(candidate, dtype=np.float64)
-    if weights.shape != (problem.size,):
-        raise ValueError(f"the search proposed weights of shape {weights.shape}; the problem has {problem.size}")
-    if not np.isfinite(weights).all() or abs(weights.sum() - 1.0) > 1e-6:
+    if weights.shape != problem.shape:
+        raise ValueError(f"the search proposed weights of shape {weights.shape}; the problem has {problem.shape}")
+    if not np.isfinite(weights).all() or np.abs(weights.sum(axis=-1) - 1.0).max() > 1e-6:
         raise ValueError(f"the search proposed weights {weights.tolist()}, which are not finite with a sum of 1")
     return weights + 0.0  # -0.0 becomes 0.0, so that equal candidates have equal bytes

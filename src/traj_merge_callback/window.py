@@ -6,13 +6,14 @@ gradient of a loss in the parameters it is the gradient of that loss in the merg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .groups import ParameterGroups, parameter_groups
 from .parameters import ParameterLayout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -31,9 +32,11 @@ class CheckpointWindow:
         trainable_only: keep only parameters that require gradients.
         average_rate: for BEMA: a function from a step to beta_t. Two more rows stand in front of the window, the first
             checkpoint ever pushed (theta_0) and ``EMA_t = (1 - beta_t) EMA_{t-1} + beta_t theta_t`` over all pushes.
+        mean_rows: a row is the mean of the model at its push and at every :meth:`sample` since the push before.
+        groups: parameter groups that may have merge weights of their own (see :func:`parameter_groups`).
 
     The matrix lies on the CPU, pinned when the model is on a CUDA device, and takes ``size * N * itemsize`` bytes
-    (plus two rows for BEMA).
+    (plus two rows for BEMA, and a float32 row to accumulate means).
 
     Example::
 
@@ -54,6 +57,8 @@ class CheckpointWindow:
         dtype: str = "auto",
         trainable_only: bool = True,
         average_rate: Callable[[int], float] | None = None,
+        mean_rows: bool = False,
+        groups: str | Mapping[str, list[str]] | None = None,
     ) -> None:
         if size < 2:
             raise ValueError(f"size={size}: a window needs at least 2 rows for there to be something to merge")
@@ -71,6 +76,9 @@ class CheckpointWindow:
         shape = (self._extra + size, self.layout.numel)
         self._matrix = torch.empty(shape, dtype=DTYPES[dtype], pin_memory=on_cuda)
         self._staging = torch.empty(self.layout.numel, dtype=torch.float32, pin_memory=on_cuda)
+        self._mean = torch.zeros(self.layout.numel, pin_memory=on_cuda) if mean_rows else None
+        self._sampled = 0
+        self.groups: ParameterGroups | None = None if groups is None else parameter_groups(self.layout, groups)
         self._steps: list[int] = []
         self._pushed = 0
 
@@ -90,24 +98,45 @@ class CheckpointWindow:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the matrix and the staging row, all allocated at construction."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (self._matrix, self._staging))
+        """Bytes of the matrix, the staging row and the accumulator of means, all allocated at construction."""
+        tensors = [self._matrix, self._staging, *([] if self._mean is None else [self._mean])]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @property
+    def newest_is_live(self) -> bool:
+        """Whether the newest row is a checkpoint as it was pushed, and not a mean."""
+        return self._mean is None
+
+    @torch.no_grad()
+    def sample(self, model: nn.Module) -> None:
+        """Let the model's weights take part in the mean that the next :meth:`push` makes a row.
+
+        Raises:
+            ValueError: the rows of this window are no means, or the model's parameters changed names or shapes.
+        """
+        if self._mean is None:
+            raise ValueError("this window's rows are single checkpoints: construct it with mean_rows=True")
+        self._copy(model, self._staging)
+        self._sampled += 1
+        self._mean.lerp_(self._staging, 1.0 / self._sampled)
 
     @torch.no_grad()
     def push(self, model: nn.Module, step: int) -> None:
-        """Copy the model's weights as the newest row; the oldest row leaves a full window.
+        """Copy the model's weights, or their mean with those sampled, as the newest row; the oldest row leaves a full
+        window.
 
         Raises:
             ValueError: ``step`` is not after the newest row's, or the model's parameters changed names or shapes.
         """
         if self._steps and step <= self._steps[-1]:
             raise ValueError(f"step={step} is not after the newest checkpoint's step {self._steps[-1]}")
-        tensors = self.layout.tensors(model)
         row = self._matrix[self._extra + self._pushed % self.size]
-        for target, tensor in zip(self.layout.views(row).values(), tensors, strict=True):
-            target.copy_(tensor, non_blocking=tensor.is_cuda)
-        for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
-            torch.cuda.current_stream(device).synchronize()
+        if self._mean is None:
+            self._copy(model, row)
+        else:
+            self.sample(model)
+            row.copy_(self._mean)
+            self._sampled = 0
         if self._average_rate is not None:
             start, average = self._matrix[0], self._matrix[1]
             if not self._steps:
@@ -117,6 +146,13 @@ class CheckpointWindow:
                 average.lerp_(row, self._average_rate(step))
         self._pushed += 1
         self._steps = [*self._steps, step][-self.size :]
+
+    def _copy(self, model: nn.Module, row: Tensor) -> None:
+        tensors = self.layout.tensors(model)
+        for target, tensor in zip(self.layout.views(row).values(), tensors, strict=True):
+            target.copy_(tensor, non_blocking=tensor.is_cuda)
+        for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
 
     def _rows(self) -> list[Tensor]:
         held = range(self._pushed - len(self), self._pushed)
@@ -128,7 +164,8 @@ class CheckpointWindow:
         """``theta(a) = sum_i a_i row_i`` in float32, shape ``(N,)``; a weight of 1 gives its row exactly.
 
         Args:
-            weights: merge weights, shape ``(num_weights,)``, oldest first; normally they sum to 1.
+            weights: merge weights, oldest row first, shape ``(num_weights,)`` for the whole model or
+                ``(groups, num_weights)`` with a vector for each parameter group; normally they sum to 1.
             out: float32 tensor of shape ``(N,)`` to write to; by default the window's own staging row, which the next
                 ``combine`` overwrites.
 
@@ -137,21 +174,22 @@ class CheckpointWindow:
         """
         values = np.asarray(weights, dtype=np.float64)
         rows = self._rows()
-        if values.shape != (len(rows),):
+        grouped = values.ndim == 2 and self.groups is not None
+        if values.shape != ((len(self.groups), len(rows)) if grouped and self.groups else (len(rows),)):
             raise ValueError(f"weights has shape {values.shape}; the window has {len(rows)} rows")
         if not np.isfinite(values).all():
             raise ValueError(f"weights={values.tolist()} are not all finite")
         out = self._staging if out is None else out
-        # Rows of weight zero are not read: sparse merges are cheaper, and a bad row cannot spoil a merge without it.
-        terms = [(row, float(value)) for row, value in zip(rows, values, strict=True) if value != 0.0]
-        for part in self._chunks():
+        for group, part in self._chunks(grouped):
             accumulator = out[part].zero_()
-            for row, value in terms:
-                accumulator.add_(row[part], alpha=value)
+            for row, value in zip(rows, np.atleast_2d(values)[group], strict=True):
+                # Rows of weight zero are not read: sparse merges are cheaper, and a bad row spoils no merge without it.
+                if value != 0.0:
+                    accumulator.add_(row[part], alpha=float(value))
         return out
 
     @torch.no_grad()
-    def project(self, vector: Tensor) -> np.ndarray:
+    def project(self, vector: Tensor, *, grouped: bool = False) -> np.ndarray:
         """``W @ vector`` in float64, shape ``(num_weights,)``.
 
         Neighbouring rows are nearly equal, and the differences between the products are what matters. So the products
@@ -159,6 +197,7 @@ class CheckpointWindow:
 
         Args:
             vector: shape ``(N,)``, for instance the flattened gradient of a loss.
+            grouped: sum over the columns of each parameter group separately: shape ``(groups, num_weights)``.
 
         Raises:
             ValueError: ``vector`` has another shape.
@@ -166,46 +205,60 @@ class CheckpointWindow:
         if tuple(vector.shape) != (self.layout.numel,):
             raise ValueError(f"vector has shape {tuple(vector.shape)}; rows have shape ({self.layout.numel},)")
         rows = self._rows()
-        products = np.zeros(len(rows))
-        for part in self._chunks():
+        products = np.zeros((len(self.groups) if grouped and self.groups else 1, len(rows)))
+        for group, part in self._chunks(grouped):
             factor = vector[part].to(device="cpu", dtype=torch.float32)
             newest = rows[-1][part].float()
-            products[-1] += float(torch.dot(newest, factor))
+            products[group, -1] += float(torch.dot(newest, factor))
             for index, row in enumerate(rows[:-1]):
-                products[index] += float(torch.dot(row[part].float() - newest, factor))
-        products[:-1] += products[-1]
-        return products
+                products[group, index] += float(torch.dot(row[part].float() - newest, factor))
+        products[:, :-1] += products[:, -1:]
+        return products if grouped else products[0]
 
     @torch.no_grad()
-    def gram(self) -> np.ndarray:
+    def gram(self, *, grouped: bool = False) -> np.ndarray:
         """Inner products of the rows' deltas to the newest row, shape ``(num_weights, num_weights)``, in float64.
 
         ``d' G d`` with merge weights' differences ``d`` that sum to 0 is the squared distance between two merges.
+
+        Args:
+            grouped: over the columns of each parameter group separately: shape ``(groups, num_weights, num_weights)``.
         """
         rows = self._rows()
-        products = torch.zeros(len(rows), len(rows), dtype=torch.float64)
-        for part in self._chunks():
+        count = len(self.groups) if grouped and self.groups else 1
+        products = torch.zeros(count, len(rows), len(rows), dtype=torch.float64)
+        for group, part in self._chunks(grouped):
             newest = rows[-1][part].float()
             deltas = torch.stack([row[part].float() - newest for row in rows])
-            products += (deltas @ deltas.T).double()
-        return products.numpy()
+            products[group] += (deltas @ deltas.T).double()
+        return (products if grouped else products[0]).numpy()
 
-    def _chunks(self) -> Iterator[slice]:
-        for start in range(0, self.layout.numel, _CHUNK):
-            yield slice(start, min(start + _CHUNK, self.layout.numel))
+    def _chunks(self, grouped: bool = False) -> Iterator[tuple[int, slice]]:
+        """Pieces of the columns, small enough for the cache, with the parameter group each belongs to."""
+        pieces = [(0, 0, self.layout.numel)]
+        if grouped and self.groups is not None:
+            slots = zip(self.groups.members, self.layout.slots, strict=True)
+            pieces = [(group, slot.offset, slot.offset + slot.numel) for group, slot in slots]
+        for group, first, last in pieces:
+            for start in range(first, last, _CHUNK):
+                yield group, slice(start, min(start + _CHUNK, last))
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps, and the rows as tensors that share memory with the window."""
-        return {"steps": list(self._steps), "dtype": self.dtype, "rows": self._rows()}
+        """The steps, and the rows (and the mean begun) as tensors that share memory with the window."""
+        state: dict[str, Any] = {"steps": list(self._steps), "dtype": self.dtype, "rows": self._rows()}
+        return state | ({} if self._mean is None else {"mean": self._mean, "sampled": self._sampled})
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the rows of a ``state_dict``, the newest ones if it holds more than fit.
 
         Raises:
-            ValueError: the rows have another length, or the running sums of BEMA are missing or left over.
+            ValueError: the rows have another length, or are means where this window's are not (or the other way
+                round), or the running sums of BEMA are missing or left over.
         """
         steps, rows = list(state["steps"]), list(state["rows"])
+        if ("mean" in state) is self.newest_is_live:
+            raise ValueError("the saved window's rows are means and this one's are not, or the other way round")
         extra = len(rows) - len(steps)
         if steps and extra != self._extra:
             raise ValueError(f"the saved window has {extra} running sums, this one {self._extra}: the search differs")
@@ -217,3 +270,6 @@ class CheckpointWindow:
             self._matrix[index].copy_(row)
         self._steps = steps[len(steps) - kept :]
         self._pushed = kept
+        if self._mean is not None:
+            self._mean.copy_(state["mean"])
+            self._sampled = state["sampled"]

@@ -22,10 +22,13 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+
+from ..evaluation import Gradient
+from ..objective import Objective
 
 
 @dataclass(frozen=True)
@@ -33,42 +36,89 @@ class Problem:
     """What a search may know.
 
     Args:
-        steps: optimizer steps of the window's rows, oldest first; the last one is live.
+        steps: optimizer steps of the window's rows, oldest first.
         evaluations: what may be spent, in forward passes over the search split: a candidate costs 1, with its gradient
             3. Live is evaluated beside that.
-        live_loss: loss of live on the search split, in nats per token.
+        objective: the loss, how it is made of those of several domains, and live's.
         previous: the last merge's weights, shape ``(size,)``, aligned so that ages match; None at the first merge.
         seed: for the search's own random numbers; differs from merge to merge.
         running_sums: number of rows in front of the window that are no checkpoints (BEMA's two), else 0.
-        gram: inner products of the rows' deltas to live, shape ``(size, size)``, for searches that take gradients.
+        live_is_row: whether the newest row is live; else the rows are means, and live is no merge of them.
+        gram: inner products of the rows' deltas to the newest row, shape ``(size, size)``, or ``(groups, size, size)``
+            where merge weights are grouped; for searches that take gradients.
+        batches: number of batches of the search split.
+        parts: number of parts of it that can be evaluated alone.
+        memory: what the search keeps from one merge of a run to the next, plain JSON values with strings as keys; it
+            may write to it.
     """
 
     steps: tuple[int, ...]
     evaluations: int
-    live_loss: float
+    objective: Objective
     previous: np.ndarray | None = None
     seed: int = 0
     running_sums: int = 0
+    live_is_row: bool = True
     gram: np.ndarray | None = None
+    batches: int = 1
+    parts: int = 1
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def live_loss(self) -> float:
+        """The objective of live on the search split, in nats per token."""
+        return self.objective.score(self.objective.live)
 
     @property
     def size(self) -> int:
         """The number of merge weights."""
         return self.running_sums + len(self.steps)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a candidate: ``(size,)``, or ``(groups, size)``."""
+        return (self.size,) if self.gram is None or self.gram.ndim == 2 else self.gram.shape[:-1]
+
+    @property
+    def live(self) -> np.ndarray | None:
+        """The candidate that is live, None if live is no row."""
+        return self.row(age=0) if self.live_is_row else None
+
+    @property
+    def live_losses(self) -> dict[int, float]:
+        """Losses of single rows, by age, that are known from the beginning."""
+        return {0: self.live_loss} if self.live_is_row else {}
+
     def row(self, age: int) -> np.ndarray:
-        """The candidate that is one row alone; age 0 is live."""
+        """The candidate that is one row alone; age 0 is the newest."""
         weights = np.zeros(self.size)
         weights[self.size - 1 - age] = 1.0
         return weights
 
 
+@dataclass(frozen=True)
+class Observed:
+    """What searches that take gradients are told of a candidate beside its loss.
+
+    Args:
+        losses: losses of the objective's components, shape ``(components,)``.
+        gradients: their gradients in the merge weights, shape ``(components, *problem.shape)``, known up to a constant
+            that weights which sum to 1 do not feel; None where no gradient was wanted.
+        parts: the gradient by parts of the search split, from which its standard error follows.
+    """
+
+    losses: np.ndarray
+    gradients: np.ndarray | None = None
+    parts: Gradient | None = None
+
+
 class Search(Protocol):
     """The protocol: built as ``Search(problem, **search_options)`` for each merge, then asked and told in turn.
 
-    A class with ``needs_gradients = True`` gets ``problem.gram``; while its attribute ``wants_gradient`` is true,
-    ``tell`` has a third argument, the gradient of the loss with respect to the merge weights, shape
-    ``(problem.size,)``, known up to a constant that weights which sum to 1 do not feel.
+    A class with ``needs_gradients = True`` gets ``problem.gram``; where its attribute ``wants_gradient`` is true,
+    the candidate is evaluated with its gradient; ``tell`` has a third argument, :class:`Observed`. Any class may have
+    an attribute ``wants_parts``: with fewer than ``problem.parts`` a candidate is evaluated on so many parts of the
+    search split, at their share of the cost; it can then not win.
     """
 
     def ask(self) -> np.ndarray | None:
@@ -78,11 +128,25 @@ class Search(Protocol):
         """The candidate's loss on the search split, in nats per token; ``inf`` if it was not finite."""
 
 
-SearchFactory = Callable[..., Search]
+class GradientSearch(Protocol):
+    """A search that is told more."""
+
+    needs_gradients: bool
+    wants_gradient: bool
+
+    def ask(self) -> np.ndarray | None:
+        """As :meth:`Search.ask`."""
+
+    def tell(self, weights: np.ndarray, loss: float, observed: Observed) -> None:
+        """As :meth:`Search.tell`, with what else was observed."""
+
+
+SearchFactory = Callable[..., Search | GradientSearch]
 
 _BUILT_IN = {
     "auto": "surrogate:SurrogateSearch",
     "surrogate": "surrogate:SurrogateSearch",
+    "trajectory": "trajectory:TrajectorySearch",
     "reach": "gp:ReachSearch",
     "gp": "gp:GaussianProcessSearch",
     "pairwise": "gp:PairwiseSearch",

@@ -25,7 +25,9 @@ class _BayesianSearch(ABC):
         self._optimizer = Optimizer(
             box, "GP", n_initial_points=0, acq_func="gp_hedge", acq_optimizer="sampling", random_state=problem.seed
         )
-        self.tell(problem.row(age=0), problem.live_loss)
+        self._live_loss = problem.live_loss
+        if problem.live is not None:
+            self.tell(problem.live, problem.live_loss)
 
     @abstractmethod
     def _to_weights(self, point: list[float]) -> np.ndarray:
@@ -49,7 +51,7 @@ class _BayesianSearch(ABC):
     def tell(self, weights: np.ndarray, loss: float) -> None:
         # A Gaussian process cannot hold an infinite loss: the worst finite one says "not here" well enough.
         finite = [value for value in self._losses if np.isfinite(value)]
-        self._losses.append(loss if np.isfinite(loss) else max(finite, default=0.0))
+        self._losses.append(loss if np.isfinite(loss) else max([*finite, self._live_loss]))
         point = self._to_point(weights)
         self._points.append([min(max(x, low), high) for x, (low, high) in zip(point, self._box, strict=True)])
 

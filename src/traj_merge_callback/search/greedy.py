@@ -17,7 +17,7 @@ class GreedySearch:
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         self._rows = max(2, min(len(problem.steps), 1 + problem.evaluations // 2))
-        self._losses = {0: problem.live_loss}
+        self._losses = dict(problem.live_losses)
         self._soup: list[int] = []
         self._soup_loss = np.inf
         self._waiting: list[int] | None = None

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .. import recipes
+from ..objective import Objective
 from . import Problem
 
 WeightsOf = Callable[..., np.ndarray]
@@ -21,8 +22,8 @@ class _Recipe:
         self._problem = problem
         self._weights_of = lambda losses: weights_of(problem, losses, **options)
         # Losses of the newest rows by age; the last evaluation is kept for the recipe itself.
-        self._losses = {0: problem.live_loss}
-        self._wanted = min(len(problem.steps), problem.evaluations) if needs_losses else 1
+        self._losses = dict(problem.live_losses)
+        self._wanted = min(len(problem.steps), problem.evaluations - 1 + len(self._losses)) if needs_losses else 0
         self._done = False
 
     def ask(self) -> np.ndarray | None:
@@ -49,7 +50,7 @@ def _as_search(weights_of: WeightsOf, source: WeightsOf, needs_losses: bool = Fa
     problem = inspect.Parameter("problem", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     factory.__signature__ = inspect.Signature([problem, *options])  # type: ignore[attr-defined]
     factory.__doc__ = source.__doc__
-    trial = Problem(steps=(1, 2), evaluations=2, live_loss=1.0)
+    trial = Problem(steps=(1, 2), evaluations=2, objective=Objective.single(1.0))
     factory.check_options = lambda **options: weights_of(trial, [1.0, 1.0], **options)  # type: ignore[attr-defined]
     return factory
 

@@ -3,95 +3,158 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 
 from ..recipes import ema
-from . import Problem
-from .quadratic import Observation, Quadratic, posterior
+from . import Observed, Problem
+from .axes import PrincipalAxes
+from .program import best_point, check_space
+from .quadratic import NOISE_PER_TOKEN, Observation, Posterior, Prior, Quadratic, posterior, quadratic
 
-# The window's extent along an axis is bounded from below, relative to the largest: flatter axes tell nothing.
-_SMALLEST_EXTENT = 1e-6
-# Hyperparameters tried: the curvature as the loss, in nats, it gives between live and the window's mean; and alpha.
-_SCALES = np.geomspace(0.01, 100.0, 40)
+# Hyperparameters and their priors: the curvature, as the loss in nats it gives between the newest row and the mean of
+# all rows (log-normal), and alpha (normal).
+_SCALES = np.geomspace(0.002, 20.0, 25)
+_SCALE, _SCALE_SPREAD = 0.14, 0.8
 _ALPHAS = (0.2, 0.4, 0.6, 0.8)
 _ALPHA, _ALPHA_SPREAD = 0.6, 0.25
-# Another gradient is worth its price while the model expects to gain more than this share of what has been gained.
-_WORTH_A_GRADIENT = 0.03
-_WEIGHT_BOUNDS = (-1.0, 2.0)
+_DRAWS = 16
+# So many standard errors are more than noise.
+_CLEARLY = 2.0
 
 
 class SurrogateSearch:
     """Bayesian optimisation with gradients in the affine space of merge weights: a few evaluations, not dozens.
 
     One backward pass yields the gradient with respect to all merge weights: k numbers for about three forward passes.
-    What makes two or three of them enough is the prior of the quadratic model they feed. In the principal axes of the
-    window (eigenvectors of the rows' Gram matrix, with eigenvalues w) the Hessian of the held-out loss is nearly
-    diagonal, with curvatures ``h (w / mean w)^-alpha``. This is an observation of ours on Llama and GPT-2 trajectories,
-    not a law, so it only sets a prior mean: h and alpha are chosen by the evidence, and every entry of the Hessian by
-    the losses and gradients seen (:func:`posterior`). Each candidate is the minimum of the posterior mean and is
-    evaluated for real. When the model expects little more, one last candidate is evaluated without a gradient.
+    What makes two of them enough is the prior of the quadratic model they feed. In the principal axes of the window
+    (eigenvectors of the rows' Gram matrix, with eigenvalues w) the Hessian of the held-out loss is nearly diagonal,
+    with curvatures ``h (w / mean w)^-alpha``. This is an observation of ours on Llama and GPT-2 trajectories, not a
+    law, so it only sets a prior mean: h and alpha are averaged over by their evidence, and every entry of the Hessian
+    follows the losses and gradients seen (:func:`posterior`). Where the model is unsure its expected curvature is
+    large, and steps are short.
 
-    Weights may be negative (extrapolation), between -1 and 2. The first candidate is the last merge's weights, or an
-    EMA close to live at the first merge.
+    The first gradient, at the last merge's weights (at an EMA close to live at the first merge), is taken on one part
+    of the search split only: it is there to aim. The minimum of the expected loss is then evaluated on the whole split
+    with its gradient, and so on. The search ends when the loss is expected to fall by less than the standard error of
+    the difference; a candidate is evaluated without a gradient, as the last one, unless knowing the loss exactly
+    instead of with the posterior's uncertainty would be worth more than two of them.
 
     Args:
         problem: the merge's problem, with its Gram matrix.
+        space: "affine": weights may be negative (extrapolation); "simplex": they are not.
+        bounds: smallest and largest weight; by default (-1, 2) and (0, 1).
+
+    Raises:
+        ValueError: an unknown space, or bounds that do not include every single row.
     """
 
     needs_gradients = True
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, *, space: str = "affine", bounds: tuple[float, float] | None = None) -> None:
         assert problem.gram is not None
-        self._middle = np.full(problem.size, 1.0 / problem.size)
-        # An orthonormal basis of the directions that keep the sum of the weights: all but the all-ones one.
-        basis = np.linalg.svd(np.ones((1, problem.size)))[2][1:].T
-        extents, axes = np.linalg.eigh(basis.T @ problem.gram @ basis)
-        self._extents = np.maximum(extents, max(_SMALLEST_EXTENT * extents[-1], np.finfo(float).tiny))
-        self._axes = basis @ axes / np.sqrt(self._extents)
-        self._budget = problem.evaluations
-        self._observations = [Observation(self._to_point(problem.row(age=0)), problem.live_loss)]
+        self._bounds = check_space(space, bounds)
+        self._objective = problem.objective
+        self._axes = PrincipalAxes(problem.gram)
+        self._newest = self._axes.to_point(problem.row(age=0))
+        self._observations: list[list[Observation]] = [[] for _ in self._objective.components]
+        if problem.live is not None:
+            self._observe(self._newest, self._objective.live, None, 0.0)
+        # The best point evaluated on the whole split; none yet if live is no merge of the rows.
+        self._best, self._best_loss = (None if problem.live is None else self._newest), problem.live_loss
         self._next = ema(problem.size, decay=0.35) if problem.previous is None else problem.previous
+        if not (self._bounds[0] <= self._next.min() and self._next.max() <= self._bounds[1]):
+            self._next = self._axes.middle
+        self._budget = float(problem.evaluations)
+        self._parts = problem.parts
+        self.wants_parts = 1
+        # To aim on one part, and then evaluate what was aimed at.
+        self.wants_gradient = self._budget >= 3 / self._parts + 1
         # Rows that are all equal leave nothing to search for.
-        self._done = not extents[-1] > 0
-        self.wants_gradient = self._budget >= 3
+        self._done = self._axes.degenerate
+
+    @staticmethod
+    def check_options(*, space: str = "affine", bounds: tuple[float, float] | None = None) -> None:
+        """Raise a ValueError if the options are wrong."""
+        check_space(space, bounds)
 
     def ask(self) -> np.ndarray | None:
+        if not self.wants_gradient:
+            self.wants_parts = self._parts
         return None if self._done else self._next
 
-    def tell(self, weights: np.ndarray, loss: float, gradient: np.ndarray | None = None) -> None:
-        self._budget -= 1 if gradient is None else 3
-        if gradient is None or not (np.isfinite(loss) and np.isfinite(gradient).all()):
+    def tell(self, weights: np.ndarray, loss: float, observed: Observed) -> None:
+        gradients, parts = observed.gradients, observed.parts
+        finite = np.isfinite(observed.losses).all() and gradients is not None and np.isfinite(gradients).all()
+        if gradients is None or parts is None or not finite:
             self._done = True
             return
-        self._observations.append(Observation(self._to_point(weights), loss, self._axes.T @ gradient))
-        best = min(self._observations, key=lambda observation: observation.loss)
-        point, expected = self._fit(best.point).minimum(best.point)
-        self._next = self._within_bounds(best.point, point)
-        gained = self._observations[0].loss - best.loss
-        self.wants_gradient = self._budget >= 4 and expected > _WORTH_A_GRADIENT * gained
-        self._done = self._budget < 1
+        share = min(1.0, float(parts.tokens.sum() / self._objective.tokens.sum()))
+        self._budget -= 3 * share
+        here = self._axes.to_point(weights)
+        self._observe(here, observed.losses, gradients, 1.0 / share - 1.0)
+        if share == 1.0 and loss <= self._best_loss:
+            self._best, self._best_loss = here, loss
+        point, expected, regret = self._propose()
+        self._next = self._axes.to_weights(point)
+        if self.wants_parts < self._parts:
+            self.wants_parts = self._parts
+            self.wants_gradient = self._budget >= 3
+        else:
+            noise = 0.0
+            if self._best is not None:
+                noise = parts.stderr_along(self._axes.axes @ (point - self._best), self._objective.domains)
+            noise = noise if math.isfinite(noise) else 0.0
+            self._done = expected <= noise
+            self.wants_gradient = self._budget >= 4 and regret > _CLEARLY * noise
+        self._done |= self._budget < 1
 
-    def _fit(self, center: np.ndarray) -> Quadratic:
-        live = self._observations[0].point
+    def _observe(self, point: np.ndarray, losses: np.ndarray, gradients: np.ndarray | None, missing: float) -> None:
+        """Remember an evaluation; ``missing`` is 0 on the whole split, 3 if three times as much was left out."""
+        for index, seen in enumerate(self._observations):
+            gradient = None if gradients is None else self._axes.axes.T @ gradients[index]
+            noise = NOISE_PER_TOKEN / max(self._objective.tokens[index], 1.0) * missing
+            seen.append(Observation(point, float(losses[index]), gradient, noise))
 
-        def fit(scale: float, alpha: float) -> tuple[float, Quadratic]:
-            relative = (self._extents / self._extents.mean()) ** -alpha
-            curvatures = scale / float(relative @ np.square(live)) * relative
-            found = posterior(self._observations, curvatures, center)
-            return found.log_evidence - 0.5 * ((alpha - _ALPHA) / _ALPHA_SPREAD) ** 2, found
+    def _propose(self) -> tuple[np.ndarray, float, float]:
+        """The best point by the model, what it is expected to gain on the best evaluated one, and to be short of."""
+        rng = np.random.default_rng(0)
+        fitted = [self._fit(seen, rng) for seen in self._observations]
+        models = [mean for mean, _ in fitted]
+        start = min(self._observations[0], key=lambda seen: seen.loss if seen.gradient is not None else math.inf).point
+        point = self._best_point(models, start)
+        lowest = self._value(models, point)
+        regret = 0.0
+        for draw in zip(*[draws for _, draws in fitted], strict=True):
+            at_best = self._value(list(draw), self._best_point(list(draw), point))
+            regret += max(0.0, self._value(list(draw), point) - at_best) / _DRAWS
+        best = self._best_loss if self._best is None else self._value(models, self._best)
+        return point, best - lowest, regret
 
-        return max(itertools.starmap(fit, itertools.product(_SCALES, _ALPHAS)), key=lambda found: found[0])[1]
+    def _best_point(self, models: list[Quadratic], start: np.ndarray) -> np.ndarray:
+        return best_point(models, self._objective, self._axes, self._bounds, start)
 
-    def _to_point(self, weights: np.ndarray) -> np.ndarray:
-        # Undoes the scaling of the axes, which are orthogonal.
-        return (self._axes * self._extents).T @ (weights - self._middle)
+    def _value(self, models: list[Quadratic], point: np.ndarray) -> float:
+        losses = np.array([model.value(point) for model in models])
+        return self._objective.score(losses)
 
-    def _within_bounds(self, start: np.ndarray, point: np.ndarray) -> np.ndarray:
-        """The weights at ``point``, drawn back towards ``start`` as far as the bounds demand."""
-        origin = self._middle + self._axes @ start
-        step = self._axes @ (point - start)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            room = np.where(step > 0, _WEIGHT_BOUNDS[1] - origin, _WEIGHT_BOUNDS[0] - origin) / step
-        share = min(1.0, float(np.nanmin(np.where(step == 0, 1.0, room))))
-        return origin + max(share, 0.0) * step
+    def _fit(self, seen: list[Observation], rng: np.random.Generator) -> tuple[Quadratic, list[Quadratic]]:
+        """The expected quadratic, over the hyperparameters too, and quadratics drawn from the posterior."""
+        center = min(seen, key=lambda one: one.loss if one.gradient is not None else math.inf).point
+        found: list[Posterior] = []
+        logs: list[float] = []
+        for scale, alpha in itertools.product(_SCALES, _ALPHAS):
+            relative = self._axes.curvatures(alpha)
+            relative /= float(relative @ np.square(self._newest))
+            fit = posterior(seen, Prior(scale * relative, _SCALE * relative), center)
+            distances = [np.log(scale / _SCALE) / _SCALE_SPREAD, (alpha - _ALPHA) / _ALPHA_SPREAD]
+            found.append(fit)
+            logs.append(fit.log_evidence - 0.5 * float(np.square(distances).sum()))
+        weights = np.exp(np.array(logs) - max(logs))
+        weights /= weights.sum()
+        curvatures = np.tensordot(weights, np.array([fit.curvatures for fit in found]), axes=1)
+        mean = quadratic(np.tensordot(weights, np.array([fit.mean for fit in found]), axes=1), curvatures)
+        counts = rng.multinomial(_DRAWS, weights)
+        draws = [draw for fit, count in zip(found, counts, strict=True) if count for draw in fit.samples(count, rng)]
+        return mean, draws

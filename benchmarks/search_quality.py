@@ -1,0 +1,386 @@
+"""How good merge weights are, by every recipe and search, on real trajectories; what the decayed twin reaches.
+
+A case is one point of one trajectory and one window. Every method chooses weights on the same search split, from no
+memory, and everything printed is measured on the same report split. Gains are relative to the best affine merge of the
+same window, found to convergence on the search split (``BFGS`` from the best point known, until a Newton step is worth
+less than 1e-6 nats). Prints a table and, as its last line, one JSON object; ``--output`` also draws the plot.
+
+    python benchmarks/search_quality.py --quick      one small trajectory, under a minute
+    python benchmarks/search_quality.py --output benchmarks/results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import nn
+from trajectories import BATCH, Spec, Trajectory, blocks_of, load, prose_blocks, put
+
+from traj_merge_callback import CheckpointWindow, Evaluation, HeldOutLoss, Problem
+from traj_merge_callback.candidates import Candidates
+from traj_merge_callback.objective import Objective
+from traj_merge_callback.search import Observed, resolve_search
+from traj_merge_callback.search.axes import PrincipalAxes
+from traj_merge_callback.search.grouped import GroupedSearch
+from traj_merge_callback.search.surrogate import SurrogateSearch
+from traj_merge_callback.selection import Selection, select
+
+SPECS = (Spec("llama", "python", 3e-3), Spec("gpt2", "cpp", 1.5e-3), Spec("llama", "cpp", 1e-3))
+QUICK = Spec("llama", "python", 3e-3, steps=480, points=(480,), sample_every=5, width=48, layers=2)
+ROWS = 8
+DEFAULT = "auto"
+# What may be spent by methods without an entry here: what a merge of the library may spend by default.
+EVALUATIONS = 9
+BUDGETS = {"gp": 50, "greedy": 16, "pairwise": 12, "reach": 12, "trajectory": 36}
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "auto": ("auto", {}),
+    "auto, simplex": ("auto", {"space": "simplex"}),
+    "trajectory": ("trajectory", {}),
+    "reach": ("reach", {}),
+    "gp": ("gp", {}),
+    "pairwise": ("pairwise", {}),
+    "greedy": ("greedy", {}),
+    "lawa": ("lawa", {}),
+    "ema": ("ema", {}),
+    "wma": ("wma", {}),
+    "wsm": ("wsm", {}),
+    "mwa-loss": ("mwa-loss", {}),
+    "mwa-step": ("mwa-step", {}),
+    "perplexity": ("perplexity", {}),
+}
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which rows: ``ROWS`` of them, ``spacing`` steps apart; each a checkpoint or the mean of ``samples``."""
+
+    name: str
+    spacing: int
+    samples: int = 1
+
+
+def windows(spec: Spec, point: int) -> list[Window]:
+    """The windows studied at a point: near rows, and far or mean rows over half of the steps there have been."""
+    far = point // (2 * ROWS) // spec.sample_every * spec.sample_every
+    return [
+        Window("near", 2 * spec.sample_every),
+        Window("far", far),
+        Window("mean", far, far // spec.sample_every),
+    ]
+
+
+@cache
+def heldout(text: str, quick: bool) -> HeldOutLoss:
+    """160 sequences of the run's own text to search on, 320 to report on, and prose that it never sees."""
+    search, report, prose = (64, 128, 32) if quick else (160, 320, 96)
+    batches = blocks_of(text)[1][: search + report].split(3 * BATCH)
+    domains = {"text": batches, "prose": prose_blocks()[:prose].split(2 * BATCH)}
+    loaders = {name: [{"input_ids": b, "labels": b} for b in parts] for name, parts in domains.items()}
+    fraction = search / (search + report)
+    return HeldOutLoss(loaders, batches=10**6, search_fraction=fraction, report_only=["prose"])
+
+
+class Case:
+    """One window at one point of a trajectory."""
+
+    def __init__(self, trajectory: Trajectory, point: int, window: Window, quick: bool) -> None:
+        spec = trajectory.spec
+        self.model: nn.Module = spec.build()
+        self.heldout = heldout(spec.text, quick)
+        self.window = CheckpointWindow(self.model, ROWS, mean_rows=window.samples > 1, groups="blocks")
+        for age in range(ROWS - 1, -1, -1):
+            end = point - age * window.spacing
+            for sample in range(window.samples - 1, 0, -1):
+                put(self.model, trajectory.at(end - sample * (window.spacing // window.samples)))
+                self.window.sample(self.model)
+            put(self.model, trajectory.at(end))
+            self.window.push(self.model, end)
+        self.candidates = Candidates(self.model, self.window, self.heldout, lambda: None)
+        self.live_search = self.candidates.evaluate_live("search")
+        self.live = self.candidates.evaluate_live("report")
+        self.problem = Problem(
+            self.window.steps,
+            EVALUATIONS - 1,
+            Objective.of(self.live_search, ["text"]),
+            live_is_row=self.window.newest_is_live,
+            gram=self.window.gram(),
+            batches=self.heldout.num_batches("search"),
+            parts=self.heldout.parts,
+        )
+
+    def choose(self, name: str, options: dict[str, Any], evaluations: int) -> Selection:
+        """Run a search by name."""
+        problem = replace(self.problem, evaluations=evaluations - 1, memory={})
+        search = resolve_search(name, options)(problem, **options)
+        return select(search, problem, self.candidates.measure, self._start(), {})
+
+    def choose_grouped(self, chosen: Selection) -> Selection:
+        """Go on to weights for each parameter group."""
+        assert chosen.weights is not None
+        problem = replace(self.problem, evaluations=GroupedSearch.cost, gram=self.window.gram(grouped=True))
+        return select(GroupedSearch(problem, chosen.weights), problem, self.candidates.measure, chosen, {})
+
+    def surrogate_alone(self) -> Selection:
+        """What the surrogate proposes after gradients on two of the split's four parts, taken at its word."""
+        problem = replace(self.problem, memory={})
+        search = SurrogateSearch(problem)
+        chosen = None
+        for part in range(2):
+            weights = search.ask()
+            assert weights is not None
+            evaluation, gradient = self.candidates.measure(weights, True, [part], lambda _: False)
+            assert gradient is not None
+            losses = problem.objective.losses(evaluation) + problem.objective.live
+            losses -= problem.objective.losses(self.live_search.on(evaluation.indices))
+            search.tell(weights, float(losses[0]), Observed(losses, problem.objective.gradients(gradient), gradient))
+            chosen = search.ask()
+        assert chosen is not None
+        loss = self.candidates.evaluate(chosen, "search").loss
+        return Selection(chosen, loss, None, forward_equivalents=1.0 + 2 * 3.0 / self.heldout.parts)
+
+    def optimum(self, start: np.ndarray) -> Selection:
+        """The best affine merge on the search split, to convergence."""
+        axes = PrincipalAxes(self.window.gram())
+        # Scaled so that the inverse Hessian which BFGS begins with is nearly right.
+        shape = axes.curvatures(0.6)
+        scale = 1.0 / np.sqrt(0.14 * shape / float(shape @ np.square(axes.to_point(self.problem.row(0)))))
+        origin = axes.to_point(start)
+
+        def loss(u: np.ndarray) -> tuple[float, np.ndarray]:
+            weights = axes.to_weights(origin + scale * u)
+            evaluation, gradient = self.candidates.measure(weights, True, range(self.heldout.parts), lambda _: False)
+            assert gradient is not None
+            return evaluation.loss, scale * (axes.axes.T @ gradient.of(frozenset(["text"])))
+
+        found = minimize(loss, np.zeros(len(origin)), jac=True, method="BFGS", options={"gtol": 1e-3, "maxiter": 30})
+        weights = axes.to_weights(origin + scale * found.x)
+        return Selection(weights, float(found.fun), None, forward_equivalents=3.0 * found.nfev)
+
+    def report(self, weights: np.ndarray | None) -> Evaluation:
+        """A merge on the report split."""
+        return self.live if weights is None else self.candidates.evaluate(weights, "report")
+
+    def report_row(self, row: np.ndarray) -> Evaluation:
+        """Other weights on the report split."""
+        with self.window.layout.installed(self.model, torch.from_numpy(row)):
+            return self.heldout.evaluate(self.model, "report")
+
+    def _start(self) -> Selection:
+        return Selection(None, self.live_search.loss, self.live_search)
+
+
+def study(trajectory: Trajectory, point: int, window: Window, quick: bool) -> dict[str, Any]:
+    """All methods on one case."""
+    started = time.perf_counter()
+    case = Case(trajectory, point, window, quick)
+    finals = trajectory.finals[point]
+    decayed = case.report_row(finals["decayed"])
+    found: dict[str, tuple[Evaluation, Selection | None]] = {}
+    for name, (search, options) in METHODS.items():
+        chosen = case.choose(search, options, EVALUATIONS if quick else BUDGETS.get(name, EVALUATIONS))
+        found[name] = case.report(chosen.weights), chosen
+    default = found[DEFAULT][1]
+    assert default is not None
+    surrogate = case.surrogate_alone()
+    found["surrogate alone"] = case.report(surrogate.weights), surrogate
+    optimum = case.optimum(np.full(ROWS, 1 / ROWS) if default.weights is None else default.weights)
+    found["affine optimum"] = case.report(optimum.weights), optimum
+    if default.weights is not None:
+        grouped = case.choose_grouped(default)
+        found["auto, groups"] = case.report(grouped.weights), grouped
+    for name, row in finals.items():
+        if name != "decayed":
+            found[name] = case.report_row(row), None
+
+    def losses(evaluation: Evaluation) -> dict[str, float]:
+        return {name: evaluation.only({name}).loss for name in ("text", "prose")}
+
+    text = {"text"}
+    live, best = losses(case.live), losses(found["affine optimum"][0])
+    methods = {}
+    for name, (evaluation, selection) in found.items():
+        behind, stderr = evaluation.only(text).gain_of(found["affine optimum"][0].only(text))
+        methods[name] = {
+            "loss": losses(evaluation)["text"],
+            "prose": losses(evaluation)["prose"],
+            "gain_recovered": (live["text"] - losses(evaluation)["text"]) / (live["text"] - best["text"]),
+            "behind_optimum": behind,
+            "behind_optimum_stderr": stderr,
+            "decay_recovery": (live["text"] - losses(evaluation)["text"]) / (live["text"] - losses(decayed)["text"]),
+            "behind_default_stderr": evaluation.only(text).gain_of(found[DEFAULT][0].only(text))[1],
+        }
+        if selection is not None:
+            gain = case.live_search.loss - selection.loss
+            methods[name] |= {
+                "search_gain_recovered": gain / (case.live_search.loss - optimum.loss),
+                "forward_equivalents": selection.forward_equivalents,
+            }
+    return {
+        "trajectory": trajectory.spec.name,
+        "point": point,
+        "window": window.name,
+        "spacing": window.spacing,
+        "samples": window.samples,
+        "live": live,
+        "decayed": losses(decayed),
+        "methods": methods,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _study(arguments: tuple[Spec, int, Window, bool]) -> dict[str, Any]:
+    spec, point, window, quick = arguments
+    case = study(load([spec])[0], point, window, quick)
+    print(
+        f"{case['trajectory']:<20} {point:>5} {window.name:<5} live {case['live']['text']:.4f} decayed "
+        f"{case['decayed']['text']:.4f} default {case['methods'][DEFAULT]['loss']:.4f} recovered "
+        f"{case['methods'][DEFAULT]['gain_recovered']:.3f} at {case['methods'][DEFAULT]['forward_equivalents']:.2f}, "
+        f"{case['seconds']:.0f} s",
+        flush=True,
+    )
+    return case
+
+
+def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians and worst cases over all cases."""
+
+    def over(name: str, key: str, chosen: Callable[[dict[str, Any]], bool] = lambda _: True) -> list[float]:
+        return [case["methods"][name][key] for case in cases if name in case["methods"] and chosen(case)]
+
+    methods: dict[str, Any] = {}
+    for name in cases[0]["methods"]:
+        recovered = over(name, "gain_recovered")
+        methods[name] = {
+            "gain_recovered": statistics.median(recovered),
+            "gain_recovered_min": min(recovered),
+            "forward_equivalents": None,
+            "decay_recovery": statistics.median(over(name, "decay_recovery")),
+            "decay_recovery_mean_rows": statistics.median(
+                over(name, "decay_recovery", lambda c: c["window"] == "mean")
+            ),
+            "prose_worse_than_live": sum(
+                case["methods"][name]["prose"] > case["live"]["prose"] for case in cases if name in case["methods"]
+            ),
+        }
+        if "forward_equivalents" in cases[0]["methods"][name]:
+            on_search, cost = over(name, "search_gain_recovered"), over(name, "forward_equivalents")
+            methods[name] |= {
+                "forward_equivalents": statistics.median(cost),
+                "forward_equivalents_max": max(cost),
+                "search_gain_recovered": statistics.median(on_search),
+                "search_gain_recovered_min": min(on_search),
+            }
+        if name != DEFAULT:
+            # A method beats the default in a case if it is better there by more than two standard errors.
+            ahead = [
+                case["methods"][DEFAULT]["loss"] - case["methods"][name]["loss"]
+                > 2 * case["methods"][name]["behind_default_stderr"]
+                for case in cases
+                if name in case["methods"]
+            ]
+            methods[name]["cases_better_than_default"] = sum(ahead)
+    return {
+        "methods": methods,
+        "default": DEFAULT,
+        "cases": len(cases),
+        "trajectories": sorted({case["trajectory"] for case in cases}),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread a case, torch {torch.__version__}",
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """The summary for people, best first, as Markdown."""
+    lines = [
+        "| method | gain recovered, median | worst case | forward-equivalents | decay recovery | with mean rows |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in sorted(found["methods"].items(), key=lambda item: -item[1]["gain_recovered"]):
+        cost = "" if row["forward_equivalents"] is None else f"{row['forward_equivalents']:.2f}"
+        lines.append(
+            f"| {name} | {row['gain_recovered']:.3f} | {row['gain_recovered_min']:.3f} | {cost} | "
+            f"{row['decay_recovery']:.3f} | {row['decay_recovery_mean_rows']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(cases: list[dict[str, Any]], path: Path) -> None:
+    """Gain recovered over cost, every case and every median."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4))
+    names = ["auto", "surrogate alone", "trajectory", "reach", "gp", "pairwise", "greedy", "lawa", "ema", "wsm"]
+    for index, name in enumerate(names):
+        color = plt.get_cmap("tab10")(index)
+        cost = [case["methods"][name]["forward_equivalents"] for case in cases]
+        recovered = [max(case["methods"][name]["gain_recovered"], -0.1) for case in cases]
+        left.scatter(cost, recovered, s=10, color=color, alpha=0.35, linewidths=0)
+        median = statistics.median(cost), statistics.median(recovered)
+        left.scatter(*median, s=90, color=color, edgecolors="black", label=name, zorder=3)
+    left.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
+    left.set(xscale="log", xlabel="cost of a merge, passes over the search split", ylabel="gain recovered")
+    left.set_title("share of the best affine merge's gain, on the report split")
+    left.legend(fontsize=8, loc="lower right")
+    means = [case for case in cases if case["window"] == "mean"]
+    labels = [f"{case['trajectory']}\nstep {case['point']}" for case in means]
+    shown = ["ema 0.99", "lawa", "gp", "auto", "auto, groups"]
+    for offset, name in enumerate(shown):
+        heights = [max(case["methods"].get(name, case["methods"]["auto"])["decay_recovery"], -0.1) for case in means]
+        places = np.arange(len(means)) + (offset - 2) * 0.16
+        right.bar(places, heights, width=0.15, label=name)
+    right.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
+    right.set_xticks(range(len(means)), labels, fontsize=6.5, rotation=35, ha="right")
+    right.set(ylabel="decay recovery (1: as good as decaying the rate)")
+    right.set_title("eight mean rows, no decay in the run")
+    right.legend(fontsize=8, loc="lower left")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Train or load the trajectories, study every case, and say what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one small trajectory, under a minute on 2 cores")
+    parser.add_argument("--output", type=Path, help="folder for search_quality.json, .md and .png")
+    arguments = parser.parse_args()
+    specs = [QUICK] if arguments.quick else list(SPECS)
+    load(specs)
+    work = [
+        (spec, point, window, arguments.quick)
+        for spec in specs
+        for point in spec.points
+        for window in windows(spec, point)
+    ]
+    with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        cases = list(pool.map(_study, work))
+    found = summary(cases)
+    print("\n" + table(found) + "\n")
+    if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        document = json.dumps(found | {"all_cases": cases}, indent=1)
+        (arguments.output / "search_quality.json").write_text(document + "\n")
+        (arguments.output / "search_quality.md").write_text(table(found) + "\n")
+        plot(cases, arguments.output / "search_quality.png")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Choosing a merge's weights: the problem that the configuration poses, its search, and what is remembered of it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .candidates import Candidates
+from .config import MergeConfig
+from .evaluation import Evaluation
+from .heldout import HeldOutLoss
+from .objective import Objective
+from .resume import Memory
+from .search import Problem, resolve_search
+from .search.grouped import GroupedSearch
+from .selection import Selection, select
+from .window import CheckpointWindow
+
+logger = logging.getLogger("traj_merge_callback")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The merge weights chosen.
+
+    Args:
+        weights: shape ``(num_weights,)`` or ``(groups, num_weights)``; None for live itself.
+        described: the weights by name, as they stand in the record and in merge.json.
+        search_losses: live's and the merge's objective on the search split, nats per token.
+        evaluations: how many candidates were evaluated, live included.
+        forward_equivalents: what that cost, in forward passes over the search split.
+    """
+
+    weights: np.ndarray | None
+    described: dict[str, Any]
+    search_losses: dict[str, float]
+    evaluations: int
+    forward_equivalents: float
+
+
+class Chooser:
+    """Chooses merge weights for one window after another.
+
+    Args:
+        config: the options.
+        heldout: where weights are chosen on the search split.
+    """
+
+    def __init__(self, config: MergeConfig, heldout: HeldOutLoss) -> None:
+        self._config = config
+        self._heldout = heldout
+        self._search = resolve_search(config.search, config.search_options)
+        self._without_gradients = False
+
+    def choose(
+        self, candidates: Candidates, window: CheckpointWindow, live: Evaluation, memory: Memory, step: int
+    ) -> Choice:
+        """Search for the best weights.
+
+        Args:
+            candidates: of the window.
+            window: at least two rows.
+            live: live on the search split.
+            memory: what is known from earlier merges, which this one adds to.
+            step: optimizer step of the merge.
+        """
+        problem = self._problem(window, live, memory, step)
+        start = Selection(None, problem.live_loss, live)
+        chosen = self._select(problem, candidates, start, memory.row_losses)
+        shared = chosen.weights
+        if window.groups is not None and shared is not None and not self._without_gradients:
+            # On from the best weights of the whole model to those of each parameter group.
+            grouped = replace(problem, evaluations=GroupedSearch.cost, gram=window.gram(grouped=True))
+            chosen = select(GroupedSearch(grouped, shared), grouped, candidates.measure, chosen, {})
+        memory.previous = None if shared is None else shared.tolist()
+        memory.row_losses = {step: losses for step, losses in memory.row_losses.items() if step in window.steps}
+        if shared is None:
+            # Live itself; where rows are means it is no merge of them, and all their weights are zero.
+            shared = np.zeros(problem.size) if problem.live is None else problem.live
+        by_group = {}
+        if window.groups is not None and chosen.weights is not None and chosen.weights.ndim == 2:
+            by_group = dict(zip(window.groups.names, chosen.weights.tolist(), strict=True))
+        return Choice(
+            weights=chosen.weights,
+            described={
+                "weights": shared[problem.running_sums :].tolist(),
+                "running_sum_weights": shared[: problem.running_sums].tolist(),
+                "group_weights": by_group,
+            },
+            search_losses={"live": problem.live_loss, "merged": chosen.loss},
+            evaluations=chosen.evaluations,
+            forward_equivalents=chosen.forward_equivalents,
+        )
+
+    def _problem(self, window: CheckpointWindow, live: Evaluation, memory: Memory, step: int) -> Problem:
+        config, size = self._config, window.num_weights
+        previous = None
+        if memory.previous is not None and len(memory.previous) <= size:
+            # Ages match from the newest row on; a window that has grown since then has older rows of weight 0.
+            previous = np.concatenate([np.zeros(size - len(memory.previous)), memory.previous])
+        takes_gradients = getattr(self._search, "needs_gradients", False) and not self._without_gradients
+        objective = Objective.of(
+            live,
+            self._heldout.searched,
+            kind=config.objective,
+            domain_weights=config.domain_weights,
+            tolerance=config.tolerance,
+        )
+        return Problem(
+            steps=window.steps,
+            evaluations=config.evaluations - 1 - (0 if config.groups is None else GroupedSearch.cost),
+            previous=previous,
+            seed=config.seed + step,
+            running_sums=size - len(window),
+            live_is_row=window.newest_is_live,
+            gram=window.gram() if takes_gradients else None,
+            objective=objective,
+            batches=self._heldout.num_batches("search"),
+            parts=self._heldout.parts,
+            memory=memory.search,
+        )
+
+    def _select(
+        self, problem: Problem, candidates: Candidates, start: Selection, row_losses: dict[int, list[float]]
+    ) -> Selection:
+        """Run the search; ``auto`` does without gradients from the first time they cannot be had."""
+        if not self._without_gradients:
+            try:
+                search = self._search(problem, **self._config.search_options)
+                return select(search, problem, candidates.measure, start, row_losses)
+            except Exception as error:
+                if self._config.search != "auto":
+                    raise
+                logger.warning(
+                    "auto could not search with gradients of the held-out loss (%s: %s); it goes on with "
+                    "search='reach', which needs none and finds a little less",
+                    type(error).__name__,
+                    error,
+                )
+                self._without_gradients = True
+        return select(resolve_search("reach")(problem), problem, candidates.measure, start, row_losses)

@@ -1,0 +1,103 @@
+"""Where models of the components' losses put the best merge weights, within bounds: small convex programs."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.optimize import minimize
+
+from ..objective import Objective
+from .axes import PrincipalAxes
+from .quadratic import Quadratic
+
+_PRECISION = 1e-12
+
+
+_BOUNDS = {"affine": (-1.0, 2.0), "simplex": (0.0, 1.0)}
+
+
+def check_space(space: str, bounds: tuple[float, float] | None) -> tuple[float, float]:
+    """The smallest and the largest weight of a space of merge weights, by default (-1, 2) or (0, 1).
+
+    Raises:
+        ValueError: an unknown space, or bounds that do not include every single row.
+    """
+    if space not in _BOUNDS:
+        raise ValueError(f"space={space!r} is not one of {sorted(_BOUNDS)}")
+    low, high = _BOUNDS[space] if bounds is None else (float(bounds[0]), float(bounds[1]))
+    if not low <= 0.0 < 1.0 <= high or (space == "simplex" and (low, high) != (0.0, 1.0)):
+        raise ValueError(f"bounds={bounds}: must include 0 and 1, and space='simplex' has bounds of its own, (0, 1)")
+    return low, high
+
+
+def best_point(
+    models: list[Quadratic],
+    objective: Objective,
+    axes: PrincipalAxes,
+    bounds: tuple[float, float],
+    start: np.ndarray,
+) -> np.ndarray:
+    """The point of lowest objective if the models were right: sequential quadratic programming (SciPy's SLSQP).
+
+    Args:
+        models: of the loss of each component of the objective, over points of shape ``(d,)``.
+        objective: their mean, or the worst rise over live as the least ``t`` with ``rise <= t`` for every component;
+            a tolerance becomes a constraint for each.
+        axes: what points mean as merge weights.
+        bounds: smallest and largest weight.
+        start: where the search begins, shape ``(d,)``.
+    """
+    low, high = bounds
+    if len(models) == 1 and not objective.worst:
+        point = models[0].minimum()
+        weights = axes.to_weights(point)
+        if low <= weights.min() and weights.max() <= high:
+            return point
+    size = len(start)
+    mean_hessian = np.tensordot(objective.weights, np.array([model.hessian for model in models]), axes=1)
+    # In units in which the curvatures, the steps and the gain to expect are all about 1.
+    scale = 1.0 / np.sqrt(np.diag(mean_hessian))
+    slope = scale * np.tensordot(objective.weights, np.array([model.gradient(start) for model in models]), axes=1)
+    unit = max(float(np.linalg.norm(slope)), 1e-6)
+    scale = scale * unit
+
+    def point_of(u: np.ndarray) -> np.ndarray:
+        return start + scale * u[:size]
+
+    def rises(u: np.ndarray) -> np.ndarray:
+        values = np.array([model.value(point_of(u)) for model in models])
+        return (values - objective.live) / unit**2
+
+    def rise_gradients(u: np.ndarray) -> np.ndarray:
+        return np.array([model.gradient(point_of(u)) * scale for model in models]) / unit**2
+
+    room = axes.axes * scale
+    inside = np.concatenate([axes.to_weights(start) - low, high - axes.to_weights(start)])
+    slopes = np.concatenate([room, -room])
+    if objective.worst:  # one variable more: t
+        first = np.concatenate([np.zeros(size), [rises(np.zeros(size)).max()]])
+        slopes = np.concatenate([slopes, np.zeros((len(slopes), 1))], axis=1)
+        cost = {"fun": lambda u: u[-1], "jac": lambda u: np.eye(size + 1)[-1]}
+        column = np.ones((len(models), 1))
+        limits = [
+            {
+                "type": "ineq",
+                "fun": lambda u: u[-1] - rises(u),
+                "jac": lambda u: np.concatenate([-rise_gradients(u), column], axis=1),
+            }
+        ]
+    else:
+        first = np.zeros(size)
+        cost = {"fun": lambda u: objective.weights @ rises(u), "jac": lambda u: objective.weights @ rise_gradients(u)}
+        limits = []
+    limits.append({"type": "ineq", "fun": lambda u: inside + slopes @ u, "jac": lambda u: slopes})
+    if objective.tolerance is not None:
+        extra = np.zeros((len(models), len(first) - size))
+        limits.append(
+            {
+                "type": "ineq",
+                "fun": lambda u: objective.tolerance / unit**2 - rises(u),
+                "jac": lambda u: np.concatenate([-rise_gradients(u), extra], axis=1),
+            }
+        )
+    found = minimize(x0=first, method="SLSQP", constraints=limits, options={"maxiter": 200, "ftol": _PRECISION}, **cost)
+    return point_of(found.x) if np.isfinite(found.x).all() else start

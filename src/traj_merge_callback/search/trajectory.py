@@ -1,0 +1,178 @@
+"""The trajectory surrogate: a quadratic model of the loss from one gradient at each row of the window."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from ..objective import Objective
+from . import Observed, Problem
+from .axes import PrincipalAxes
+from .program import best_point, check_space
+from .quadratic import Quadratic
+
+_SMALLEST_CURVATURE = 1e-9
+# What a loss cannot fall by, in nats: it is not known to more digits.
+_ROUNDING = 1e-7
+
+
+def fill_by_trapezoid(losses: np.ndarray, products: np.ndarray) -> np.ndarray:
+    """Complete the gradients at the rows, of which only those towards rows that were there then are known.
+
+    For rows i older than j the trapezoid rule, exact for a quadratic, gives what is missing::
+
+        L_j - L_i = (g_i + g_j) . (theta_j - theta_i) / 2
+        =>  G[i,j] = 2 (L_j - L_i) + G[i,i] - G[j,j] + G[j,i]
+
+    Args:
+        losses: losses of the rows, shape ``(k,)``, oldest first.
+        products: ``G[i, j] = <gradient at row i, row j>``, shape ``(k, k)``, nan where unknown (``j > i``).
+
+    Returns:
+        The products with the unknown ones filled in.
+    """
+    own = np.diag(products)
+    filled = 2.0 * (losses[None, :] - losses[:, None]) + own[:, None] - own[None, :] + products.T
+    return np.where(np.isnan(products), filled, products)
+
+
+def trajectory_quadratic(losses: np.ndarray, products: np.ndarray, axes: PrincipalAxes) -> Quadratic:
+    """The quadratic over the window that fits the gradients at its rows, exactly so if the loss is quadratic.
+
+    The gradient at a merge is then the merge of the rows' gradients. So in merge weights the gradient at the uniform
+    average is the mean of the products over rows, and the Hessian is the matrix of products itself, as a bilinear form
+    on directions that keep the sum of the weights; it is made symmetric, and positive definite by lifting what is not.
+
+    Args:
+        losses: losses of the rows, shape ``(k,)``, nats per token.
+        products: complete, shape ``(k, k)``, each row known up to a constant that weights which sum to 1 do not feel.
+        axes: of the window.
+    """
+    hessian = axes.axes.T @ products @ axes.axes
+    values, vectors = np.linalg.eigh((hessian + hessian.T) / 2.0)
+    lifted = np.maximum(values, max(_SMALLEST_CURVATURE * float(values[-1]), np.finfo(float).tiny))
+    model = Quadratic(0.0, axes.axes.T @ products.mean(axis=0), (vectors * lifted) @ vectors.T)
+    rows = [axes.to_point(row) for row in np.eye(len(losses))]
+    constant = float(np.mean([loss - model.value(row) for loss, row in zip(losses, rows, strict=True)]))
+    return replace(model, constant=constant)
+
+
+class TrajectorySearch:
+    """Quadratic programming on the trajectory surrogate, then quasi-Newton steps from the candidates evaluated.
+
+    One loss and gradient at each row, newest first and remembered while the row is in the window, give the surrogate;
+    its best weights are evaluated with their gradient, which corrects its Hessian (a BFGS update), and so on until the
+    loss is expected to fall by less than the standard error of the difference. A row costs 3 passes; rows that the
+    budget does not reach take no part, and of domains the weighted mean is modelled.
+
+    Args:
+        problem: the merge's problem, with its Gram matrix.
+        space: "affine" or "simplex".
+        bounds: smallest and largest weight; by default (-1, 2) and (0, 1).
+
+    Raises:
+        ValueError: an unknown space, or bounds that do not include every single row.
+    """
+
+    needs_gradients = True
+
+    def __init__(self, problem: Problem, *, space: str = "affine", bounds: tuple[float, float] | None = None) -> None:
+        self._bounds = check_space(space, bounds)
+        self._problem = problem
+        self._budget = float(problem.evaluations)
+        # By step: the row's loss, and the slopes of its loss towards the rows there were at the time, by their steps.
+        known = problem.memory.get("rows", {})
+        self._rows = problem.memory["rows"] = {key: row for key, row in known.items() if int(key) in problem.steps}
+        unknown = [step for step in reversed(problem.steps) if str(step) not in self._rows]
+        # A candidate is to be evaluated too.
+        self._unknown = unknown[: max(0, int((self._budget - 1) // 3))]
+        self._axes: PrincipalAxes | None = None
+        self._next: np.ndarray | None = None
+        self.wants_gradient = True
+        if not self._unknown:
+            self._begin()
+
+    @staticmethod
+    def check_options(*, space: str = "affine", bounds: tuple[float, float] | None = None) -> None:
+        """Raise a ValueError if the options are wrong."""
+        check_space(space, bounds)
+
+    def ask(self) -> np.ndarray | None:
+        if self._unknown:
+            return self._problem.row(age=len(self._problem.steps) - 1 - self._problem.steps.index(self._unknown[0]))
+        return self._next
+
+    def tell(self, weights: np.ndarray, loss: float, observed: Observed) -> None:
+        self._next = None if not self._unknown else self._next
+        if observed.gradients is None or not (np.isfinite(loss) and np.isfinite(observed.gradients).all()):
+            self._unknown = []
+            return
+        gradient = np.tensordot(self._problem.objective.weights, observed.gradients, axes=1)
+        self._budget -= 3
+        if self._unknown:
+            loss = float(self._problem.objective.weights @ observed.losses)
+            slopes = dict(
+                zip(map(str, self._problem.steps), gradient[-len(self._problem.steps) :].tolist(), strict=True)
+            )
+            self._rows[str(self._unknown.pop(0))] = {"loss": loss, "slopes": slopes}
+            if not self._unknown:
+                self._begin()
+        else:
+            self._refine(weights, loss, gradient, observed)
+
+    def _begin(self) -> None:
+        """Build the surrogate from the rows whose gradients are known, and propose its best weights."""
+        steps = [step for step in self._problem.steps if str(step) in self._rows]
+        assert self._problem.gram is not None
+        if len(steps) < 2:
+            return
+        self._members = [self._problem.size - len(self._problem.steps) + self._problem.steps.index(s) for s in steps]
+        self._axes = PrincipalAxes(self._problem.gram[np.ix_(self._members, self._members)])
+        if self._axes.degenerate:
+            return
+        losses = np.array([self._rows[str(step)]["loss"] for step in steps])
+        slopes = [self._rows[str(step)]["slopes"] for step in steps]
+        products = np.array([[towards.get(str(step), np.nan) for step in steps] for towards in slopes])
+        self._model = trajectory_quadratic(losses, fill_by_trapezoid(losses, products), self._axes)
+        self._best, self._best_loss = np.zeros(len(steps) - 1), np.inf
+        self._gradients: list[tuple[np.ndarray, np.ndarray]] = []
+        self._propose()
+
+    def _refine(self, weights: np.ndarray, loss: float, gradient: np.ndarray, observed: Observed) -> None:
+        assert self._axes is not None
+        assert observed.parts is not None
+        point, slope = self._axes.to_point(weights[self._members]), self._axes.axes.T @ gradient[self._members]
+        for other, there in self._gradients:
+            self._model = _bfgs(self._model, point - other, slope - there)
+        self._gradients.append((point, slope))
+        if loss < self._best_loss:
+            self._best, self._best_loss, self._best_slope = point, loss, slope
+        # The model agrees with the loss and the gradient at the best candidate so far.
+        best, hessian = self._best, self._model.hessian
+        constant = self._best_loss - float(self._best_slope @ best) + 0.5 * float(best @ hessian @ best)
+        self._model = Quadratic(constant, self._best_slope - hessian @ best, hessian)
+        expected = self._propose()
+        step = np.zeros(self._problem.size)
+        step[self._members] = self._axes.axes @ (self._point - best)
+        noise = observed.parts.stderr_along(step, self._problem.objective.domains)
+        if self._budget < 1 or expected <= max(noise if np.isfinite(noise) else 0.0, _ROUNDING):
+            self._next = None
+
+    def _propose(self) -> float:
+        """Make the model's best weights the next candidate; return by how much the loss is expected to fall."""
+        assert self._axes is not None
+        self._point = best_point([self._model], Objective.single(0.0), self._axes, self._bounds, self._best)
+        self._next = np.zeros(self._problem.size)
+        self._next[self._members] = self._axes.to_weights(self._point)
+        self.wants_gradient = self._budget >= 3
+        return self._model.value(self._best) - self._model.value(self._point)
+
+
+def _bfgs(model: Quadratic, step: np.ndarray, change: np.ndarray) -> Quadratic:
+    """The model with a Hessian that gives this change of the gradient over this step, if the loss is convex there."""
+    curved = model.hessian @ step
+    if not step @ change > 1e-12 * np.linalg.norm(step) * np.linalg.norm(change):
+        return model
+    gain = np.outer(change, change) / float(step @ change) - np.outer(curved, curved) / float(step @ curved)
+    return replace(model, hessian=model.hessian + gain)
