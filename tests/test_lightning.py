@@ -95,9 +95,10 @@ def rows(tmp_path, merges):
 @pytest.mark.filterwarnings("ignore:.*shuffle.*")
 @pytest.mark.parametrize("options", [{}, {"precision": "bf16-mixed"}, {"gradient_clip_val": 0.5}])
 @pytest.mark.parametrize("returns", ["loss", "dict", "logged"])
-def test_the_run_is_untouched_and_its_own_logs_are_complete(tmp_path, train, heldout, options, returns):
+@pytest.mark.parametrize("merge", [{}, {"row": "mean", "samples_per_row": 2, "groups": "blocks", "evaluations": 14}])
+def test_the_run_is_untouched_and_its_own_logs_are_complete(tmp_path, train, heldout, options, returns, merge):
     _, plain = fit(tmp_path / "plain", train, heldout, module=Module(returns=returns), **options)
-    callback = merging(tmp_path)
+    callback = merging(tmp_path, **merge)
     _, module = fit(tmp_path / "merging", train, heldout, callback, module=Module(returns=returns), **options)
     assert same_weights(plain, module)
     # Training loss, validation loss, a torchmetrics object and a list on the module: the same values as without.

@@ -137,21 +137,30 @@ def test_steps_saved_is_when_a_snapshot_was_already_as_good_as_live_is_now(loade
     assert max(record.steps_saved for record in records) > 0
 
 
-@pytest.mark.parametrize("search", ["auto", "perplexity", "bema"])
-def test_resuming_continues_as_if_nothing_had_happened(loader, train, tmp_path, search):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"search": "auto"},
+        {"search": "perplexity"},
+        {"search": "bema"},
+        {"search": "trajectory", "evaluations": 20},
+        {"groups": "blocks", "evaluations": 14, **MEAN_ROWS},
+    ],
+)
+def test_resuming_continues_as_if_nothing_had_happened(loader, train, tmp_path, options):
     def continued(resume):
         folder = tmp_path / str(resume)
         model = tiny_llama(dropout=0.0)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        merger = engine(loader, folder, search=search)
+        merger = engine(loader, folder, **options)
         train_steps(model, train, 21, lambda step: merger.step(model, step), optimizer=optimizer)
         if resume:
             train_steps(model, train, 5, lambda step: merger.step(model, step), start=21)  # lost work
             merger.save_state(folder / "lost")
             model = tiny_llama(dropout=0.0)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-            merger = engine(loader, folder, search=search)
-            saved = engine(loader, folder, search=search)
+            merger = engine(loader, folder, **options)
+            saved = engine(loader, folder, **options)
             train_steps(model, train, 21, lambda step: saved.step(model, step), optimizer=optimizer)
             state = torch.get_rng_state()
             saved.save_state(folder / "state")

@@ -82,6 +82,35 @@ def test_the_run_is_untouched_and_its_own_logs_are_complete(tmp_path, train, hel
     assert [log["step"] for log in state["log_history"] if "merge/loss" in log] == [4, 8]
 
 
+def test_mean_rows_and_groups_leave_the_run_untouched_and_resume(tmp_path, train, heldout):
+    options = {
+        **OPTIONS,
+        "evaluations": 14,
+        "row": "mean",
+        "samples_per_row": 2,
+        "groups": "blocks",
+        "on_error": "raise",
+    }
+    plain = make_trainer(tmp_path / "plain", train, heldout)
+    plain.train()
+    trainer = make_trainer(tmp_path / "merging", train, heldout)
+    TrajMergeCallback(**options).attach(trainer)
+    trainer.train()
+    assert same_weights(plain.model, trainer.model)
+    # From a checkpoint in the middle of a row.
+    resumed = make_trainer(tmp_path / "resumed", train, heldout, save_steps=5)
+    callback = TrajMergeCallback(**options).attach(resumed)
+    resumed.train()
+    again = make_trainer(tmp_path / "resumed", train, heldout, save_steps=5)
+    callback = TrajMergeCallback(**options).attach(again)
+    again.train(resume_from_checkpoint=str(tmp_path / "resumed" / "checkpoint-5"))
+    assert same_weights(plain.model, again.model)
+    expected, found = merges(trainer), merges(again)
+    for step in (8, 10):
+        assert found[step]["merge/loss"] == expected[step]["merge/loss"]
+    assert [record.step for record in callback.merger.records] == [8, 10]
+
+
 def test_attached_it_takes_the_eval_dataset_and_tensorboard_holds_its_scalars(tmp_path, train, heldout, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     trainer = make_trainer(tmp_path, train, {"code": heldout, "seen": train}, report_to="tensorboard")
