@@ -170,6 +170,10 @@ class Case:
         weights = axes.to_weights(origin + scale * found.x)
         return Selection(weights, float(found.fun), None, forward_equivalents=3.0 * found.nfev)
 
+    def heldout_part(self, weights: np.ndarray) -> float:
+        """The loss on one part of the search split."""
+        return self.candidates.measure(weights, False, [0], lambda _: False)[0].loss
+
     def report(self, weights: np.ndarray | None) -> Evaluation:
         """A merge on the report split."""
         return self.live if weights is None else self.candidates.evaluate(weights, "report")

@@ -296,6 +296,21 @@ def test_auto_takes_gradients_and_goes_on_without_them_where_there_are_none(load
     assert len([r for r in caplog.records if "goes on with search='reach'" in r.message]) == 1
 
 
+def test_groups_go_without_where_there_are_no_gradients(loader, train, tmp_path, caplog):
+    def detached(model, batch):
+        nll, tokens = language_model_nll(model, batch)
+        return nll.detach(), tokens
+
+    model = tiny_llama()
+    options = {"search": "reach", "groups": "blocks", "evaluations": 14, "on_error": "raise", "nll": detached}
+    merger = engine(loader, tmp_path, **options)
+    train_steps(model, train, 40, lambda step: merger.step(model, step), lr=1e-2)
+    assert [record.search for record in merger.records] == ["reach"] * 5
+    assert any(record.gain for record in merger.records)
+    assert all(record.group_weights == {} for record in merger.records)
+    assert caplog.text.count("merge weights by parameter group need gradients") == 1
+
+
 def test_on_error_raise_lets_failures_through(loader, train, tmp_path):
     merger = engine(loader, tmp_path, search=f"{__name__}:Broken", on_error="raise")
     model = tiny_llama()

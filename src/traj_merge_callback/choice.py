@@ -53,7 +53,7 @@ class Chooser:
         self._config = config
         self._heldout = heldout
         self._search = resolve_search(config.search, config.search_options)
-        self._without_gradients = False
+        self._without_gradients = self._ungrouped = False
 
     def choose(
         self, candidates: Candidates, window: CheckpointWindow, live: Evaluation, memory: Memory, step: int
@@ -71,12 +71,10 @@ class Chooser:
         start = Selection(None, problem.live_loss, live)
         chosen = self._select(problem, candidates, start, memory.row_losses)
         shared = chosen.weights
-        if window.groups is not None and shared is not None and not self._without_gradients:
-            # On from the best weights of the whole model to those of each parameter group.
-            grouped = replace(problem, evaluations=GroupedSearch.cost, gram=window.gram(grouped=True))
-            chosen = select(GroupedSearch(grouped, shared), grouped, candidates.measure, chosen, {})
+        if window.groups is not None and shared is not None and not (self._ungrouped or self._without_gradients):
+            chosen = self._select_grouped(problem, window, candidates, chosen, shared)
         memory.previous = None if shared is None else shared.tolist()
-        memory.row_losses = {step: losses for step, losses in memory.row_losses.items() if step in window.steps}
+        memory.row_losses = {row: losses for row, losses in memory.row_losses.items() if row in window.steps}
         if shared is None:
             # Live itself; where rows are means it is no merge of them, and all their weights are zero.
             shared = np.zeros(problem.size) if problem.live is None else problem.live
@@ -142,3 +140,20 @@ class Chooser:
                 )
                 self._without_gradients = True
         return select(resolve_search("reach")(problem), problem, candidates.measure, start, row_losses)
+
+    def _select_grouped(
+        self, problem: Problem, window: CheckpointWindow, candidates: Candidates, chosen: Selection, shared: np.ndarray
+    ) -> Selection:
+        """Go on from the best weights of the whole model to those of each parameter group."""
+        grouped = replace(problem, evaluations=GroupedSearch.cost, gram=window.gram(grouped=True))
+        try:
+            return select(GroupedSearch(grouped, shared), grouped, candidates.measure, chosen, {})
+        except Exception as error:
+            logger.warning(
+                "merge weights by parameter group need gradients of the held-out loss, which could not be had "
+                "(%s: %s); weights of the whole model are published",
+                type(error).__name__,
+                error,
+            )
+            self._ungrouped = True
+            return chosen

@@ -102,13 +102,35 @@ class Gradient:
         return self.sums[chosen].sum(axis=0) / self.tokens[chosen].sum()
 
     def stderr_along(self, direction: np.ndarray, names: frozenset[str]) -> float:
-        """Standard error of the derivative along ``direction``, with parts as units (ratio estimator); nan for one.
+        """Standard error of the derivative along ``direction``, with a domain's parts as units; nan for one part.
 
         It is, to first order, the standard error of the difference between the losses of two merges that far apart.
         """
-        chosen = self._chosen(names)
-        slopes = (self.sums[chosen] * direction).reshape(len(self.tokens[chosen]), -1).sum(axis=1)
-        return Evaluation(slopes, self.tokens[chosen], ("",) * len(slopes)).stderr
+        slopes = (self.sums * direction).reshape(len(self.tokens), -1).sum(axis=1)
+        total = self.tokens[self._chosen(names)].sum()
+        # Domains differ for good; only the parts of one are samples of the same thing.
+        stderrs = []
+        for name in names & set(self.domains):
+            chosen = self._chosen(frozenset([name]))
+            stderr = Evaluation(slopes[chosen], self.tokens[chosen], ("",) * int(chosen.sum())).stderr
+            stderrs.append(stderr * self.tokens[chosen].sum() / total)
+        return float(np.linalg.norm(stderrs))
+
+    def variance(self, group: int, axes: np.ndarray) -> np.ndarray:
+        """Variances of one parameter group's gradient of the mean loss along axes, shape ``(axes,)``.
+
+        Args:
+            group: index of the group.
+            axes: directions in merge weights, shape ``(k, axes)``.
+        """
+        found = np.zeros(axes.shape[1])
+        for name in set(self.domains):
+            chosen = self._chosen(frozenset([name]))
+            tokens = self.tokens[chosen]
+            if len(tokens) > 1:
+                each = self.sums[chosen, group] @ axes / tokens[:, None]
+                found += np.square(tokens.sum() / self.tokens.sum()) * np.var(each, axis=0, ddof=1) / len(tokens)
+        return found
 
     def _chosen(self, names: frozenset[str]) -> np.ndarray:
         return np.array([domain in names for domain in self.domains], dtype=bool)

@@ -62,13 +62,22 @@ class Objective:
             kind: "mean" or "worst".
             domain_weights: weights of the mean; by default each domain has that of its tokens.
             tolerance: largest rise over live allowed in any domain, in nats per token.
+
+        Raises:
+            ValueError: the domains that have weights have no held-out sequence to search on.
         """
         names = sorted(domains)
         together = kind == "mean" and domain_weights is None and tolerance is None
         components = (frozenset(names),) if together else tuple(frozenset([name]) for name in names)
+        # A domain of a single sequence may have none on this split.
+        components = tuple(component for component in components if live.only(set(component)).tokens.sum())
         evaluations = [live.only(set(component)) for component in components]
         losses, tokens = np.array([e.loss for e in evaluations]), np.array([e.tokens.sum() for e in evaluations])
-        weights = tokens if domain_weights is None else np.array([domain_weights.get(name, 0.0) for name in names])
+        weights = tokens
+        if domain_weights is not None:
+            weights = np.array([sum(domain_weights.get(name, 0.0) for name in component) for component in components])
+        if not weights.sum() > 0:
+            raise ValueError(f"domain_weights={domain_weights}: those domains have no sequence on the search split")
         return cls(components, weights / weights.sum(), losses, tokens, kind == "worst", tolerance)
 
     @classmethod

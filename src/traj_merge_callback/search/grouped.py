@@ -71,15 +71,15 @@ class GroupedSearch:
         assert parts is not None
         assert observed.gradients is not None
         gradient = np.tensordot(self._objective.weights, observed.gradients, axes=1)
-        each = parts.sums / parts.tokens[:, None, None]
         steps, power, noise = [], 0.0, 0.0
         for group, axes in enumerate(self._axes):
-            if axes.degenerate or len(each) < 2:
+            shape = axes.curvatures(_ALPHA)
+            variances = parts.variance(group, axes.axes)
+            curvatures = shape * float(np.mean(variances / shape)) * self._objective.tokens.sum() / NOISE_PER_TOKEN
+            if axes.degenerate or not curvatures.min() > 0.0:
+                # Parameters that never move or do not matter, or too few data to tell.
                 steps.append(np.zeros_like(axes.middle))
                 continue
-            shape = axes.curvatures(_ALPHA)
-            variances = np.var(each[:, group] @ axes.axes, axis=0, ddof=1) / len(each)
-            curvatures = shape * float(np.mean(variances / shape)) * self._objective.tokens.sum() / NOISE_PER_TOKEN
             slopes = axes.axes.T @ gradient[group]
             steps.append(axes.axes @ (-slopes / curvatures))
             power += float(np.square(slopes) @ (1.0 / curvatures))
