@@ -82,21 +82,28 @@ class Posterior:
 
     Args:
         mean: shape ``(c,)``.
-        covariance: shape ``(c, c)``.
+        variance: prior variances, shape ``(c,)``.
+        gain: what was learned, shape ``(n, c)``: the covariance is ``diag(variance) - gain.T @ gain``.
         curvatures: prior means of the Hessian's diagonal, shape ``(d,)``.
         log_evidence: log probability of the observations under the prior, up to a constant.
     """
 
     mean: np.ndarray
-    covariance: np.ndarray
+    variance: np.ndarray
+    gain: np.ndarray
     curvatures: np.ndarray
     log_evidence: float
 
     def samples(self, count: int, rng: np.random.Generator) -> list[Quadratic]:
         """Quadratics drawn from the posterior."""
-        values, vectors = np.linalg.eigh(self.covariance)
-        root = vectors * np.sqrt(np.maximum(values, 0.0))
-        return [quadratic(self.mean + root @ rng.normal(size=len(self.mean)), self.curvatures) for _ in range(count)]
+        deviation = np.sqrt(self.variance)
+        # In units of the prior the covariance is 1 - G'G, whose root shares the right singular vectors of G.
+        relative = np.divide(self.gain, deviation, out=np.zeros_like(self.gain), where=deviation > 0)
+        _, values, vectors = np.linalg.svd(relative, full_matrices=False)
+        shrink = 1.0 - np.sqrt(np.maximum(1.0 - np.square(values), 0.0))
+        noise = rng.normal(size=(count, len(self.mean)))
+        noise -= (noise @ vectors.T * shrink) @ vectors
+        return [quadratic(self.mean + deviation * one, self.curvatures) for one in noise]
 
 
 def quadratic(coefficients: np.ndarray, curvatures: np.ndarray) -> Quadratic:
@@ -154,4 +161,4 @@ def posterior(observations: list[Observation], prior: Prior, center: np.ndarray)
     whitened = np.linalg.solve(factor, residual)
     gain = np.linalg.solve(factor, matrix * variance)
     log_evidence = -0.5 * float(whitened @ whitened) - float(np.log(np.diag(factor)).sum())
-    return Posterior(mean + gain.T @ whitened, np.diag(variance) - gain.T @ gain, curvatures, log_evidence)
+    return Posterior(mean + gain.T @ whitened, variance, gain, curvatures, log_evidence)
