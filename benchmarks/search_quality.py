@@ -129,9 +129,9 @@ class Case:
         return select(search, problem, self.candidates.measure, self._start(), {})
 
     def choose_grouped(self, chosen: Selection) -> Selection:
-        """Go on to weights for each parameter group."""
+        """Go on to weights for each parameter group, three steps at most."""
         assert chosen.weights is not None
-        problem = replace(self.problem, evaluations=GroupedSearch.cost, gram=self.window.gram(grouped=True))
+        problem = replace(self.problem, evaluations=3 * GroupedSearch.cost, gram=self.window.gram(grouped=True))
         return select(GroupedSearch(problem, chosen.weights), problem, self.candidates.measure, chosen, {})
 
     def surrogate_alone(self) -> Selection:

@@ -127,7 +127,7 @@ class TwoGroups:
 
     scale = 4e-4
 
-    def select(self):
+    def select(self, evaluations=GroupedSearch.cost):
         start = np.full(5, 0.2)
         tiled = np.tile(start, (2, 1))
         seen = []
@@ -145,7 +145,7 @@ class TwoGroups:
         live = evaluation(*[self.true(tiled) + 1.0] * 4)
         objective = Objective.of(live, [""])
         objective = Objective(objective.components, objective.weights, objective.live, np.array([self.tokens]))
-        problem = Problem((1, 2, 3, 4, 5), GroupedSearch.cost, objective, gram=self.gram, batches=4, parts=4)
+        problem = Problem((1, 2, 3, 4, 5), evaluations, objective, gram=self.gram, batches=4, parts=4)
         found = select(GroupedSearch(problem, start), problem, measure, Selection(start, self.true(tiled), live), {})
         return found, seen, self.true(tiled)
 
@@ -162,12 +162,25 @@ def test_groups_that_differ_get_weights_of_their_own():
     assert np.median(gains) > 0.5
 
 
+def test_more_steps_gain_more_until_only_noise_is_left():
+    one, many, most = [], [], 0
+    for seed in range(10):
+        landscape = TwoGroups(seed, difference=0.3)
+        one.append(landscape.true(landscape.select()[0].weights))
+        landscape = TwoGroups(seed, difference=0.3)
+        chosen, _, _ = landscape.select(evaluations=100)
+        many.append(landscape.true(chosen.weights))
+        most = max(most, chosen.forward_equivalents)
+    assert np.mean(many) < np.mean(one)
+    assert most < 60
+
+
 def test_noise_alone_moves_the_groups_little():
     # Where the best weights are those of the whole model, a gradient is all noise, and the step is shrunk away.
     harm = []
     for seed in range(20):
         landscape = TwoGroups(seed, difference=0.0)
-        chosen, _, before = landscape.select()
+        chosen, _, before = landscape.select(evaluations=100)
         unshrunk = 0.5 * np.square(landscape.tilts.mean(axis=0)).sum() / landscape.scale
         harm.append(
             (landscape.true(chosen.weights if chosen.weights.ndim == 2 else np.tile(chosen.weights, (2, 1))) - before)

@@ -145,7 +145,8 @@ class Chooser:
         self, problem: Problem, window: CheckpointWindow, candidates: Candidates, chosen: Selection, shared: np.ndarray
     ) -> Selection:
         """Go on from the best weights of the whole model to those of each parameter group."""
-        grouped = replace(problem, evaluations=GroupedSearch.cost, gram=window.gram(grouped=True))
+        left = self._config.evaluations - int(np.ceil(chosen.forward_equivalents))
+        grouped = replace(problem, evaluations=left, gram=window.gram(grouped=True))
         try:
             return select(GroupedSearch(grouped, shared), grouped, candidates.measure, chosen, {})
         except Exception as error:

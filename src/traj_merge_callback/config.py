@@ -31,7 +31,7 @@ class MergeConfig:
             ``{"space": "simplex"}`` for "auto".
         groups: merge weights for each parameter group of its own, starting from the best ones for the whole model:
             "blocks" (each block's attention and MLP, norms, embeddings, head), or a mapping from group names to lists
-            of name patterns. Takes 5 of the ``evaluations``.
+            of name patterns. A step takes 5 of the ``evaluations``, and all that are left are used while they help.
         objective: "mean" of the loss over the held-out domains, or "worst": the largest rise over live in any of them.
         domain_weights: weights of the domains in the mean; by default they count by their tokens.
         tolerance: largest rise over live, in nats per token, that a merge may have in any domain on the search split;

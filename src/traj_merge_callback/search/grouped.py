@@ -1,4 +1,4 @@
-"""Merge weights of their own for each parameter group, from one gradient at the best weights of the whole model."""
+"""Merge weights of their own for each parameter group, by gradients from the best weights of the whole model on."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ _FIRST_STEP = 0.2
 
 
 class GroupedSearch:
-    """A step from the best weights of the whole model into the space of one weight vector per parameter group.
+    """Descent from the best weights of the whole model in the space of one weight vector per parameter group.
 
     There are groups times as many weights to choose and no more held-out data to choose them by: most of the gradient
-    can be noise. So the step is shrunk towards the weights of the whole model by the share of the gradient that is not
-    (James and Stein's factor ``1 - noise / |gradient|^2``, both in units of the Hessian, the noise from the gradient's
-    variance between parts of the search split). That variance, within each group, also gives the group's curvature: for
-    the Hessian of a log-likelihood is the covariance of its gradients. How far to go along the direction follows from
-    one evaluation on it and the slope at its beginning; the candidate there costs one more. In all 5 forward passes.
+    can be noise. So each step is shrunk by the share of the gradient that is (James and Stein's factor
+    ``1 - noise / |gradient|^2``, both in units of the Hessian, the noise from the gradient's variance between parts of
+    the search split), and the descent ends where nothing but noise is left. That variance, within each group, also
+    gives the group's curvature: for the Hessian of a log-likelihood is the covariance of its gradients. How far to go
+    along a direction follows from one evaluation on it and the slope at its beginning; the candidate there costs one
+    more. A step takes 5 forward passes in all; there are as many as the budget allows.
 
     Args:
         problem: with Gram matrices of shape ``(groups, size, size)``.
@@ -29,38 +30,49 @@ class GroupedSearch:
     """
 
     needs_gradients = True
-    # Of a merge's budget.
+    # Of one step.
     cost = 5
 
     def __init__(self, problem: Problem, start: np.ndarray) -> None:
         assert problem.gram is not None
         self._objective = problem.objective
         self._axes = [PrincipalAxes(gram) for gram in problem.gram]
-        self._start = np.tile(start, (len(problem.gram), 1))
-        self._next: np.ndarray | None = self._start
-        self._told = 0
+        self._best = np.tile(start, (len(problem.gram), 1))
+        self._best_loss = np.inf
+        self._begin()
+
+    def _begin(self) -> None:
+        """A step begins with the gradient at the best weights so far."""
+        self._start = self._best
+        self._next: np.ndarray | None = self._best
+        self._tried = 0
         self.wants_gradient = True
 
     def ask(self) -> np.ndarray | None:
         return self._next
 
     def tell(self, weights: np.ndarray, loss: float, observed: Observed) -> None:
-        self._told += 1
         self._next = None
         if not np.isfinite(loss):
             return
+        if loss < self._best_loss:
+            self._best, self._best_loss = weights, loss
         if observed.gradients is not None:
             self.wants_gradient = False
             self._loss = loss
             self._direction, self._slope, self._signal = self._aim(observed)
             if self._slope < 0.0 < self._signal:
                 self._next = self._at(_FIRST_STEP)
-        elif self._told == 2:
+            return
+        self._tried += 1
+        if self._tried == 1:
             # The parabola through the loss and the slope at the start and the loss at the first step.
             first = _FIRST_STEP * self._signal
             bend = loss - self._loss - self._slope * first
             best = -self._slope * first**2 / (2.0 * bend) if bend > 0.0 else np.inf
             self._next = self._at(min(best, 1.0))
+        elif self._best_loss < self._loss:
+            self._begin()
 
     def _at(self, length: float) -> np.ndarray:
         return self._start + self._signal * length * self._direction
