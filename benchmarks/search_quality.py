@@ -40,7 +40,7 @@ from traj_merge_callback.search.surrogate import SurrogateSearch
 from traj_merge_callback.selection import Selection, select
 
 SPECS = (Spec("llama", "python", 3e-3), Spec("gpt2", "cpp", 1.5e-3), Spec("llama", "cpp", 1e-3))
-QUICK = Spec("llama", "python", 1e-2, steps=240, points=(240,), sample_every=5, width=32, layers=2)
+QUICK = Spec("llama", "python", 1e-2, steps=240, points=(240,), sample_every=5, width=32, layers=1)
 ROWS = 8
 DEFAULT = "auto"
 # What may be spent by methods without an entry here: what a merge of the library may spend by default.

@@ -196,7 +196,7 @@ def _train_constant(spec: Spec) -> None:
     spec.folder.mkdir(parents=True)
     run = _Run(spec)
     start = run.row()
-    averages = {f"ema {decay}": start.clone() for decay in EMA_DECAYS}
+    averages = {f"ema {decay}": start.clone() for decay in EMA_DECAYS} | {"bema": start.clone()}
     bema_average = start.clone()
     shape = (spec.steps // spec.sample_every, len(start))
     samples = np.lib.format.open_memmap(spec.folder / "samples.npy", mode="w+", dtype=np.float32, shape=shape)
