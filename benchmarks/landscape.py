@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import matplotlib as mpl
@@ -21,7 +20,7 @@ from traj_merge_callback import Problem
 from traj_merge_callback.search import Observed
 from traj_merge_callback.search.axes import PrincipalAxes
 from traj_merge_callback.search.surrogate import SurrogateSearch
-from traj_merge_callback.selection import Selection, select
+from traj_merge_callback.selection import select
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -54,8 +53,7 @@ def main() -> None:
     window = next(window for window in windows(spec, point) if window.name == "far")
     case = Case(trajectory, point, window, quick=False)
     search = Recorded(case.problem)
-    start = Selection(None, case.live_search.loss, case.live_search)
-    chosen = select(search, replace(case.problem, memory={}), case.candidates.measure, start, {})
+    chosen = select(search, case.problem, case.candidates.measure, case.start(), {})
     best = case.optimum(chosen.weights if chosen.weights is not None else search.candidates[-1][0]).weights
     assert best is not None
 

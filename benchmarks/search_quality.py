@@ -3,7 +3,7 @@
 A case is one point of one trajectory and one window. Every method chooses weights on the same search split, from no
 memory, and everything printed is measured on the same report split. Gains are relative to the best affine merge of the
 same window, found to convergence on the search split (``BFGS`` from the best point known, until a Newton step is worth
-less than 1e-6 nats). Prints a table and, as its last line, one JSON object; ``--output`` also draws the plot.
+less than a few 1e-6 nats). Prints a table and, as its last line, one JSON object; ``--output`` also draws the plot.
 
     python benchmarks/search_quality.py --quick                       one small trajectory, under a minute
     python benchmarks/search_quality.py --output benchmarks/results   27 cases, about 70 minutes on 2 cores
@@ -46,22 +46,10 @@ DEFAULT = "auto"
 # What may be spent by methods without an entry here: what a merge of the library may spend by default.
 EVALUATIONS = 9
 BUDGETS = {"gp": 50, "greedy": 16, "pairwise": 12, "reach": 12, "trajectory": 36}
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "auto": ("auto", {}),
-    "auto, simplex": ("auto", {"space": "simplex"}),
-    "trajectory": ("trajectory", {}),
-    "reach": ("reach", {}),
-    "gp": ("gp", {}),
-    "pairwise": ("pairwise", {}),
-    "greedy": ("greedy", {}),
-    "lawa": ("lawa", {}),
-    "ema": ("ema", {}),
-    "wma": ("wma", {}),
-    "wsm": ("wsm", {}),
-    "mwa-loss": ("mwa-loss", {}),
-    "mwa-step": ("mwa-step", {}),
-    "perplexity": ("perplexity", {}),
-}
+RECIPES = ("lawa", "ema", "wma", "wsm", "mwa-loss", "mwa-step", "perplexity")
+SEARCHES = ("auto", "trajectory", "reach", "gp", "pairwise", "greedy")
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in SEARCHES + RECIPES}
+METHODS["auto, simplex"] = ("auto", {"space": "simplex"})
 
 
 @dataclass(frozen=True)
@@ -126,7 +114,7 @@ class Case:
         """Run a search by name."""
         problem = replace(self.problem, evaluations=evaluations - 1, memory={})
         search = resolve_search(name, options)(problem, **options)
-        return select(search, problem, self.candidates.measure, self._start(), {})
+        return select(search, problem, self.candidates.measure, self.start(), {})
 
     def choose_grouped(self, chosen: Selection) -> Selection:
         """Go on to weights for each parameter group, three steps at most."""
@@ -136,17 +124,17 @@ class Case:
 
     def surrogate_alone(self) -> Selection:
         """What the surrogate proposes after gradients on two of the split's four parts, taken at its word."""
-        problem = replace(self.problem, memory={})
-        search = SurrogateSearch(problem)
+        objective = self.problem.objective
+        search = SurrogateSearch(self.problem)
         chosen = None
         for part in range(2):
             weights = search.ask()
             assert weights is not None
             evaluation, gradient = self.candidates.measure(weights, True, [part], lambda _: False)
             assert gradient is not None
-            losses = problem.objective.losses(evaluation) + problem.objective.live
-            losses -= problem.objective.losses(self.live_search.on(evaluation.indices))
-            search.tell(weights, float(losses[0]), Observed(losses, problem.objective.gradients(gradient), gradient))
+            losses = objective.losses(evaluation) + objective.live
+            losses -= objective.losses(self.live_search.on(evaluation.indices))
+            search.tell(weights, float(losses[0]), Observed(losses, objective.gradients(gradient), gradient))
             chosen = search.ask()
         assert chosen is not None
         loss = self.candidates.evaluate(chosen, "search").loss
@@ -183,7 +171,8 @@ class Case:
         with self.window.layout.installed(self.model, torch.from_numpy(row)):
             return self.heldout.evaluate(self.model, "report")
 
-    def _start(self) -> Selection:
+    def start(self) -> Selection:
+        """Where a search starts: live."""
         return Selection(None, self.live_search.loss, self.live_search)
 
 
@@ -214,17 +203,19 @@ def study(trajectory: Trajectory, point: int, window: Window, quick: bool) -> di
         return {name: evaluation.only({name}).loss for name in ("text", "prose")}
 
     text = {"text"}
-    live, best = losses(case.live), losses(found["affine optimum"][0])
+    live, best, twin = losses(case.live), losses(found["affine optimum"][0]), losses(decayed)
     methods = {}
     for name, (evaluation, selection) in found.items():
+        loss = losses(evaluation)
+        gained = live["text"] - loss["text"]
         behind, stderr = evaluation.only(text).gain_of(found["affine optimum"][0].only(text))
         methods[name] = {
-            "loss": losses(evaluation)["text"],
-            "prose": losses(evaluation)["prose"],
-            "gain_recovered": (live["text"] - losses(evaluation)["text"]) / (live["text"] - best["text"]),
+            "loss": loss["text"],
+            "prose": loss["prose"],
+            "gain_recovered": gained / (live["text"] - best["text"]),
             "behind_optimum": behind,
             "behind_optimum_stderr": stderr,
-            "decay_recovery": (live["text"] - losses(evaluation)["text"]) / (live["text"] - losses(decayed)["text"]),
+            "decay_recovery": gained / (live["text"] - twin["text"]),
             "behind_default_stderr": evaluation.only(text).gain_of(found[DEFAULT][0].only(text))[1],
         }
         if selection is not None:
@@ -240,7 +231,7 @@ def study(trajectory: Trajectory, point: int, window: Window, quick: bool) -> di
         "spacing": window.spacing,
         "samples": window.samples,
         "live": live,
-        "decayed": losses(decayed),
+        "decayed": twin,
         "methods": methods,
         "seconds": time.perf_counter() - started,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +46,7 @@ class Evaluation:
         """``exp(loss)``."""
         return math.exp(min(self.loss, 700.0)) if math.isfinite(self.loss) else self.loss
 
-    def only(self, names: set[str]) -> Evaluation:
+    def only(self, names: Set[str]) -> Evaluation:
         """The part of the evaluation that belongs to some domains."""
         return self._take([place for place, domain in enumerate(self.domains) if domain in names])
 
@@ -96,12 +97,12 @@ class Gradient:
     tokens: np.ndarray
     domains: tuple[str, ...]
 
-    def of(self, names: frozenset[str]) -> np.ndarray:
+    def of(self, names: Set[str]) -> np.ndarray:
         """Gradient of the token-weighted mean loss over some domains, shape ``(k,)`` or ``(groups, k)``."""
         chosen = self._chosen(names)
         return self.sums[chosen].sum(axis=0) / self.tokens[chosen].sum()
 
-    def stderr_along(self, direction: np.ndarray, names: frozenset[str]) -> float:
+    def stderr_along(self, direction: np.ndarray, names: Set[str]) -> float:
         """Standard error of the derivative along ``direction``, with a domain's parts as units; nan for one part.
 
         It is, to first order, the standard error of the difference between the losses of two merges that far apart.
@@ -111,7 +112,7 @@ class Gradient:
         # Domains differ for good; only the parts of one are samples of the same thing.
         stderrs = []
         for name in names & set(self.domains):
-            chosen = self._chosen(frozenset([name]))
+            chosen = self._chosen({name})
             stderr = Evaluation(slopes[chosen], self.tokens[chosen], ("",) * int(chosen.sum())).stderr
             stderrs.append(stderr * self.tokens[chosen].sum() / total)
         return float(np.linalg.norm(stderrs))
@@ -125,12 +126,12 @@ class Gradient:
         """
         found = np.zeros(axes.shape[1])
         for name in set(self.domains):
-            chosen = self._chosen(frozenset([name]))
+            chosen = self._chosen({name})
             tokens = self.tokens[chosen]
             if len(tokens) > 1:
                 each = self.sums[chosen, group] @ axes / tokens[:, None]
                 found += np.square(tokens.sum() / self.tokens.sum()) * np.var(each, axis=0, ddof=1) / len(tokens)
         return found
 
-    def _chosen(self, names: frozenset[str]) -> np.ndarray:
+    def _chosen(self, names: Set[str]) -> np.ndarray:
         return np.array([domain in names for domain in self.domains], dtype=bool)

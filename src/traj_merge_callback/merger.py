@@ -87,7 +87,6 @@ class TrajectoryMerger:
         self._log = log
         self._write = write
         self._metrics = MetricsFile(self.output_dir / "metrics.jsonl")
-        self._search = resolve_search(self.config.search, self.config.search_options)
         self._failures = Failures(self.config.on_error)
         self._store = SnapshotStore(self.output_dir, keep_last=self.config.keep_last, keep_best=self.config.keep_best)
         if self._active:
@@ -118,7 +117,7 @@ class TrajectoryMerger:
         """
         if not self._active or self.window is not None:
             return
-        average_rate = getattr(self._search, "average_rate", None)
+        average_rate = getattr(resolve_search(self.config.search), "average_rate", None)
         options = self.config.search_options
         self.window = CheckpointWindow(
             model,
@@ -228,7 +227,7 @@ class TrajectoryMerger:
 
     def live_evaluation(self, model: nn.Module) -> Evaluation:
         """The live model's loss on the report split, over the domains that are searched on."""
-        return self.heldout.evaluate(model, "report").only(set(self.heldout.searched))
+        return self.heldout.evaluate(model, "report").only(self.heldout.searched)
 
     # One merge
 
@@ -250,7 +249,7 @@ class TrajectoryMerger:
             chosen = self._chooser.choose(candidates, window, live_search, self._memory, step)
             live = candidates.evaluate_live("report")
             merged = live if chosen.weights is None else candidates.evaluate(chosen.weights, "report")
-            losses = report_losses(live, merged, set(self.heldout.searched))
+            losses = report_losses(live, merged, self.heldout.searched)
             if not math.isfinite(losses["gain"]):
                 raise ValueError(f"the held-out loss on the report split is not finite: {losses}")
             snapshot = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def report_losses(live: Evaluation, merged: Evaluation, searched: set[str]) -> dict[str, Any]:
+def report_losses(live: Evaluation, merged: Evaluation, searched: Set[str]) -> dict[str, Any]:
     """The losses of a record, from evaluations of live and of the merged model on the report split.
 
     Overall numbers cover the domains in ``searched``; with several domains each is reported, those or not.

@@ -70,8 +70,8 @@ class Objective:
         together = kind == "mean" and domain_weights is None and tolerance is None
         components = (frozenset(names),) if together else tuple(frozenset([name]) for name in names)
         # A domain of a single sequence may have none on this split.
-        components = tuple(component for component in components if live.only(set(component)).tokens.sum())
-        evaluations = [live.only(set(component)) for component in components]
+        components = tuple(component for component in components if live.only(component).tokens.sum())
+        evaluations = [live.only(component) for component in components]
         losses, tokens = np.array([e.loss for e in evaluations]), np.array([e.tokens.sum() for e in evaluations])
         weights = tokens
         if domain_weights is not None:
@@ -87,7 +87,7 @@ class Objective:
 
     def losses(self, evaluation: Evaluation) -> np.ndarray:
         """Loss of each component, shape ``(components,)``."""
-        return np.array([evaluation.only(set(component)).loss for component in self.components])
+        return np.array([evaluation.only(component).loss for component in self.components])
 
     def gradients(self, gradient: Gradient) -> np.ndarray:
         """Gradient of each component's loss, shape ``(components, k)`` or ``(components, groups, k)``."""
@@ -108,7 +108,7 @@ class Objective:
         """Whether a candidate is worse than ``best`` in every domain beyond doubt, on the batches evaluated so far."""
         best = best.on(evaluation.indices)
         for component in self.components:
-            gain, stderr = best.only(set(component)).gain_of(evaluation.only(set(component)))
+            gain, stderr = best.only(component).gain_of(evaluation.only(component))
             if math.isfinite(gain) and not (math.isfinite(stderr) and gain < -_CLEARLY * stderr):
                 return False
         return True

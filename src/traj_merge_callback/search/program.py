@@ -15,7 +15,7 @@ _PRECISION = 1e-12
 _BOUNDS = {"affine": (-1.0, 2.0), "simplex": (0.0, 1.0)}
 
 
-def check_space(space: str, bounds: tuple[float, float] | None) -> tuple[float, float]:
+def check_space(space: str = "affine", bounds: tuple[float, float] | None = None) -> tuple[float, float]:
     """The smallest and the largest weight of a space of merge weights, by default (-1, 2) or (0, 1).
 
     Raises:

@@ -51,6 +51,7 @@ class SurrogateSearch:
     """
 
     needs_gradients = True
+    check_options = staticmethod(check_space)
 
     def __init__(self, problem: Problem, *, space: str = "affine", bounds: tuple[float, float] | None = None) -> None:
         assert problem.gram is not None
@@ -73,11 +74,6 @@ class SurrogateSearch:
         self.wants_gradient = self._budget >= 3 / self._parts + 1
         # Rows that are all equal leave nothing to search for.
         self._done = self._axes.degenerate
-
-    @staticmethod
-    def check_options(*, space: str = "affine", bounds: tuple[float, float] | None = None) -> None:
-        """Raise a ValueError if the options are wrong."""
-        check_space(space, bounds)
 
     def ask(self) -> np.ndarray | None:
         if not self.wants_gradient:
@@ -122,8 +118,7 @@ class SurrogateSearch:
         rng = np.random.default_rng(0)
         fitted = [self._fit(seen, rng) for seen in self._observations]
         models = [mean for mean, _ in fitted]
-        start = min(self._observations[0], key=lambda seen: seen.loss if seen.gradient is not None else math.inf).point
-        point = self._best_point(models, start)
+        point = self._best_point(models, _center(self._observations[0]))
         lowest = self._value(models, point)
         regret = 0.0
         for draw in zip(*[draws for _, draws in fitted], strict=True):
@@ -141,7 +136,7 @@ class SurrogateSearch:
 
     def _fit(self, seen: list[Observation], rng: np.random.Generator) -> tuple[Quadratic, list[Quadratic]]:
         """The expected quadratic, over the hyperparameters too, and quadratics drawn from the posterior."""
-        center = min(seen, key=lambda one: one.loss if one.gradient is not None else math.inf).point
+        center = _center(seen)
         found: list[Posterior] = []
         logs: list[float] = []
         for scale, alpha in itertools.product(_SCALES, _ALPHAS):
@@ -158,3 +153,8 @@ class SurrogateSearch:
         counts = rng.multinomial(_DRAWS, weights)
         draws = [draw for fit, count in zip(found, counts, strict=True) if count for draw in fit.samples(count, rng)]
         return mean, draws
+
+
+def _center(seen: list[Observation]) -> np.ndarray:
+    """The point of lowest loss among those whose gradient is known."""
+    return min(seen, key=lambda one: one.loss if one.gradient is not None else math.inf).point

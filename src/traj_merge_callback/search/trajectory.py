@@ -76,6 +76,7 @@ class TrajectorySearch:
     """
 
     needs_gradients = True
+    check_options = staticmethod(check_space)
 
     def __init__(self, problem: Problem, *, space: str = "affine", bounds: tuple[float, float] | None = None) -> None:
         self._bounds = check_space(space, bounds)
@@ -93,18 +94,13 @@ class TrajectorySearch:
         if not self._unknown:
             self._begin()
 
-    @staticmethod
-    def check_options(*, space: str = "affine", bounds: tuple[float, float] | None = None) -> None:
-        """Raise a ValueError if the options are wrong."""
-        check_space(space, bounds)
-
     def ask(self) -> np.ndarray | None:
         if self._unknown:
             return self._problem.row(age=len(self._problem.steps) - 1 - self._problem.steps.index(self._unknown[0]))
         return self._next
 
     def tell(self, weights: np.ndarray, loss: float, observed: Observed) -> None:
-        self._next = None if not self._unknown else self._next
+        self._next = None
         if observed.gradients is None or not (np.isfinite(loss) and np.isfinite(observed.gradients).all()):
             self._unknown = []
             return
