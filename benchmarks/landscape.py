@@ -17,6 +17,7 @@ from search_quality import SPECS, Case, windows
 from trajectories import load
 
 from traj_merge_callback import Problem
+from traj_merge_callback.pieces import finish
 from traj_merge_callback.search import Observed
 from traj_merge_callback.search.axes import PrincipalAxes
 from traj_merge_callback.search.surrogate import SurrogateSearch
@@ -53,7 +54,7 @@ def main() -> None:
     window = next(window for window in windows(spec, point) if window.name == "far")
     case = Case(trajectory, point, window, quick=False)
     search = Recorded(case.problem)
-    chosen = select(search, case.problem, case.candidates.measure, case.start(), {})
+    chosen = finish(select(search, case.problem, case.candidates.measure, case.start(), {}))
     best = case.optimum(chosen.weights if chosen.weights is not None else search.candidates[-1][0]).weights
     assert best is not None
 

@@ -16,7 +16,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -32,7 +32,10 @@ from trajectories import BATCH, Spec, Trajectory, blocks_of, load, prose_blocks,
 
 from traj_merge_callback import CheckpointWindow, Evaluation, HeldOutLoss, Problem
 from traj_merge_callback.candidates import Candidates
+from traj_merge_callback.evaluation import Gradient
+from traj_merge_callback.heldout import Split
 from traj_merge_callback.objective import Objective
+from traj_merge_callback.pieces import finish
 from traj_merge_callback.search import Observed, resolve_search
 from traj_merge_callback.search.axes import PrincipalAxes
 from traj_merge_callback.search.grouped import GroupedSearch
@@ -97,9 +100,9 @@ class Case:
                 self.window.sample(self.model)
             put(self.model, trajectory.at(end))
             self.window.push(self.model, end)
-        self.candidates = Candidates(self.model, self.window, self.heldout, lambda: None)
-        self.live_search = self.candidates.evaluate_live("search")
-        self.live = self.candidates.evaluate_live("report")
+        self.candidates = Candidates(self.model, self.window, self.heldout)
+        self.live_search = self.heldout.evaluate(self.model, "search")
+        self.live = self.heldout.evaluate(self.model, "report")
         self.problem = Problem(
             self.window.steps,
             EVALUATIONS - 1,
@@ -114,13 +117,24 @@ class Case:
         """Run a search by name."""
         problem = replace(self.problem, evaluations=evaluations - 1, memory={})
         search = resolve_search(name, options)(problem, **options)
-        return select(search, problem, self.candidates.measure, self.start(), {})
+        return finish(select(search, problem, self.candidates.measure, self.start(), {}))
 
     def choose_grouped(self, chosen: Selection) -> Selection:
         """Go on to weights for each parameter group, three steps at most."""
         assert chosen.weights is not None
         problem = replace(self.problem, evaluations=3 * GroupedSearch.cost, gram=self.window.gram(grouped=True))
-        return select(GroupedSearch(problem, chosen.weights), problem, self.candidates.measure, chosen, {})
+        return finish(select(GroupedSearch(problem, chosen.weights), problem, self.candidates.measure, chosen, {}))
+
+    def measure(
+        self, weights: np.ndarray, parts: Sequence[int], *, gradient: bool = True
+    ) -> tuple[Evaluation, Gradient | None]:
+        """Evaluate a merge on parts of the search split."""
+        return finish(self.candidates.measure(weights, gradient, parts, lambda _: False))
+
+    def evaluate(self, weights: np.ndarray, split: Split) -> Evaluation:
+        """Evaluate a merge on a split."""
+        finish(self.candidates.take(weights))
+        return finish(self.candidates.evaluate(split))
 
     def surrogate_alone(self) -> Selection:
         """What the surrogate proposes after gradients on two of the split's four parts, taken at its word."""
@@ -130,14 +144,14 @@ class Case:
         for part in range(2):
             weights = search.ask()
             assert weights is not None
-            evaluation, gradient = self.candidates.measure(weights, True, [part], lambda _: False)
+            evaluation, gradient = self.measure(weights, [part])
             assert gradient is not None
             losses = objective.losses(evaluation) + objective.live
             losses -= objective.losses(self.live_search.on(evaluation.indices))
             search.tell(weights, float(losses[0]), Observed(losses, objective.gradients(gradient), gradient))
             chosen = search.ask()
         assert chosen is not None
-        loss = self.candidates.evaluate(chosen, "search").loss
+        loss = self.evaluate(chosen, "search").loss
         return Selection(chosen, loss, None, forward_equivalents=1.0 + 2 * 3.0 / self.heldout.parts)
 
     def optimum(self, start: np.ndarray) -> Selection:
@@ -150,7 +164,7 @@ class Case:
 
         def loss(u: np.ndarray) -> tuple[float, np.ndarray]:
             weights = axes.to_weights(origin + scale * u)
-            evaluation, gradient = self.candidates.measure(weights, True, range(self.heldout.parts), lambda _: False)
+            evaluation, gradient = self.measure(weights, range(self.heldout.parts))
             assert gradient is not None
             return evaluation.loss, scale * (axes.axes.T @ gradient.of(frozenset(["text"])))
 
@@ -160,11 +174,11 @@ class Case:
 
     def heldout_part(self, weights: np.ndarray) -> float:
         """The loss on one part of the search split."""
-        return self.candidates.measure(weights, False, [0], lambda _: False)[0].loss
+        return self.measure(weights, [0], gradient=False)[0].loss
 
     def report(self, weights: np.ndarray | None) -> Evaluation:
         """A merge on the report split."""
-        return self.live if weights is None else self.candidates.evaluate(weights, "report")
+        return self.live if weights is None else self.evaluate(weights, "report")
 
     def report_row(self, row: np.ndarray) -> Evaluation:
         """Other weights on the report split."""

@@ -13,10 +13,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 import realtext
+from traj_merge_callback import selection
+from traj_merge_callback.pieces import finish
 
 torch.set_num_threads(1)
 transformers_logging.set_verbosity_error()
 LENGTH = 32
+# Every merge is made, whole, at the step where it is due.
+AT_ONCE = {"schedule": "blocking", "max_overhead": None}
 
 
 @pytest.fixture(scope="session")
@@ -83,3 +87,13 @@ def train_steps(model, blocks, steps: int, each=None, start: int = 0, lr: float 
         if each is not None:
             each(step)
     return model
+
+
+def select(search, problem, measure, start, row_losses):
+    """``selection.select`` at once, with a ``measure`` that is a plain function."""
+
+    def measuring(*arguments):
+        return measure(*arguments)
+        yield  # which makes it a generator, as pieces are
+
+    return finish(selection.select(search, problem, measuring, start, row_losses))

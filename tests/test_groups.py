@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import select, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_search import evaluation
@@ -16,7 +16,7 @@ from traj_merge_callback.groups import parameter_groups
 from traj_merge_callback.objective import Objective
 from traj_merge_callback.parameters import ParameterLayout
 from traj_merge_callback.search.grouped import GroupedSearch
-from traj_merge_callback.selection import Selection, select
+from traj_merge_callback.selection import Selection
 
 
 def grouped_names(model, groups="blocks"):

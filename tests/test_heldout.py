@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from traj_merge_callback import CheckpointWindow, HeldOutLoss
+from traj_merge_callback.isolation import isolated
+from traj_merge_callback.pieces import finish
 
 
 def ragged_batches(heldout, lengths=(32, 17, 9, 25)):
@@ -231,6 +233,13 @@ class Silent(nn.Module):
         return {"logits": batch["input"]}
 
 
+def gradient_of(loss, model, layout, project):
+    def ready(gradients):
+        return isolated(model, gradients=gradients)
+
+    return finish(loss.searching(model, ready, range(loss.parts), gradient=(layout, project)))
+
+
 def test_the_gradient_is_that_of_the_token_weighted_loss_and_leaves_no_trace(heldout):
     model = tiny_llama()
     model.model.embed_tokens.requires_grad_(False)
@@ -243,7 +252,13 @@ def test_the_gradient_is_that_of_the_token_weighted_loss_and_leaves_no_trace(hel
     parameter.grad = torch.full_like(parameter, 3.0)
     held = parameter.grad
     flat = []
-    found, parts = loss.search(model, gradient=(window.layout, lambda row: flat.append(row.clone()) or np.zeros(1)))
+
+    def kept(row):
+        flat.append(row.clone())
+        return np.zeros(1)
+        yield
+
+    found, parts = gradient_of(loss, model, window.layout, kept)
     gradient = sum(flat) / parts.tokens.sum()
     assert found.loss == pytest.approx(loss.evaluate(model, "search").loss, abs=1e-6)
     assert fired == []
@@ -276,7 +291,7 @@ def test_the_gradient_is_that_of_the_token_weighted_loss_and_leaves_no_trace(hel
             return loss.evaluate(model, "search").loss
 
     with window.layout.installed(model, window.combine([0.5, 0.5])):
-        _, parts = loss.search(model, gradient=(window.layout, window.project))
+        _, parts = gradient_of(loss, model, window.layout, window.projecting)
     slope = parts.of(frozenset(["heldout"]))
     assert slope[1] - slope[0] == pytest.approx((merged(0.51) - merged(0.49)) / 0.02, rel=2e-2)
     np.testing.assert_allclose(window.gram()[0, 0], float((3.0 / 4.0 * parameter.detach()).square().sum()), rtol=1e-4)

@@ -5,7 +5,7 @@ import csv
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import overflow_at, same_weights, tiny_llama
+from conftest import AT_ONCE, overflow_at, same_weights, tiny_llama
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -18,7 +18,7 @@ from traj_merge_callback import find_snapshot, load_merged
 from traj_merge_callback.lightning import TrajMergeCallback
 from traj_merge_callback.losses import language_model_nll
 
-OPTIONS = {"window_size": 4, "capture_every": 2, "merge_every": 4, "evaluations": 5, "heldout_batches": 4}
+OPTIONS = {"window_size": 4, "capture_every": 2, "merge_every": 4, "evaluations": 5, "heldout_batches": 4} | AT_ONCE
 
 
 class Module(pl.LightningModule):

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import same_weights, tiny_llama, train_steps
+from conftest import AT_ONCE, same_weights, tiny_llama, train_steps
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -21,7 +21,7 @@ from traj_merge_callback.losses import language_model_nll
 from traj_merge_callback.merger import _passed
 from traj_merge_callback.metrics import MEANINGS
 
-OPTIONS = {"window_size": 4, "capture_every": 2, "merge_every": 8, "evaluations": 8, "heldout_batches": 4}
+OPTIONS = {"window_size": 4, "capture_every": 2, "merge_every": 8, "evaluations": 8, "heldout_batches": 4} | AT_ONCE
 TIMES = {"seconds", "overhead"}
 
 
@@ -157,6 +157,7 @@ def test_resuming_continues_as_if_nothing_had_happened(loader, train, tmp_path, 
         if resume:
             train_steps(model, train, 5, lambda step: merger.step(model, step), start=21)  # lost work
             merger.save_state(folder / "lost")
+            merger.wait()
             model = tiny_llama(dropout=0.0)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
             merger = engine(loader, folder, **options)
@@ -164,6 +165,7 @@ def test_resuming_continues_as_if_nothing_had_happened(loader, train, tmp_path, 
             train_steps(model, train, 21, lambda step: saved.step(model, step), optimizer=optimizer)
             state = torch.get_rng_state()
             saved.save_state(folder / "state")
+            saved.wait()
             merger.load_state(folder / "state", model, 21)
             torch.set_rng_state(state)
         train_steps(model, train, 20, lambda step: merger.step(model, step), start=21, optimizer=optimizer)
@@ -181,6 +183,7 @@ def test_a_state_that_does_not_fit_is_refused(loader, train, tmp_path):
     merger = engine(loader, tmp_path)
     train_steps(model, train, 6, lambda step: merger.step(model, step))
     merger.save_state(tmp_path / "state")
+    merger.wait()
     with pytest.raises(ValueError, match="checkpoints up to step 6, but training is at step 4"):
         engine(loader, tmp_path).load_state(tmp_path / "state", model, 4)
     with pytest.raises(ValueError, match="other parameters"):
@@ -367,6 +370,7 @@ def test_another_runs_metrics_are_set_aside_and_a_resumed_runs_continue(loader, 
     assert [record["step"] for record in lines(tmp_path)] == [8, 16]
     assert len((tmp_path / "merged" / "metrics.1.jsonl").read_text().splitlines()) == 2
     merger.save_state(tmp_path / "state")
+    merger.wait()
     with (tmp_path / "merged" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 24}\n{"step": 32, "cut o')
     resumed = engine(loader, tmp_path, merge_at_end=False)

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from conftest import select
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_search import evaluation
@@ -14,7 +15,7 @@ from traj_merge_callback.search.axes import PrincipalAxes
 from traj_merge_callback.search.program import best_point
 from traj_merge_callback.search.quadratic import Quadratic
 from traj_merge_callback.search.surrogate import SurrogateSearch
-from traj_merge_callback.selection import Selection, select
+from traj_merge_callback.selection import Selection
 
 
 def two_domains(code, prose, code_tokens=3.0, prose_tokens=1.0):

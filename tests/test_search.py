@@ -5,12 +5,13 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import select
 
 from traj_merge_callback import Evaluation, Problem, available_searches, register_search
 from traj_merge_callback.evaluation import Gradient
 from traj_merge_callback.objective import Objective
 from traj_merge_callback.search import _registered, resolve_search
-from traj_merge_callback.selection import Selection, select
+from traj_merge_callback.selection import Selection
 
 STEPS = tuple(range(50, 450, 50))
 # These extrapolate; BEMA needs running sums beside the window as well: see test_merger.

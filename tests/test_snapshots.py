@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM
 from traj_merge_callback import find_snapshot, load_merged, read_merge
 from traj_merge_callback.parameters import ParameterLayout
 from traj_merge_callback.snapshots import SnapshotStore
-from traj_merge_callback.weights import _read_shards, _write_shards, save_weights, weights_format
+from traj_merge_callback.weights import _read_shards, _write_shards, collect_weights, weights_format
 
 
 def publish(store, step, loss, model=None):
     model = model or nn.Linear(2, 2)
     layout = ParameterLayout(model)
     merge = {"weights_format": weights_format(model), "merged_tensors": [slot.name for slot in layout.slots]}
-    return store.publish(step, loss, lambda folder: save_weights(folder, model, layout), merge)
+    return store.publish(step, loss, collect_weights(model, layout), merge)
 
 
 def folders(path):
@@ -81,14 +81,14 @@ import torch
 from pathlib import Path
 from traj_merge_callback.snapshots import SnapshotStore
 from traj_merge_callback.parameters import ParameterLayout
-from traj_merge_callback.weights import save_weights
+from traj_merge_callback.weights import collect_weights
 store = SnapshotStore(Path(sys.argv[1]), keep_last=2, keep_best=True)
 model = torch.nn.Linear(1500, 1500)
 layout = ParameterLayout(model)
 merge = {"weights_format": "state_dict", "merged_tensors": ["weight", "bias"]}
 for step in range(1, 10**6):
     torch.nn.init.constant_(model.weight, step)
-    store.publish(step, 1 / step if step % 3 else 1.0, lambda folder: save_weights(folder, model, layout), merge)
+    store.publish(step, 1 / step if step % 3 else 1.0, collect_weights(model, layout), merge)
     print(step, flush=True)
 """
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import overflow_at, same_weights, tiny_llama
+from conftest import AT_ONCE, overflow_at, same_weights, tiny_llama
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainingArguments
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, T
 from traj_merge_callback import HeldOutLoss
 from traj_merge_callback.transformers import TrajMergeCallback
 
-OPTIONS = {"window_size": 4, "capture_every": 2, "merge_every": 4, "evaluations": 5, "heldout_batches": 4}
+OPTIONS = {"window_size": 4, "capture_every": 2, "merge_every": 4, "evaluations": 5, "heldout_batches": 4} | AT_ONCE
 
 
 def make_trainer(tmp_path, train, heldout, model=None, trainer_class=Trainer, callbacks=None, **arguments):

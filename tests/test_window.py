@@ -177,7 +177,7 @@ def test_memory_is_the_rows_and_one_staging_row():
     model = tiny_llama()
     parameters = sum(p.numel() for p in model.parameters())
     assert CheckpointWindow(model, 8).nbytes == 9 * 4 * parameters
-    assert CheckpointWindow(model, 8, dtype="bfloat16").nbytes == (8 * 2 + 4) * parameters
+    assert CheckpointWindow(model.to(torch.bfloat16), 8).nbytes == (8 * 2 + 4) * parameters
 
 
 def test_a_bad_row_cannot_spoil_a_merge_without_it():
@@ -194,7 +194,7 @@ def test_mean_rows_are_the_means_of_what_was_sampled():
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
     window = CheckpointWindow(model, 2, mean_rows=True)
-    assert window.nbytes == (2 + 1 + 1) * 15 * 4
+    assert window.nbytes == (2 + 1 + 1 + 1) * 15 * 4
     expected = []
     for row in range(3):
         sampled = []

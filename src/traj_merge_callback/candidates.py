@@ -2,56 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from .evaluation import Evaluation, Gradient
-from .heldout import HeldOutLoss, Split
+from .heldout import HeldOutLoss, Split, device_of
+from .isolation import isolated
+from .parameters import unwrap
+from .pieces import Pieces
 from .window import CheckpointWindow
 
 
 class Candidates:
-    """Evaluates merges of a window, with the training model as the skeleton; live weights are never written.
+    """Evaluates merges of a window, with a model as the skeleton whose own weights are never written.
+
+    One row on the model's device holds the candidate at hand. All methods work in pieces, and between two of them the
+    model has its own weights.
 
     Args:
-        model: the model being trained.
+        model: the model being trained, or another one of its kind.
         window: the checkpoints.
         heldout: the held-out loss.
-        on_batch: called after each held-out batch, to show progress.
+        beside_training: whether the model is another one, and training goes on meanwhile.
     """
 
     def __init__(
-        self, model: nn.Module, window: CheckpointWindow, heldout: HeldOutLoss, on_batch: Callable[[], None]
+        self, model: nn.Module, window: CheckpointWindow, heldout: HeldOutLoss, *, beside_training: bool = False
     ) -> None:
         self._model = model
         self._window = window
         self._heldout = heldout
-        self._on_batch = on_batch
+        self._beside_training = beside_training
+        self._row = window.staging_on(device_of(model))
 
-    def evaluate_live(self, split: Split) -> Evaluation:
-        """Evaluate live as it is, which is exact whatever the rows' precision."""
-        return self._heldout.evaluate(self._model, split, on_batch=self._on_batch)
+    def installed(self) -> AbstractContextManager[None]:
+        """Within the context the model has the weights of the candidate at hand."""
+        return self._window.layout.installed(self._model, self._row)
 
-    def evaluate(self, weights: np.ndarray, split: Split) -> Evaluation:
-        """Evaluate a merge with weights of shape ``(num_weights,)`` or ``(groups, num_weights)``."""
-        with self._window.layout.installed(self._model, self._window.combine(weights)):
-            return self._heldout.evaluate(self._model, split, on_batch=self._on_batch)
+    @contextmanager
+    def _ready(self, gradients: bool) -> Iterator[None]:
+        model, seed = unwrap(self._model), self._heldout.seed
+        with (
+            self.installed(),
+            isolated(model, seed, gradients=gradients, beside_training=self._beside_training),
+        ):
+            yield
+
+    def take(self, weights: np.ndarray | None) -> Pieces[None]:
+        """Make the merge with these weights the candidate at hand; None: live as it was at the last capture."""
+        yield from self._window.combining(weights, self._row)
+
+    def evaluate(self, split: Split) -> Pieces[Evaluation]:
+        """Evaluate the candidate at hand."""
+        return (yield from self._heldout.evaluating(self._model, split, self._ready))
 
     def measure(
         self, weights: np.ndarray, with_gradient: bool, parts: Sequence[int], abandon: Callable[[Evaluation], bool]
-    ) -> tuple[Evaluation, Gradient | None]:
+    ) -> Pieces[tuple[Evaluation, Gradient | None]]:
         """Evaluate a merge on parts of the search split and, if asked for, take the gradient in its merge weights."""
 
-        def project(gradient: Tensor) -> np.ndarray:
-            return self._window.project(gradient, grouped=weights.ndim == 2)
+        def project(gradient: torch.Tensor) -> Pieces[np.ndarray]:
+            return self._window.projecting(gradient, grouped=weights.ndim == 2)
 
-        with self._window.layout.installed(self._model, self._window.combine(weights)):
-            return self._heldout.search(
-                self._model,
-                parts=parts,
-                on_batch=self._on_batch,
-                abandon=abandon,
-                gradient=(self._window.layout, project) if with_gradient else None,
-            )
+        yield from self.take(weights)
+        gradient = (self._window.layout, project) if with_gradient else None
+        return (yield from self._heldout.searching(self._model, self._ready, parts, abandon=abandon, gradient=gradient))

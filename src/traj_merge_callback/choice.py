@@ -13,6 +13,7 @@ from .config import MergeConfig
 from .evaluation import Evaluation
 from .heldout import HeldOutLoss
 from .objective import Objective
+from .pieces import Pieces
 from .resume import Memory
 from .search import Problem, resolve_search
 from .search.grouped import GroupedSearch
@@ -56,9 +57,15 @@ class Chooser:
         self._without_gradients = self._ungrouped = False
 
     def choose(
-        self, candidates: Candidates, window: CheckpointWindow, live: Evaluation, memory: Memory, step: int
-    ) -> Choice:
-        """Search for the best weights.
+        self,
+        candidates: Candidates,
+        window: CheckpointWindow,
+        live: Evaluation,
+        memory: Memory,
+        step: int,
+        evaluations: int,
+    ) -> Pieces[Choice]:
+        """Search for the best weights, in pieces.
 
         Args:
             candidates: of the window.
@@ -66,13 +73,15 @@ class Chooser:
             live: live on the search split.
             memory: what is known from earlier merges, which this one adds to.
             step: optimizer step of the merge.
+            evaluations: what may be spent, live included.
         """
-        problem = self._problem(window, live, memory, step)
+        problem = yield from self._problem(window, live, memory, step, evaluations)
         start = Selection(None, problem.live_loss, live)
-        chosen = self._select(problem, candidates, start, memory.row_losses)
+        chosen = yield from self._select(problem, candidates, start, memory.row_losses)
         shared = chosen.weights
         if window.groups is not None and shared is not None and not (self._ungrouped or self._without_gradients):
-            chosen = self._select_grouped(problem, window, candidates, chosen, shared)
+            left = evaluations - int(np.ceil(chosen.forward_equivalents))
+            chosen = yield from self._select_grouped(problem, window, candidates, chosen, shared, left)
         memory.previous = None if shared is None else shared.tolist()
         memory.row_losses = {row: losses for row, losses in memory.row_losses.items() if row in window.steps}
         if shared is None:
@@ -83,17 +92,40 @@ class Chooser:
             by_group = dict(zip(window.groups.names, chosen.weights.tolist(), strict=True))
         return Choice(
             weights=chosen.weights,
-            described={
-                "weights": shared[problem.running_sums :].tolist(),
-                "running_sum_weights": shared[: problem.running_sums].tolist(),
-                "group_weights": by_group,
-            },
+            described=_described(shared[problem.running_sums :], shared[: problem.running_sums], by_group),
             search_losses={"live": problem.live_loss, "merged": chosen.loss},
             evaluations=chosen.evaluations,
             forward_equivalents=chosen.forward_equivalents,
         )
 
-    def _problem(self, window: CheckpointWindow, live: Evaluation, memory: Memory, step: int) -> Problem:
+    @property
+    def needs_evaluations(self) -> bool:
+        """Whether the weights depend on losses; those of most recipes do not."""
+        return not getattr(self._search, "closed_form", False)
+
+    def unevaluated(self, window: CheckpointWindow, step: int) -> Choice:
+        """A recipe's weights as they are, with no loss measured."""
+        problem = Problem(
+            steps=window.steps,
+            evaluations=1,
+            seed=self._config.seed + step,
+            running_sums=window.num_weights - len(window),
+            live_is_row=window.newest_is_live,
+            objective=Objective.single(0.0),
+        )
+        weights = self._search(problem, **self._config.search_options).ask()
+        assert weights is not None
+        return Choice(
+            weights=weights,
+            described=_described(weights[problem.running_sums :], weights[: problem.running_sums], {}),
+            search_losses={},
+            evaluations=0,
+            forward_equivalents=0.0,
+        )
+
+    def _problem(
+        self, window: CheckpointWindow, live: Evaluation, memory: Memory, step: int, evaluations: int
+    ) -> Pieces[Problem]:
         config, size = self._config, window.num_weights
         previous = None
         if memory.previous is not None and len(memory.previous) <= size:
@@ -109,12 +141,12 @@ class Chooser:
         )
         return Problem(
             steps=window.steps,
-            evaluations=config.evaluations - 1 - (0 if config.groups is None else GroupedSearch.cost),
+            evaluations=evaluations - 1 - (0 if config.groups is None else GroupedSearch.cost),
             previous=previous,
             seed=config.seed + step,
             running_sums=size - len(window),
             live_is_row=window.newest_is_live,
-            gram=window.gram() if takes_gradients else None,
+            gram=(yield from window.multiplying()) if takes_gradients else None,
             objective=objective,
             batches=self._heldout.num_batches("search"),
             parts=self._heldout.parts,
@@ -123,12 +155,12 @@ class Chooser:
 
     def _select(
         self, problem: Problem, candidates: Candidates, start: Selection, row_losses: dict[int, list[float]]
-    ) -> Selection:
+    ) -> Pieces[Selection]:
         """Run the search; ``auto`` does without gradients from the first time they cannot be had."""
         if not self._without_gradients:
             try:
                 search = self._search(problem, **self._config.search_options)
-                return select(search, problem, candidates.measure, start, row_losses)
+                return (yield from select(search, problem, candidates.measure, start, row_losses))
             except Exception as error:
                 if self._config.search != "auto":
                     raise
@@ -139,16 +171,23 @@ class Chooser:
                     error,
                 )
                 self._without_gradients = True
-        return select(resolve_search("reach")(problem), problem, candidates.measure, start, row_losses)
+        search = resolve_search("reach")(problem)
+        return (yield from select(search, problem, candidates.measure, start, row_losses))
 
     def _select_grouped(
-        self, problem: Problem, window: CheckpointWindow, candidates: Candidates, chosen: Selection, shared: np.ndarray
-    ) -> Selection:
+        self,
+        problem: Problem,
+        window: CheckpointWindow,
+        candidates: Candidates,
+        chosen: Selection,
+        shared: np.ndarray,
+        left: int,
+    ) -> Pieces[Selection]:
         """Go on from the best weights of the whole model to those of each parameter group."""
-        left = self._config.evaluations - int(np.ceil(chosen.forward_equivalents))
-        grouped = replace(problem, evaluations=left, gram=window.gram(grouped=True))
+        gram = yield from window.multiplying(grouped=True)
+        grouped = replace(problem, evaluations=left, gram=gram)
         try:
-            return select(GroupedSearch(grouped, shared), grouped, candidates.measure, chosen, {})
+            return (yield from select(GroupedSearch(grouped, shared), grouped, candidates.measure, chosen, {}))
         except Exception as error:
             logger.warning(
                 "merge weights by parameter group need gradients of the held-out loss, which could not be had "
@@ -158,3 +197,7 @@ class Chooser:
             )
             self._ungrouped = True
             return chosen
+
+
+def _described(weights: np.ndarray, running_sums: np.ndarray, by_group: dict[str, list[float]]) -> dict[str, Any]:
+    return {"weights": weights.tolist(), "running_sum_weights": running_sums.tolist(), "group_weights": by_group}

@@ -9,7 +9,7 @@ from .groups import check_groups
 from .objective import KINDS
 from .search import resolve_search
 from .search.grouped import GroupedSearch
-from .window import DTYPES
+from .storage import DTYPES
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,17 @@ class MergeConfig:
             output folder, the engine uses "merged" in the working directory.
         keep_last: how many of the newest snapshots are kept; 0 with ``keep_best=False`` publishes none.
         keep_best: whether the snapshot of lowest merged loss is kept beside them.
-        dtype: how rows are kept: "auto", "float32" or "bfloat16".
+        dtype: how rows are kept: "auto", "float32", "bfloat16" or "int8" (1.0625 bytes per number, and 4 for all rows).
+        window_storage: where rows are kept: "memory" (of the CPU), "disk" (memory-mapped files in ``output_dir``), or
+            "device" (the memory of the training device, so that no candidate is read over the bus).
+        schedule: "interleaved": a merge is done in pieces between training steps; "blocking": at once, while training
+            waits; "background": in a thread, on ``eval_device``.
+        max_pause: longest time in seconds that an interleaved merge may take between two training steps; None: three
+            training steps' time. Held-out batches that take longer are cut, as far as single sequences.
+        max_overhead: largest share of wall time that everything here may take; merges then start when they are paid
+            for, with fewer candidates and less held-out text where that is needed. None: no limit. The merge at the
+            end of training is not bound by it, nor by ``max_pause``.
+        eval_device: a spare device for ``schedule="background"``, for instance "cuda:1".
         trainable_only: merge only parameters that require gradients (and floating-point buffers).
         merge_at_end: merge once more at the last step if no merge was due there.
         load_merged_at_end: put the best snapshot into the model when training ends.
@@ -77,6 +87,11 @@ class MergeConfig:
     keep_last: int = 2
     keep_best: bool = True
     dtype: str = "auto"
+    window_storage: str = "memory"
+    schedule: str = "interleaved"
+    max_pause: float | None = None
+    max_overhead: float | None = 0.02
+    eval_device: str | None = None
     trainable_only: bool = True
     merge_at_end: bool = True
     load_merged_at_end: bool = False
@@ -113,10 +128,18 @@ class MergeConfig:
             )
         if not isinstance(self.search_fraction, float) or not 0.0 < self.search_fraction < 1.0:
             raise ValueError(f"search_fraction={self.search_fraction!r}: must be a float strictly between 0 and 1")
-        if self.dtype not in ("auto", *DTYPES):
-            raise ValueError(f"dtype={self.dtype!r} is not one of {['auto', *DTYPES]}")
-        if self.on_error not in ("warn", "raise"):
-            raise ValueError(f"on_error={self.on_error!r} is not one of ['warn', 'raise']")
+        choices = {
+            "dtype": ["auto", *DTYPES],
+            "window_storage": ["memory", "disk", "device"],
+            "schedule": ["interleaved", "blocking", "background"],
+            "row": ["last", "mean"],
+            "objective": [*KINDS],
+            "on_error": ["warn", "raise"],
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {allowed}")
+        self._check_schedule()
         if isinstance(self.report_only, str):
             raise TypeError(f"report_only={self.report_only!r}: must be a list of domain names")
         if self.load_merged_at_end and not self.publishes:
@@ -133,9 +156,18 @@ class MergeConfig:
             )
         self._check_objective()
 
+    def _check_schedule(self) -> None:
+        if self.max_pause is not None and not 0 < self.max_pause < float("inf"):
+            raise ValueError(f"max_pause={self.max_pause}: must be a positive number of seconds, or None")
+        if self.max_overhead is not None and not 0 <= self.max_overhead <= 1:
+            raise ValueError(f"max_overhead={self.max_overhead}: must be a share of wall time between 0 and 1, or None")
+        if (self.schedule == "background") is not (self.eval_device is not None):
+            raise ValueError(
+                f"schedule={self.schedule!r}, eval_device={self.eval_device!r}: schedule='background' needs a spare "
+                "device such as eval_device='cuda:1', and no other schedule takes one"
+            )
+
     def _check_rows(self, has_running_sums: bool) -> None:
-        if self.row not in ("last", "mean"):
-            raise ValueError(f"row={self.row!r} is not one of ['last', 'mean']")
         if self.row == "mean" and self.capture_every % self.samples_per_row:
             raise ValueError(
                 f"samples_per_row={self.samples_per_row} does not divide capture_every={self.capture_every}: samples "
@@ -145,8 +177,6 @@ class MergeConfig:
             raise ValueError(f"row='mean' does not go with search={self.search!r}, which needs single checkpoints")
 
     def _check_objective(self) -> None:
-        if self.objective not in KINDS:
-            raise ValueError(f"objective={self.objective!r} is not one of {list(KINDS)}")
         if self.domain_weights is not None:
             if self.objective != "mean":
                 raise ValueError(f"domain_weights={self.domain_weights} are for objective='mean'")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,12 +19,15 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .batches import count_sequences, fingerprint, map_tensors, select_sequences
 from .evaluation import PARTS, Evaluation, Gradient
-from .interrupts import raise_pending_interrupt
 from .isolation import isolated, preserved_rng
 from .losses import Nll, language_model_nll
 from .parameters import ParameterLayout, unwrap
+from .pieces import BACKWARD, FORWARD, Pieces, finish
 
 Split = Literal["search", "report"]
+# Given whether gradients are wanted, a context in which the model can be evaluated without a trace.
+Ready = Callable[[bool], AbstractContextManager[Any]]
+GradientOf = tuple[ParameterLayout, Callable[[Tensor], Pieces[np.ndarray]]]
 # A standard error needs several independent units, so large batches are cut until each split has about this many.
 _MIN_UNITS = 8
 
@@ -72,7 +77,7 @@ class HeldOutLoss:
         self._nll = language_model_nll if nll is None else nll
         self._precision = precision
         self._to_device = to_device
-        self._seed = seed
+        self.seed = seed
         named = heldout if isinstance(heldout, Mapping) else {"heldout": heldout}
         loaders = {str(name): loader for name, loader in named.items()}
         self.report_only = frozenset(report_only)
@@ -82,6 +87,7 @@ class HeldOutLoss:
         if not self.searched:
             raise ValueError(f"report_only={sorted(self.report_only)} leaves no domain to search on")
         self._units: dict[Split, list[_Unit]] = {"search": [], "report": []}
+        self._share = 1.0
         self._digest = hashlib.sha256()
         for name, loader in loaders.items():
             fraction = 0.0 if name in self.report_only else search_fraction
@@ -114,10 +120,11 @@ class HeldOutLoss:
 
     def _divide(self) -> list[list[int]]:
         """The batches of each part of the search split, a like share of every domain's, those of a domain together."""
-        fewest = min(sum(unit.domain == domain for unit in self._units["search"]) for domain in self.searched)
-        parts: list[list[int]] = [[] for _ in range(max(1, min(PARTS, fewest)))]
-        for domain in sorted(self.searched):
-            indices = [index for index, unit in enumerate(self._units["search"]) if unit.domain == domain]
+        domains = sorted(self.searched)
+        used = [[index for index, unit in enumerate(self._units["search"]) if unit.domain == name] for name in domains]
+        used = [indices[: math.ceil(self._share * len(indices))] for indices in used]
+        parts: list[list[int]] = [[] for _ in range(max(1, min(PARTS, *map(len, used))))]
+        for indices in used:
             for part, share in zip(parts, np.array_split(indices, len(parts)), strict=True):
                 part += share.tolist()
         return parts
@@ -134,46 +141,74 @@ class HeldOutLoss:
 
     def num_batches(self, split: Split) -> int:
         """How many batches one evaluation on the split takes."""
-        return len(self._units[split])
+        return len(self._units["report"]) if split == "report" else sum(map(len, self._parts))
 
-    def evaluate(self, model: nn.Module, split: Split, *, on_batch: Callable[[], None] | None = None) -> Evaluation:
+    def use(self, share: float) -> None:
+        """Let the search split be a share of itself, at least one batch of each domain, until said otherwise."""
+        self._share = share
+        self._parts = self._divide()
+
+    def cut(self, pieces: int) -> None:
+        """Cut every batch into so many, by sequences, where it has as many: each is evaluated in that less time."""
+        for split, units in self._units.items():
+            smaller = []
+            for unit in units:
+                sequences = count_sequences(unit.batch)
+                for part in np.array_split(np.arange(sequences), min(pieces, sequences)):
+                    smaller.append(_Unit(unit.domain, select_sequences(unit.batch, part.tolist())))
+            self._units[split] = smaller
+        self._parts = self._divide()
+
+    @property
+    def searchable(self) -> int:
+        """How many batches the whole search split has."""
+        return sum(unit.domain in self.searched for unit in self._units["search"])
+
+    @property
+    def longest(self) -> int:
+        """Sequences in the largest batch."""
+        return max(count_sequences(unit.batch) for units in self._units.values() for unit in units)
+
+    def evaluate(self, model: nn.Module, split: Split) -> Evaluation:
         """Evaluate ``model`` as it stands, in eval mode and without gradients, leaving no trace (see ``isolated``).
 
         Args:
             model: the model; wrappers (compile, DDP) are looked through.
             split: "search" to choose merge weights, "report" for every number that is shown.
-            on_batch: called after each batch, to show progress.
 
         Returns:
             Sums per batch in float64. Non-finite losses are returned as they are.
         """
-        model = unwrap(model)
-        with isolated(model, self._seed):
-            return self._sum(model, split, range(len(self._units[split])), on_batch)
+        ready = functools.partial(isolated, unwrap(model), self.seed)
+        return finish(self.evaluating(model, split, lambda gradients: ready(gradients=gradients)))
 
-    def search(
+    def evaluating(self, model: nn.Module, split: Split, ready: Ready) -> Pieces[Evaluation]:
+        """:meth:`evaluate` in pieces of a batch, each inside ``ready(False)``, which may give it other weights."""
+        indices = range(len(self._units["report"])) if split == "report" else sorted(itertools.chain(*self._parts))
+        return (yield from self._evaluating(model, split, indices, ready))
+
+    def searching(
         self,
         model: nn.Module,
+        ready: Ready,
+        parts: Sequence[int],
         *,
-        parts: Sequence[int] | None = None,
-        on_batch: Callable[[], None] | None = None,
         abandon: Callable[[Evaluation], bool] = lambda _: False,
-        gradient: tuple[ParameterLayout, Callable[[Tensor], np.ndarray]] | None = None,
-    ) -> tuple[Evaluation, Gradient | None]:
-        """Evaluate on the search split or some of its parts, with the gradient of the loss if asked for.
+        gradient: GradientOf | None = None,
+    ) -> Pieces[tuple[Evaluation, Gradient | None]]:
+        """Evaluate on some parts of the search split, with the gradient of the loss if asked for, in pieces of a batch.
 
         Like :meth:`evaluate` it runs in eval mode and leaves no trace; the live gradients are put back untouched. A
         gradient costs about two forward passes more.
 
         Args:
             model: the model; wrappers (compile, DDP) are looked through.
-            parts: which of the split's parts, each with a like share of every domain, and in which order; all of them
-                by default.
-            on_batch: called after each batch, to show progress.
+            ready: each batch is evaluated inside ``ready(gradients)``, which may give the model other weights.
+            parts: which of the split's parts, each with a like share of every domain, and in which order.
             abandon: asked after each part, with the evaluation so far, whether that is enough.
-            gradient: which tensors the gradient is wanted in, and what makes of it, as float32 of shape
-                ``(layout.numel,)``, a gradient in the merge weights (:meth:`CheckpointWindow.project`); that is called
-                for each domain of each part.
+            gradient: which tensors the gradient is wanted in, and what makes of it, a row of ``layout.numel``
+                numbers, a gradient in the merge weights (:meth:`CheckpointWindow.projecting`), for each domain of each
+                part.
 
         Returns:
             The evaluation, of fewer batches if it was abandoned, and the gradient.
@@ -181,68 +216,68 @@ class HeldOutLoss:
         Raises:
             RuntimeError: the loss does not depend on the parameters (an ``nll`` that detaches it, say).
         """
-        model = unwrap(model)
         done = Evaluation(np.zeros(0), np.zeros(0), ())
-        flat = torch.empty(gradient[0].numel) if gradient else None
+        row = torch.zeros(gradient[0].numel, device=device_of(model)) if gradient else None
         sums: list[np.ndarray] = []
         tokens: list[float] = []
         domains: list[str] = []
-        with isolated(model, self._seed, gradients=gradient is not None):
-            for part in range(self.parts) if parts is None else parts:
-                units = self._parts[part]
-                for domain, group in itertools.groupby(units, key=lambda index: self._units["search"][index].domain):
-                    found = self._sum(model, "search", group, on_batch, backward=gradient is not None)
-                    done = done.joined(found)
-                    if gradient is not None and flat is not None:
-                        layout, project = gradient
-                        _move_gradients(model, layout, flat)
-                        sums.append(project(flat))
-                        tokens.append(found.tokens.sum())
-                        domains.append(domain)
-                if abandon(done):
-                    break
+        for part in parts:
+            units = self._parts[part]
+            for domain, group in itertools.groupby(units, key=lambda index: self._units["search"][index].domain):
+                if gradient is None or row is None:
+                    found = yield from self._evaluating(model, "search", group, ready)
+                else:
+                    row.zero_()
+                    target = (gradient[0], row)
+                    found = yield from self._evaluating(model, "search", group, ready, target)
+                    sums.append((yield from gradient[1](row)))
+                    tokens.append(found.tokens.sum())
+                    domains.append(domain)
+                done = done.joined(found)
+            if abandon(done):
+                break
         return done, Gradient(np.array(sums), np.array(tokens), tuple(domains)) if gradient is not None else None
 
-    def _sum(
+    def _evaluating(
         self,
         model: nn.Module,
         split: Split,
         chosen: Iterable[int],
-        on_batch: Callable[[], None] | None,
-        *,
-        backward: bool = False,
-    ) -> Evaluation:
+        ready: Ready,
+        gradient: tuple[ParameterLayout, Tensor] | None = None,
+    ) -> Pieces[Evaluation]:
+        model = unwrap(model)
         indices = tuple(chosen)
         units = [self._units[split][index] for index in indices]
-        sums: list[tuple[Tensor, Tensor]] = []
+        values = []
         for unit in units:
-            raise_pending_interrupt()
-            batch = self._to_device(unit.batch) if self._to_device else _to_device_of(model, unit.batch)
-            with self._precision():
-                nll, tokens = self._nll(model, batch)
-            if backward and float(tokens):
-                torch.as_tensor(nll).backward()
-            sums.append((torch.as_tensor(nll).detach(), torch.as_tensor(tokens).detach()))
-            if on_batch is not None:
-                on_batch()
-        # Fetched at the end, so that the device need not wait for the CPU after every batch.
-        values = np.array([[float(nll), float(tokens)] for nll, tokens in sums])
-        return Evaluation(values[:, 0], values[:, 1], tuple(unit.domain for unit in units), indices)
+            yield FORWARD if gradient is None else BACKWARD
+            with ready(gradient is not None):
+                batch = self._to_device(unit.batch) if self._to_device else _to_device_of(model, unit.batch)
+                with self._precision():
+                    nll, tokens = self._nll(model, batch)
+                if gradient is not None and float(tokens):
+                    torch.as_tensor(nll).backward()
+                    _add_gradients(model, *gradient)
+                values.append([float(torch.as_tensor(nll).detach()), float(tokens)])
+        found = np.array(values).reshape(-1, 2)
+        return Evaluation(found[:, 0], found[:, 1], tuple(unit.domain for unit in units), indices)
 
 
-def _move_gradients(model: nn.Module, layout: ParameterLayout, out: Tensor) -> None:
-    """Move the parameters' gradients to a flat row; buffers have none, and unused parameters a gradient of zero."""
-    for target, tensor in zip(layout.views(out).values(), layout.tensors(model), strict=True):
-        if tensor.grad is None:
-            target.zero_()
-        else:
-            target.copy_(tensor.grad)
-            tensor.grad = None
+def _add_gradients(model: nn.Module, layout: ParameterLayout, row: Tensor) -> None:
+    """Add the parameters' gradients to a row; buffers and unused parameters have none."""
+    for target, tensor in zip(layout.views(row).values(), layout.tensors(model), strict=True):
+        if tensor.grad is not None:
+            target.add_(tensor.grad)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's first parameter is."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _to_device_of(model: nn.Module, batch: Any) -> Any:
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    return map_tensors(batch, lambda tensor: tensor.to(device_of(model), non_blocking=True))
 
 
 def _read(name: str, loader: Iterable[Any], batches: int, seed: int) -> list[Any]:

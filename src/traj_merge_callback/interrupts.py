@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM wait while live weights are out of place, and are raised where everything can be put back."""
+"""Ctrl-C and SIGTERM wait while live weights are out of place, and are raised when everything is put back."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def delayed_interrupts() -> Iterator[None]:
     """Hold back handlers of SIGINT and SIGTERM that are written in Python until the outermost block is done.
 
     An exception out of a signal handler may strike between any two operations, also inside a ``finally`` that puts
-    things back. Held back, it strikes only where :func:`raise_pending_interrupt` is called, or after the block. A
-    second Ctrl-C is not held back. Only the main thread runs handlers, so in another thread there is nothing to do.
+    things back. Held back, it strikes after the block. A second Ctrl-C is not held back. Only the main thread runs
+    handlers, so in another thread there is nothing to do.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -60,9 +60,3 @@ def delayed_interrupts() -> Iterator[None]:
             for number, handler in _delay.handlers.items():
                 signal.signal(number, handler)
             _delay.deliver()
-
-
-def raise_pending_interrupt() -> None:
-    """Run the handlers that :func:`delayed_interrupts` is holding back, here and now."""
-    if threading.current_thread() is threading.main_thread():
-        _delay.deliver()

@@ -53,14 +53,16 @@ def preserved_rng(seed: int | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def isolated(model: nn.Module, seed: int = 0, *, gradients: bool = False) -> Iterator[None]:
+def isolated(
+    model: nn.Module, seed: int = 0, *, gradients: bool = False, beside_training: bool = False
+) -> Iterator[None]:
     """Evaluate ``model`` inside: eval mode, eager even if compiled, and no trace left behind.
 
     On leaving, also through an exception or Ctrl-C, these are what they were, bit for bit: the random states; every
     submodule's train/eval flag; every gradient (its very tensor, unread and unwritten); every buffer (evaluation writes
     to copies); and every attribute of every submodule that is a tensor, or a plain list, dict or set (one level deep),
-    which covers caches and torchmetrics states. Weights are not written by a forward without gradients. Inside, a
-    Ctrl-C waits for :func:`raise_pending_interrupt` or for the end of the block.
+    which covers caches and torchmetrics states. Weights are not written by a forward without gradients. A Ctrl-C
+    inside waits for the end of the block.
 
     Args:
         model: the module to evaluate; its submodules are covered.
@@ -68,14 +70,19 @@ def isolated(model: nn.Module, seed: int = 0, *, gradients: bool = False) -> Ite
         gradients: whether gradients are recorded inside. The modules then hold stand-ins for trainable parameters,
             other Parameter objects on the same memory, so that no hook of the live ones fires (DDP, DeepSpeed and
             optimizers that step during backward have such hooks) and no live gradient changes.
+        beside_training: whether training goes on in another thread. What belongs to the whole process, random states
+            and the stance of torch.compile, is then left alone.
     """
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
     saved_gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    with delayed_interrupts(), preserved_rng(seed), ExitStack() as stack:
+    with delayed_interrupts(), ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(gradients))
-        # A compiled model would otherwise recompile for eval mode, and use up training's share of the recompile limit.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if not beside_training:
+            stack.enter_context(preserved_rng(seed))
+            # A compiled model would otherwise recompile for eval mode, and use up training's share of the recompile
+            # limit.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             for module, saved in zip(modules, attributes, strict=True):
                 _work_on_copies(module, saved)

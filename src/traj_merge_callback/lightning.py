@@ -93,6 +93,11 @@ class TrajMergeCallback(pl.Callback):
         self._last_step = trainer.global_step
         # Both may talk to the other processes, so every process asks.
         heldout = self._heldout if self._heldout is not None else _validation_loaders(trainer)
+        if self.config.schedule == "background" and self._nll is None:
+            raise ValueError(
+                "schedule='background' cannot use the module's validation_step, which belongs to the trainer's thread: "
+                "pass nll=, a function (module, batch) -> (summed NLL, tokens)"
+            )
         default_folder = Path(trainer.log_dir or trainer.default_root_dir) / "merged"
         if not trainer.is_global_zero:
             return
@@ -100,9 +105,9 @@ class TrajMergeCallback(pl.Callback):
             heldout,
             nll=self._nll or _ValidationStep(trainer, pl_module),
             precision=trainer.precision_plugin.val_step_context,
-            to_device=lambda batch: _transfer(trainer, batch),
+            to_device=None if self.config.schedule == "background" else lambda batch: _transfer(trainer, batch),
             log=lambda record: self._log(trainer, record),
-            write=(lambda folder: _save_ckpt(folder, trainer)) if self._save_ckpt else None,
+            extra=(lambda: _collect_ckpt(trainer)) if self._save_ckpt else None,
             **{**self._options, "output_dir": self.config.output_dir or str(default_folder)},
         )
         self.merger.prepare(pl_module)
@@ -136,6 +141,11 @@ class TrajMergeCallback(pl.Callback):
         """Load the best snapshot if asked to, and release the window."""
         if self.merger is not None:
             self.merger.finish(pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give up the merge under way, and finish what is being written."""
+        if self.merger is not None:
+            self.merger.close()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give the trainer its own checkpoint plugin back."""
@@ -252,18 +262,12 @@ class _CheckpointWithWindow(CheckpointIO):
         self._callback = callback
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write the state first, so that a checkpoint never exists without it."""
+        """Let the state be written while the trainer writes the checkpoint."""
         merger = self._callback.merger
-        folder = None
         if merger is not None and "callbacks" in checkpoint and (base := _beside(path)) is not None:
             folder = base / f"step-{checkpoint['global_step']:08d}"
-            merger.save_state(folder)
+            merger.save_state(folder, written=lambda: _remove_others(folder))
         self.inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
-        if folder is not None:
-            # A checkpoint that is overwritten (last.ckpt) had a state of its own.
-            for old in folder.parent.glob("step-*"):
-                if old != folder:
-                    shutil.rmtree(old, ignore_errors=True)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load the trainer's checkpoint; the callback finds the state beside it when training starts."""
@@ -280,6 +284,13 @@ class _CheckpointWithWindow(CheckpointIO):
         self.inner.teardown()
 
 
+def _remove_others(folder: Path) -> None:
+    """A checkpoint that is overwritten (last.ckpt) had a state of its own."""
+    for old in folder.parent.glob("step-*"):
+        if old != folder:
+            shutil.rmtree(old, ignore_errors=True)
+
+
 def _beside(path: Any) -> Path | None:
     """The folder for a checkpoint's merging state; None for remote storage."""
     return None if "://" in str(path) else Path(f"{path}.merge")
@@ -294,6 +305,11 @@ def _saved_window(trainer: pl.Trainer) -> Path | None:
     return None
 
 
-def _save_ckpt(folder: Path, trainer: pl.Trainer) -> None:
+def _collect_ckpt(trainer: pl.Trainer) -> Callable[[Path], None]:
     # Not trainer.save_checkpoint: it waits for the other processes, and its plugin may write later or elsewhere.
-    torch.save(trainer._checkpoint_connector.dump_checkpoint(weights_only=True), folder / "merged.ckpt")
+    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+    buffers = {name for name, _ in trainer.lightning_module.named_buffers(remove_duplicate=False)}
+    for name, value in checkpoint["state_dict"].items():
+        if name in buffers:  # which training goes on to write
+            checkpoint["state_dict"][name] = value.clone()
+    return lambda folder: torch.save(checkpoint, folder / "merged.ckpt")

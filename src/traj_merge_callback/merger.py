@@ -1,13 +1,13 @@
-"""The engine: when to capture, when to merge, and what a merge is. It knows no trainer."""
+"""The engine: when to capture and when to merge. It knows no trainer."""
 
 from __future__ import annotations
 
 import logging
-import math
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,22 +15,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from .candidates import Candidates
-from .choice import Choice, Chooser
+from .budget import Overhead, Plan
+from .choice import Chooser
 from .config import MergeConfig
 from .evaluation import Evaluation
 from .failures import Failures
-from .heldout import HeldOutLoss
-from .isolation import preserved_rng
+from .heldout import HeldOutLoss, device_of
 from .losses import Nll
-from .metrics import MergeRecord, MetricsFile, report_losses
-from .parameters import unwrap
-from .progress import SlowProgress
+from .merge import Extra, Merging
+from .metrics import MergeRecord, MetricsFile
 from .resume import Memory, load_state, save_state
+from .runs import Finished, MergeRuns
 from .search import resolve_search
 from .snapshots import SnapshotStore
-from .weights import load_merged, save_weights, weights_format
+from .storage import in_memory, on_disk
+from .weights import load_merged
 from .window import CheckpointWindow
+from .writer import Writer
 
 logger = logging.getLogger("traj_merge_callback")
 
@@ -38,7 +39,8 @@ logger = logging.getLogger("traj_merge_callback")
 class TrajectoryMerger:
     """Keeps a window of checkpoints of one run, merges them at fixed intervals and publishes the results.
 
-    Call :meth:`step` after every optimizer step; the model's weights are read, never written. With several processes
+    Call :meth:`step` after every optimizer step; the model's weights are read, never written. A merge is made of the
+    checkpoint of one step, in pieces between the steps that follow, and done some steps later. With several processes
     (DDP) the first one does all the work and ``step`` does nothing in the others.
 
     Args:
@@ -47,7 +49,8 @@ class TrajectoryMerger:
         precision: returns a context for forward passes, such as ``lambda: torch.autocast("cuda", torch.bfloat16)``.
         to_device: moves a batch to the training device; by default every tensor goes to the model's device.
         log: called with the :class:`MergeRecord` of each merge.
-        write: called with a snapshot's folder while the model holds the merged weights, to add files to it.
+        extra: called while the model holds the merged weights, to add files to a snapshot: it returns a function that
+            is called with the snapshot's folder later, in another thread.
         **config: the options of :class:`MergeConfig`.
 
     Example::
@@ -56,7 +59,7 @@ class TrajectoryMerger:
         for step, batch in enumerate(loader, start=1):
             ...  # forward, backward, optimizer.step()
             if record := merger.step(model, step):
-                print(record.live_loss, record.merged_loss)
+                print(record.step, record.live_loss, record.merged_loss)
         merger.finish(model)
 
     Raises:
@@ -71,7 +74,7 @@ class TrajectoryMerger:
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
         to_device: Callable[[Any], Any] | None = None,
         log: Callable[[MergeRecord], None] | None = None,
-        write: Callable[[Path], None] | None = None,
+        extra: Extra | None = None,
         **config: Any,
     ) -> None:
         self.config = MergeConfig(**config)
@@ -85,7 +88,7 @@ class TrajectoryMerger:
                 "load the best snapshot with load_merged after training"
             )
         self._log = log
-        self._write = write
+        self._extra = extra
         self._metrics = MetricsFile(self.output_dir / "metrics.jsonl")
         self._failures = Failures(self.config.on_error)
         self._store = SnapshotStore(self.output_dir, keep_last=self.config.keep_last, keep_best=self.config.keep_best)
@@ -105,9 +108,9 @@ class TrajectoryMerger:
                     f"domain_weights={self.config.domain_weights}: {sorted(unknown)} are not among the domains "
                     f"searched on, {sorted(self.heldout.searched)}"
                 )
-            self._chooser = Chooser(self.config, self.heldout)
         self._memory = Memory()
-        self._began = time.perf_counter()
+        self._overhead = Overhead(self.config.max_overhead, self.config.max_pause)
+        self._owed = False
 
     def prepare(self, model: nn.Module) -> None:
         """Allocate the window for ``model``. The first ``step`` does it otherwise.
@@ -119,6 +122,11 @@ class TrajectoryMerger:
             return
         average_rate = getattr(resolve_search(self.config.search), "average_rate", None)
         options = self.config.search_options
+        allocate = {
+            "memory": lambda: None,
+            "disk": lambda: on_disk(self._window_folder),
+            "device": lambda: in_memory(device=device_of(model)),
+        }[self.config.window_storage]
         self.window = CheckpointWindow(
             model,
             self.config.window_size,
@@ -127,11 +135,18 @@ class TrajectoryMerger:
             average_rate=(lambda step: average_rate(step, **options)) if average_rate else None,
             mean_rows=self.config.row == "mean",
             groups=self.config.groups,
+            allocate=allocate(),
+            asynchronous=True,
         )
-        self._began = time.perf_counter()
+        self._writer = Writer()
+        chooser = Chooser(self.config, self.heldout)
+        merging = Merging(self.config, self.heldout, chooser, self._store, self._writer, self._failures, self._extra)
+        self._runs = MergeRuns(self.config, self.heldout, merging, self._overhead, self._writer)
+        self._waited_s = 0.0
+        self._overhead.begin()
 
     def step(self, model: nn.Module, step: int, *, skipped: Callable[[], bool] = lambda: False) -> MergeRecord | None:
-        """Capture and merge if due. Call after each optimizer step.
+        """Capture, and begin or go on with a merge, if due. Call after each optimizer step.
 
         Args:
             model: the model being trained, at an optimizer-step boundary.
@@ -140,7 +155,7 @@ class TrajectoryMerger:
                 due then waits for the next step. Only asked when something is due.
 
         Returns:
-            The record of the merge, if there was one.
+            The record of a merge, if one was done in this call: of this step, or of an earlier one.
 
         Raises:
             Exception: only with ``on_error="raise"``; otherwise failures are logged once and training goes on.
@@ -155,47 +170,53 @@ class TrajectoryMerger:
             if self.window is None:
                 self._active = False
                 return None
-        previous = step - 1 if self._memory.last_step is None else self._memory.last_step
+        self._overhead.enter()
+        with self._failures.contained("saving the window", step):
+            self._writer.check()
         with self._failures.contained("trajectory merging", step):
-            samples = self.config.samples_per_row if self.config.row == "mean" else 1
-            if step >= self.config.start_step and _passed(self.config.capture_every // samples, previous, step):
-                if skipped():
-                    return None
-                self._memory.last_step = step
-                if _passed(self.config.capture_every, previous, step):
-                    self.window.push(model, step)
-                else:
-                    self.window.sample(model)
-                if _passed(self.config.merge_every, previous, step):
-                    record = self._merge(model, step, started)
-        self._memory.last_step = step
-        self._memory.busy_s += time.perf_counter() - started
+            record = self._record(self._runs.go_on(), step)
+        with self._failures.contained("trajectory merging", step):
+            if self._capture(model, step, skipped) and not self._runs.under_way:
+                self._begin(model, step)
+                if self.config.schedule == "blocking":
+                    record = self._record(self._runs.complete(), step) or record
+        self._overhead.take(self.window.waited_s - self._waited_s)
+        self._waited_s = self.window.waited_s
+        self._overhead.leave(started)
         return record
 
     def merge_at_end(self, model: nn.Module) -> MergeRecord | None:
-        """Merge at the last step of training, if ``merge_at_end`` is set and no merge was due there.
+        """Finish the merge under way, and merge at the last step of training if ``merge_at_end`` is set.
+
+        There is no training left to wait, so neither ``max_overhead`` nor ``max_pause`` holds.
 
         Returns:
-            The record of the merge, if one was made.
+            The record of the last merge made here, if one was.
         """
         step = self._memory.last_step
-        if self.window is None or step is None or not self.config.merge_at_end:
+        if self.window is None or step is None:
             return None
         record = None
-        if step > self._memory.last_merge_step and step >= self.config.start_step:
-            started = time.perf_counter()
+        with self._failures.contained("trajectory merging", step):
+            record = self._record(self._runs.complete(), step)
+        wanted = self.config.merge_at_end and step >= self.config.start_step
+        if wanted and (step > self._memory.last_merge_step or self._owed):
             with self._failures.contained("the merge at the end", step):
+                self._writer.wait()  # for the rows, which may be on their way to a checkpoint
                 if self.window.steps[-1:] != (step,):
                     self.window.push(model, step)
-                record = self._merge(model, step, started)
-            self._memory.busy_s += time.perf_counter() - started
+                self._begin(model, step, Plan(self.config.evaluations))
+                record = self._record(self._runs.complete(), step) or record
+        with self._failures.contained("saving the window", step):
+            self._writer.wait()
+            self._writer.check()
         return record
 
     def finish(self, model: nn.Module) -> MergeRecord | None:
         """The end of training: :meth:`merge_at_end`, load the best snapshot if ``load_merged_at_end``, and close.
 
         Returns:
-            The record of the last merge, if one was made here.
+            The record of the last merge made here, if one was.
         """
         record = self.merge_at_end(model)
         if self.window is not None and self.config.load_merged_at_end:
@@ -207,10 +228,15 @@ class TrajectoryMerger:
         return record
 
     def close(self) -> None:
-        """Release the window's memory and sum up what failed. The published snapshots stay."""
+        """Give up the merge under way, finish what is being written, release the window, sum up what failed."""
+        if self.window is not None:
+            window, self.window = self.window, None
+            self._runs.abandon()
+            self._writer.close()
+            window.close()
+            shutil.rmtree(self._window_folder, ignore_errors=True)
         self._failures.summarise()
         self._failures.counts.clear()
-        self.window = None
 
     def __enter__(self) -> TrajectoryMerger:
         return self
@@ -221,6 +247,10 @@ class TrajectoryMerger:
         self.close()
 
     @property
+    def _window_folder(self) -> Path:
+        return self.output_dir / ".window"
+
+    @property
     def best_snapshot(self) -> Path | None:
         """The folder of the published snapshot of lowest merged loss so far."""
         return self.output_dir / self._store.best.name if self._store.best else None
@@ -229,106 +259,128 @@ class TrajectoryMerger:
         """The live model's loss on the report split, over the domains that are searched on."""
         return self.heldout.evaluate(model, "report").only(self.heldout.searched)
 
-    # One merge
+    # What is due
 
-    def _merge(self, model: nn.Module, step: int, started: float) -> MergeRecord | None:
+    def _capture(self, model: nn.Module, step: int, skipped: Callable[[], bool]) -> bool:
+        """Take a checkpoint if one is due, and note whether a merge is; tells whether the window has a new row."""
+        config, window, memory = self.config, self.window, self._memory
+        assert window is not None
+        previous = step - 1 if memory.last_step is None else memory.last_step
+        samples = config.samples_per_row if config.row == "mean" else 1
+        if step < config.start_step or not _passed(config.capture_every // samples, previous, step):
+            memory.last_step = step
+            return False
+        if skipped():
+            return False
+        memory.last_step = step
+        self._owed |= _passed(config.merge_every, previous, step)
+        # Rows that a merge or a checkpoint of the trainer still reads are not overwritten.
+        if window.is_in_use and config.schedule == "blocking":
+            self.wait()
+        if window.is_in_use:
+            return False
+        if not _passed(config.capture_every, previous, step):
+            window.sample(model)
+            return False
+        window.push(model, step)
+        return True
+
+    def _begin(self, model: nn.Module, step: int, plan: Plan | None = None) -> None:
+        """Begin a merge if one is due; until then, learn what it will take."""
         window = self.window
         assert window is not None
-        if len(window) < 2:
+        if not self._owed and plan is None:
+            self._runs.try_out(model, window)
+        elif len(window) < 2:
             logger.info("no merge at step %d: the window holds %d checkpoint", step, len(window))
+            self._owed = False
+        elif self._runs.begin(model, window, self._memory, step, plan):
+            self._owed = False
+        else:
+            self._runs.try_out(model, window)
+
+    def _record(self, finished: Finished | None, step: int) -> MergeRecord | None:
+        """Record a merge that was done at this step."""
+        if finished is None or self.window is None:
             return None
-        total = (
-            self.config.evaluations * self.heldout.num_batches("search") + 2 * self.heldout.num_batches("report") + 1
-        )
-        self._memory.last_merge_step = step
-        with preserved_rng(), SlowProgress(f"merging at step {step}", total, enabled=self.config.progress) as progress:
-            candidates = Candidates(model, window, self.heldout, progress.advance)
-            live_search = candidates.evaluate_live("search")
-            if not math.isfinite(live_search.loss):
-                raise ValueError(f"the live model's held-out loss on the search split is {live_search.loss}")
-            chosen = self._chooser.choose(candidates, window, live_search, self._memory, step)
-            live = candidates.evaluate_live("report")
-            merged = live if chosen.weights is None else candidates.evaluate(chosen.weights, "report")
-            losses = report_losses(live, merged, self.heldout.searched)
-            if not math.isfinite(losses["gain"]):
-                raise ValueError(f"the held-out loss on the report split is not finite: {losses}")
-            snapshot = None
-            progress.advance()
-            with self._failures.contained("publishing a snapshot", step):
-                if self.config.publishes:
-                    snapshot = self._publish(model, step, chosen, losses)
-        self._memory.history.append((step, losses["merged_loss"]))
-        now = time.perf_counter()
+        merged = finished.merged
+        history = self._memory.history
+        live_loss, merged_loss = merged.losses["live_loss"], merged.losses["merged_loss"]
+        steps_saved = None
+        if live_loss is not None:
+            history.append((merged.step, merged_loss))
+            steps_saved = max((merged.step - past for past, loss in history if loss <= live_loss), default=0)
         record = MergeRecord(
-            step=step,
+            step=merged.step,
             search=self.config.search,
-            checkpoint_steps=list(window.steps),
-            **chosen.described,
-            **losses,
-            steps_saved=self._steps_saved(step, losses["live_loss"]),
-            evaluations=chosen.evaluations,
-            forward_equivalents=float(chosen.forward_equivalents),
-            seconds=now - started,
-            overhead=(self._memory.busy_s + now - started) / (self._memory.wall_s + now - self._began),
-            window_bytes=window.nbytes,
-            search_losses=chosen.search_losses,
-            snapshot=str(snapshot) if snapshot else None,
+            checkpoint_steps=merged.checkpoint_steps,
+            **merged.choice.described,
+            **merged.losses,
+            steps_saved=steps_saved,
+            evaluations=merged.choice.evaluations,
+            forward_equivalents=float(merged.choice.forward_equivalents),
+            allowed={"evaluations": merged.plan.evaluations, "heldout_share": merged.plan.share},
+            finished_step=step,
+            seconds=finished.seconds,
+            longest_pause=finished.longest_pause,
+            overhead=self._overhead.share,
+            window_bytes=self.window.nbytes,
+            search_losses=merged.choice.search_losses,
+            snapshot=str(merged.snapshot) if merged.snapshot else None,
         )
         self.records.append(record)
-        with self._failures.contained("writing metrics.jsonl", step):
-            self._metrics.append(record)
+        self._writer.leave(lambda: self._metrics.append(record))
         with self._failures.contained("logging", step):
             if self._log is not None:
                 self._log(record)
         return record
 
-    def _publish(self, model: nn.Module, step: int, chosen: Choice, losses: dict[str, Any]) -> Path:
-        window = self.window
-        assert window is not None
-        row = None if chosen.weights is None else window.combine(chosen.weights)
-
-        def write(folder: Path) -> None:
-            with window.layout.installed(model, row) if row is not None else nullcontext():
-                save_weights(folder, model, window.layout)
-                if self._write is not None:
-                    self._write(folder)
-
-        merge = {
-            "step": step,
-            "checkpoint_steps": list(window.steps),
-            "row": self.config.row,
-            "samples_per_row": self.config.samples_per_row if self.config.row == "mean" else 1,
-            **chosen.described,
-            "search": self.config.search,
-            "search_options": self.config.search_options,
-            "search_split": {f"{name}_loss": loss for name, loss in chosen.search_losses.items()},
-            "report_split": losses,
-            "row_dtype": window.dtype,
-            "model_class": type(unwrap(model)).__name__,
-            "weights_format": weights_format(model),
-            "merged_tensors": [slot.name for slot in window.layout.slots],
-        }
-        return self._store.publish(step, losses["merged_loss"], write, merge)
-
-    def _steps_saved(self, step: int, live_loss: float) -> int:
-        return max((step - past for past, merged in self._memory.history if merged <= live_loss), default=0)
-
     # Resuming
 
-    def save_state(self, folder: str | Path) -> None:
+    def save_state(self, folder: str | Path, *, written: Callable[[], None] | None = None) -> None:
         """Write the window and the search's memory into a folder, which then exists whole or not at all.
 
-        Does nothing before the first step.
+        They are written in a thread of their own, and until then nothing is captured; :meth:`wait` waits for it. A
+        merge under way is begun again after resuming. Does nothing before the first step.
+
+        Args:
+            folder: where to.
+            written: is called, in that thread, when the folder is there.
         """
         if self.window is None or self._memory.last_step is None:
             return
-        started = time.perf_counter()
-        with self._failures.contained("saving the window", self._memory.last_step):
-            memory = replace(self._memory, wall_s=self._memory.wall_s + started - self._began)
-            snapshots = [vars(entry) for entry in self._store.entries]
-            extra = {"heldout": self.heldout.digest, "snapshots": snapshots}
-            save_state(Path(folder), self.window, memory, extra)
-        self._memory.busy_s += time.perf_counter() - started
+        started, step = time.perf_counter(), self._memory.last_step
+        window = self.window
+        with self._failures.contained("saving the window", step), ExitStack() as stack:
+            # More than one state is never on its way.
+            self.wait()
+            state = window.state_dict()
+            merging = self._runs.before is not None and window.steps[-1:] == (self._memory.last_merge_step,)
+            memory = self._runs.before if merging and self._runs.before is not None else self._memory
+            memory = replace(memory, last_step=step, busy_s=self._overhead.busy_s, wall_s=self._overhead.wall_s)
+            document = {
+                "names": [slot.name for slot in window.layout.slots],
+                "memory": asdict(memory),
+                "merging": window.steps[-1] if merging else None,
+                "heldout": self.heldout.digest,
+                "snapshots": [vars(entry) for entry in self._store.entries],
+            }
+            stack.enter_context(window.in_use())
+            until_written = stack.pop_all()
+
+            def write() -> None:
+                with until_written:
+                    save_state(Path(folder), state, document)
+                if written is not None:
+                    written()
+
+            self._writer.leave(write)
+        self._overhead.take(time.perf_counter() - started)
+
+    def wait(self) -> None:
+        """Wait until everything that was to be written is on the disk."""
+        if self.window is not None:
+            self._writer.wait()
 
     def resume_from(self, folder: Path | None, model: nn.Module, step: int) -> None:
         """:meth:`load_state` for a trainer's resume: if nothing usable is found, say so and start an empty window."""
@@ -354,13 +406,17 @@ class TrajectoryMerger:
             return
         self.prepare(model)
         assert self.window is not None
-        self._memory, document = load_state(Path(folder), self.window, step)
+        document = load_state(Path(folder), self.window, step)
+        self._memory = Memory.from_json(document["memory"])
+        self._overhead.begin(self._memory.busy_s, self._memory.wall_s)
         if document["heldout"] == self.heldout.digest:
             self._store.restore(document["snapshots"])
         else:
             logger.info("the held-out data changed since %s was saved: losses measured before are forgotten", folder)
             self._memory.row_losses, self._memory.search, self._memory.history = {}, {}, []
         self._metrics.resumed = True
+        if document["merging"] is not None:
+            self._runs.begin(model, self.window, self._memory, document["merging"], Plan(self.config.evaluations))
 
 
 def _passed(every: int, previous: int, step: int) -> bool:

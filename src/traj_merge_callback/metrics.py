@@ -27,7 +27,9 @@ MEANINGS = {
     "merge/steps_saved": "how many steps ago a merged snapshot was already as good as the live model is now",
     "merge/weight/<age>": "merge weight of a checkpoint of the window; age 0 is live, 1 the one before it, ...",
     "merge/evaluations": "candidates evaluated on the search split, live included",
-    "merge/seconds": "wall time of this merge",
+    "merge/step": "optimizer step of the checkpoint that is live in this merge",
+    "merge/seconds": "time this merge took from training (beside it, with schedule='background')",
+    "merge/longest_pause": "seconds of the longest piece of this merge between two training steps",
     "merge/overhead": "share of wall time since training began spent in the callback",
     "merge/window_bytes": "memory of the window and its staging row",
     "merge/loss/<domain>": "merge/loss of one named held-out domain",
@@ -49,11 +51,13 @@ class MergeRecord:
         group_weights: merge weights of each parameter group, which are those published; ``weights`` are what they were
             shrunk towards. Empty without ``groups``, or where weights of the whole model did better.
         live_loss, merged_loss, gain, gain_stderr, live_perplexity, merged_perplexity: see ``MEANINGS``; the standard
-            error is None when there are too few held-out batches for one.
+            error is None when there are too few held-out batches for one, all are where nothing was evaluated.
         steps_saved: see ``MEANINGS``.
         evaluations: candidates evaluated on the search split.
         forward_equivalents: their cost in passes over the search split (a forward is 1, with a gradient 3).
-        seconds, overhead, window_bytes: see ``MEANINGS``.
+        allowed: ``{"evaluations", "heldout_share"}``: what the overhead budget let the merge spend.
+        finished_step: optimizer step at which the merge was done; ``step`` if training waited for it.
+        seconds, longest_pause, overhead, window_bytes: see ``MEANINGS``.
         search_losses: live and merged loss on the search split, the optimistic numbers the choice was made by.
         domains: per named domain ``{"live_loss", "merged_loss", "gain", "gain_stderr"}``.
         snapshot: folder of the published snapshot, None if none was published.
@@ -65,16 +69,19 @@ class MergeRecord:
     weights: list[float]
     running_sum_weights: list[float]
     group_weights: dict[str, list[float]]
-    live_loss: float
-    merged_loss: float
-    gain: float
+    live_loss: float | None
+    merged_loss: float | None
+    gain: float | None
     gain_stderr: float | None
-    live_perplexity: float
-    merged_perplexity: float
-    steps_saved: int
+    live_perplexity: float | None
+    merged_perplexity: float | None
+    steps_saved: int | None
     evaluations: int
     forward_equivalents: float
+    allowed: dict[str, float]
+    finished_step: int
     seconds: float
+    longest_pause: float
     overhead: float
     window_bytes: int
     search_losses: dict[str, float]
@@ -96,7 +103,9 @@ class MergeRecord:
             "gain_stderr": self.gain_stderr,
             "steps_saved": self.steps_saved,
             "evaluations": self.evaluations,
+            "step": self.step,
             "seconds": self.seconds,
+            "longest_pause": self.longest_pause,
             "overhead": self.overhead,
             "window_bytes": self.window_bytes,
         }
@@ -132,6 +141,12 @@ def report_losses(live: Evaluation, merged: Evaluation, searched: Set[str]) -> d
         "merged_perplexity": overall_merged.perplexity,
         "domains": {name: _domain(live.only({name}), merged.only({name})) for name in names if len(names) > 1},
     }
+
+
+def not_measured() -> dict[str, Any]:
+    """The losses of a record where nothing was evaluated."""
+    names = ["live_loss", "merged_loss", "gain", "gain_stderr", "live_perplexity", "merged_perplexity"]
+    return {**dict.fromkeys(names), "domains": {}}
 
 
 def _domain(live: Evaluation, merged: Evaluation) -> dict[str, float | None]:

@@ -105,6 +105,13 @@ class ParameterLayout:
             raise ValueError(f"the model's parameters changed since the first checkpoint: {_difference(then, now)}")
         return [tensor for _, tensor, _ in found]
 
+    def volatile(self, model: nn.Module) -> list[bool]:
+        """Which tensors a forward pass may write: buffers, and embeddings that are renormalized as they are read."""
+        modules = [module for module in unwrap(model).modules() if getattr(module, "max_norm", None) is not None]
+        renormalized = {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
+        tensors = zip(self.slots, self.tensors(model), strict=True)
+        return [not slot.is_parameter or id(tensor) in renormalized for slot, tensor in tensors]
+
     def views(self, row: Tensor) -> dict[str, Tensor]:
         """The named, shaped views of a flat row of shape ``(numel,)``, in the order of ``slots``."""
         return {slot.name: row[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in self.slots}

@@ -1,13 +1,13 @@
 """A run's merging state beside the trainer's checkpoint: the window's rows and the searches' memory.
 
-Layout of the folder: ``row-00.safetensors`` ... (one tensor "row" each), ``mean.safetensors`` if rows are means
-(the one begun), and ``state.json``.
+Layout of the folder: ``row-00.safetensors`` ... (a row as it is stored), ``shared.safetensors`` (the mean begun,
+running sums, the anchor of int8 rows, live weights where rows are no exact copies) and ``state.json``.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Memory:
         last_merge_step: the step of the last merge, 0 before the first.
         previous: the last merge's weights.
         row_losses: losses of single rows on the search split, by step; of each component of the objective.
+        share: share of the search split that these were measured on.
         search: what the search itself remembers.
         history: step and merged loss on the report split of every merge.
         busy_s: seconds spent in the callback.
@@ -38,6 +39,7 @@ class Memory:
     last_merge_step: int = 0
     previous: list[float] | None = None
     row_losses: dict[int, list[float]] = field(default_factory=dict)
+    share: float = 1.0
     search: dict[str, Any] = field(default_factory=dict)
     history: list[tuple[int, float]] = field(default_factory=list)
     busy_s: float = 0.0
@@ -51,27 +53,20 @@ class Memory:
         return cls(**{**values, "row_losses": row_losses, "history": history})
 
 
-def save_state(folder: Path, window: CheckpointWindow, memory: Memory, extra: dict[str, Any]) -> None:
-    """Write the folder whole; ``extra`` is of plain JSON types."""
-    state = window.state_dict()
-    names = [slot.name for slot in window.layout.slots]
+def save_state(folder: Path, state: dict[str, Any], document: dict[str, Any]) -> None:
+    """Write a window's ``state_dict`` and a document of plain JSON types into a folder, which then exists whole."""
     with whole_folder(folder) as temporary:
         for index, row in enumerate(state["rows"]):
-            save_file({"row": row}, temporary / f"row-{index:02d}.safetensors")
-        if "mean" in state:
-            save_file({"row": state["mean"]}, temporary / "mean.safetensors")
-        document = {
-            "version": FORMAT_VERSION,
-            "window": {"steps": state["steps"], "dtype": state["dtype"], "rows": len(state["rows"]), "names": names}
-            | ({"sampled": state["sampled"]} if "mean" in state else {}),
-            "memory": asdict(memory),
-            **extra,
-        }
-        (temporary / "state.json").write_text(json.dumps(document), encoding="utf-8")
+            save_file(row, temporary / f"row-{index:02d}.safetensors")
+        if state["shared"]:
+            save_file(state["shared"], temporary / "shared.safetensors")
+        window = {name: value for name, value in state.items() if name not in ("rows", "shared")}
+        text = json.dumps({"version": FORMAT_VERSION, "window": window, **document})
+        (temporary / "state.json").write_text(text, encoding="utf-8")
 
 
-def load_state(folder: Path, window: CheckpointWindow, step: int) -> tuple[Memory, dict[str, Any]]:
-    """Fill the window from a folder of :func:`save_state`; return the memory, and the document with the extra values.
+def load_state(folder: Path, window: CheckpointWindow, step: int) -> dict[str, Any]:
+    """Fill the window from a folder of :func:`save_state`; return the document.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -83,13 +78,11 @@ def load_state(folder: Path, window: CheckpointWindow, step: int) -> tuple[Memor
     if document["version"] > FORMAT_VERSION:
         raise ValueError(f"{folder} has format version {document['version']}; this library reads {FORMAT_VERSION}")
     saved = document["window"]
-    if saved["names"] != [slot.name for slot in window.layout.slots]:
+    if document["names"] != [slot.name for slot in window.layout.slots]:
         raise ValueError(f"{folder} was saved for a model with other parameters")
     if any(saved_step > step for saved_step in saved["steps"]):
         raise ValueError(f"{folder} holds checkpoints up to step {saved['steps'][-1]}, but training is at step {step}")
-    rows = [load_file(folder / f"row-{index:02d}.safetensors")["row"] for index in range(saved["rows"])]
-    state: dict[str, Any] = {"steps": saved["steps"], "rows": rows}
-    if "sampled" in saved:
-        state |= {"sampled": saved["sampled"], "mean": load_file(folder / "mean.safetensors")["row"]}
-    window.load_state_dict(state)
-    return Memory.from_json(document["memory"]), document
+    rows = [load_file(folder / f"row-{index:02d}.safetensors") for index in range(len(saved["steps"]))]
+    shared = folder / "shared.safetensors"
+    window.load_state_dict({**saved, "rows": rows, "shared": load_file(shared) if shared.is_file() else {}})
+    return document

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .evaluation import Evaluation, Gradient
+from .pieces import SEARCH, Pieces
 from .search import GradientSearch, Observed, Problem, Search
 
 # A search may repeat itself (repeats are answered from memory, for free), but not for ever.
@@ -17,7 +18,7 @@ _ASKS_PER_EVALUATION = 10
 _GRADIENT_COST = 3
 
 Measure = Callable[
-    [np.ndarray, bool, Sequence[int], Callable[[Evaluation], bool]], tuple[Evaluation, "Gradient | None"]
+    [np.ndarray, bool, Sequence[int], Callable[[Evaluation], bool]], Pieces[tuple[Evaluation, "Gradient | None"]]
 ]
 
 
@@ -46,8 +47,8 @@ def select(
     measure: Measure,
     start: Selection,
     row_losses: dict[int, list[float]],
-) -> Selection:
-    """Run a search to its end or its budget.
+) -> Pieces[Selection]:
+    """Run a search to its end or its budget, in pieces.
 
     Args:
         search: asked for candidates and told their losses.
@@ -71,6 +72,7 @@ def select(
         return unfinished and best.evaluation is not None and objective.clearly_worse(evaluation, best.evaluation)
 
     for _ in range(_ASKS_PER_EVALUATION * problem.evaluations):
+        yield SEARCH
         if (candidate := search.ask()) is None:
             break
         weights = _checked(candidate, problem)
@@ -84,7 +86,7 @@ def select(
                 break
             # Candidates that are not evaluated on all parts take different ones in turn, whose errors differ.
             parts = [(count + part) % problem.parts for part in range(wanted_parts)]
-            evaluation, gradient = measure(weights, with_gradient, parts, hopeless)
+            evaluation, gradient = yield from measure(weights, with_gradient, parts, hopeless)
             share = len(evaluation.nll) / problem.batches
             count, spent = count + 1, spent + cost * share
             losses = objective.losses(evaluation)
@@ -104,6 +106,7 @@ def select(
         more: tuple[Any, ...] = ()
         if getattr(search, "needs_gradients", False):
             more = (Observed(losses, None if gradient is None else objective.gradients(gradient), gradient),)
+        yield SEARCH
         search.tell(weights, loss, *more)
     row_losses |= {step: known[key].tolist() for key, step in single.items() if key in known}
     return replace(best, evaluations=best.evaluations + count, forward_equivalents=best.forward_equivalents + spent)

@@ -29,11 +29,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SnapshotEntry:
-    """A published snapshot: folder name inside the output folder, optimizer step, merged loss on the report split."""
+    """A published snapshot: folder name inside the output folder, optimizer step, merged loss on the report split.
+
+    The loss is None where it was not measured.
+    """
 
     name: str
     step: int
-    merged_loss: float
+    merged_loss: float | None
 
 
 class SnapshotStore:
@@ -54,7 +57,8 @@ class SnapshotStore:
     @property
     def best(self) -> SnapshotEntry | None:
         """The published snapshot of lowest merged loss, the newest of equals."""
-        return min(self.entries, key=lambda entry: (entry.merged_loss, -entry.step), default=None)
+        measured = [(entry.merged_loss, -entry.step, entry) for entry in self.entries if entry.merged_loss is not None]
+        return min(measured)[2] if measured else None
 
     @property
     def latest(self) -> SnapshotEntry | None:
@@ -65,7 +69,9 @@ class SnapshotStore:
         """Take over the entries of an earlier part of the same run, those whose folders are still there."""
         self.entries = [SnapshotEntry(**entry) for entry in entries if (self.folder / entry["name"]).is_dir()]
 
-    def publish(self, step: int, merged_loss: float, write: Callable[[Path], None], merge: dict[str, Any]) -> Path:
+    def publish(
+        self, step: int, merged_loss: float | None, write: Callable[[Path], None], merge: dict[str, Any]
+    ) -> Path:
         """Write a snapshot with ``write(folder)`` and merge.json, then update the index and prune.
 
         Returns:

@@ -105,7 +105,13 @@ class TrajMergeCallback(TrainerCallback):
         def noting_the_checkpoint(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
             # Callbacks are not told which folder training resumes from.
             self._resume_from = resume_from_checkpoint
-            return train(resume_from_checkpoint, *args, **kwargs)
+            try:
+                return train(resume_from_checkpoint, *args, **kwargs)
+            except BaseException:
+                # Nor are they told that training ends like this.
+                if self.merger is not None:
+                    self.merger.close()
+                raise
 
         trainer.train = noting_the_checkpoint
         return self
@@ -129,7 +135,7 @@ class TrajMergeCallback(TrainerCallback):
             self._heldout if self._heldout is not None else self._eval_loaders(),
             nll=self._nll,
             log=lambda record: self._log(args, state, control, record),
-            write=functools.partial(_save_tokenizer, kwargs.get("processing_class")),
+            extra=lambda: functools.partial(_save_tokenizer, kwargs.get("processing_class")),
             **{**self._options, "output_dir": self.config.output_dir or str(Path(args.output_dir) / "merged")},
         )
         self.merger.prepare(kwargs["model"])

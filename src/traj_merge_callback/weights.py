@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,22 +29,46 @@ def weights_format(model: nn.Module) -> str:
     return STATE_DICT
 
 
-def save_weights(folder: Path, model: nn.Module, layout: ParameterLayout) -> None:
-    """Write the weights that ``model`` holds now into an existing folder.
+def collect_weights(model: nn.Module, layout: ParameterLayout) -> Callable[[Path], None]:
+    """Collect the weights that ``model`` holds now; the function returned writes them into an existing folder, later.
 
-    A plain module's file holds the merged tensors and every other buffer of the state dict; parameters that are not
-    merged (frozen ones) did not change in training and are left out.
+    Until then the merged row must stay as it is. Of what is not merged, buffers are copied, because training goes on,
+    and frozen parameters are not, because they do not change. A plain module's file holds the merged tensors and every
+    other buffer of the state dict; frozen parameters are left out.
     """
     model = unwrap(model)
-    if weights_format(model) != STATE_DICT:
-        with _quiet_transformers():
-            model.save_pretrained(folder)  # type: ignore[operator]
-        return
     merged = {slot.name for slot in layout.slots}
-    parameters = {clean_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
-    state = {clean_name(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    kept = {name: value.cpu().contiguous() for name, value in state.items() if name in merged or name not in parameters}
-    _write_shards(folder, kept, _SHARD_BYTES)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    frozen = {name for name, value in parameters.items() if not value.requires_grad and clean_name(name) not in merged}
+    state = {name: value.detach() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    for name in state.keys() - parameters.keys():
+        state[name] = state[name].clone()
+    devices = {state[name].device for name in state.keys() - frozen if state[name].is_cuda}
+    ready = {device: torch.cuda.current_stream(device).record_event() for device in devices}
+
+    def write(folder: Path) -> None:
+        kept = state | _on_cpu({name: state[name] for name in state.keys() - frozen}, ready)
+        if weights_format(model) != STATE_DICT:
+            with _quiet_transformers():
+                model.save_pretrained(folder, state_dict=kept)  # type: ignore[operator]
+            return
+        written = {clean_name(name): value.contiguous() for name, value in kept.items()}
+        names = {clean_name(name) for name in parameters}
+        _write_shards(folder, {n: v for n, v in written.items() if n in merged or n not in names}, _SHARD_BYTES)
+
+    return write
+
+
+def _on_cpu(state: dict[str, Tensor], ready: dict[torch.device, torch.cuda.Event]) -> dict[str, Tensor]:
+    """Copies of a GPU's tensors, made beside what the GPU does otherwise; tensors that share memory still do."""
+    moved: dict[tuple[int, torch.Size], Tensor] = {}
+    for device, event in ready.items():
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            torch.cuda.current_stream(device).wait_event(event)
+            for tensor in state.values():
+                if tensor.device == device:
+                    moved[tensor.data_ptr(), tensor.shape] = tensor.cpu()
+    return {name: moved.get((tensor.data_ptr(), tensor.shape), tensor) for name, tensor in state.items()}
 
 
 @contextmanager

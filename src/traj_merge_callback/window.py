@@ -6,19 +6,27 @@ gradient of a loss in the parameters it is the gradient of that loss in the merg
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .capture import Capture
 from .groups import ParameterGroups, parameter_groups
 from .parameters import ParameterLayout
+from .pieces import COMBINE, PROJECT, Pieces, finish
+from .storage import CHUNK, DTYPES, Allocate, DenseRows, in_memory, make_rows
+from .streaming import Stretch, stretches
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# 1 MiB of float32: the accumulator of a chunk stays in a core's cache while the rows stream past it.
-_CHUNK = 1 << 18
+# Columns that a piece of a product covers: a few milliseconds' reading.
+_PIECE = 1 << 23
+# A GPU wants larger chunks than a cache.
+_DEVICE_CHUNK = 1 << 22
+_CPU = torch.device("cpu")
 
 
 class CheckpointWindow:
@@ -27,16 +35,21 @@ class CheckpointWindow:
     Args:
         model: the model to keep; its merged tensors (see :class:`ParameterLayout`) define the N columns.
         size: k, the number of rows, at least 2.
-        dtype: how a row is kept: "float32", "bfloat16", or "auto": bfloat16 if all merged tensors are bfloat16 (then
-            nothing is lost), float32 otherwise.
+        dtype: how a row is kept: "float32", "bfloat16", "int8" (deltas to a float32 anchor, with a scale for every 64),
+            or "auto": bfloat16 if all merged tensors are bfloat16 (then nothing is lost), float32 otherwise.
         trainable_only: keep only parameters that require gradients.
-        average_rate: for BEMA: a function from a step to beta_t. Two more rows stand in front of the window, the first
-            checkpoint ever pushed (theta_0) and ``EMA_t = (1 - beta_t) EMA_{t-1} + beta_t theta_t`` over all pushes.
+        average_rate: for BEMA: a function from a step to beta_t. Two more rows, always float32, stand in front of the
+            window, the first checkpoint ever pushed (theta_0) and ``EMA_t = (1 - beta_t) EMA_{t-1} + beta_t theta_t``
+            over all pushes.
         mean_rows: a row is the mean of the model at its push and at every :meth:`sample` since the push before.
         groups: parameter groups that may have merge weights of their own (see :func:`parameter_groups`).
+        allocate: where rows are kept; by default in CPU memory, pinned when the model is on a CUDA device.
+        asynchronous: :meth:`push` and :meth:`sample` return before the copy is made; no optimizer step writes the
+            weights before (see :class:`Capture`), and everything that reads rows waits for it.
 
-    The matrix lies on the CPU, pinned when the model is on a CUDA device, and takes ``size * N * itemsize`` bytes
-    (plus two rows for BEMA, and a float32 row to accumulate means).
+    Memory in bytes per merged number: a row takes 4 as float32, 2 as bfloat16, 1.0625 as int8 (and their anchor 4); the
+    staging row of ``combine`` 4; the row where live weights arrive another 4 unless rows are exact copies (float32, or
+    bfloat16 of a bfloat16 model); the mean begun 4, BEMA's rows 8.
 
     Example::
 
@@ -59,26 +72,33 @@ class CheckpointWindow:
         average_rate: Callable[[int], float] | None = None,
         mean_rows: bool = False,
         groups: str | Mapping[str, list[str]] | None = None,
+        allocate: Allocate | None = None,
+        asynchronous: bool = False,
     ) -> None:
         if size < 2:
             raise ValueError(f"size={size}: a window needs at least 2 rows for there to be something to merge")
         self.layout = ParameterLayout(model, trainable_only=trainable_only)
+        all_bfloat16 = all(slot.dtype is torch.bfloat16 for slot in self.layout.slots)
         if dtype == "auto":
-            lossless = all(slot.dtype is torch.bfloat16 for slot in self.layout.slots)
-            dtype = "bfloat16" if lossless else "float32"
+            dtype = "bfloat16" if all_bfloat16 else "float32"
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not one of {['auto', *DTYPES]}")
         self.dtype = dtype
         self.size = size
-        self._average_rate = average_rate
-        self._extra = 2 if average_rate else 0
-        on_cuda = any(tensor.is_cuda for tensor in self.layout.tensors(model))
-        shape = (self._extra + size, self.layout.numel)
-        self._matrix = torch.empty(shape, dtype=DTYPES[dtype], pin_memory=on_cuda)
-        self._staging = torch.empty(self.layout.numel, dtype=torch.float32, pin_memory=on_cuda)
-        self._mean = torch.zeros(self.layout.numel, pin_memory=on_cuda) if mean_rows else None
-        self._sampled = 0
         self.groups: ParameterGroups | None = None if groups is None else parameter_groups(self.layout, groups)
+        pinned = in_memory(pinned=any(tensor.is_cuda for tensor in self.layout.tensors(model)))
+        columns = self.layout.numel
+        self._rows = make_rows(size, columns, dtype, allocate or pinned)
+        self._average_rate = average_rate
+        self._sums = DenseRows(2, columns, torch.float32, pinned) if average_rate else None
+        self._mean = pinned("mean", (columns,), torch.float32) if mean_rows else None
+        exact = not mean_rows and (dtype == "float32" or (dtype == "bfloat16" and all_bfloat16))
+        self._arrival = None if exact else pinned("arrival", (columns,), torch.float32)
+        self._staging = pinned("staging", (columns,), torch.float32)
+        self._capture = Capture(asynchronous=asynchronous)
+        self._readers = 0
+        self._lock = threading.Lock()
+        self._sampled = 0
         self._steps: list[int] = []
         self._pushed = 0
 
@@ -94,18 +114,35 @@ class CheckpointWindow:
     @property
     def num_weights(self) -> int:
         """How many merge weights ``combine`` takes: ``len(self)``, and two more in front for BEMA's running sums."""
-        return (self._extra if self._steps else 0) + len(self)
+        return (2 if self._sums is not None and self._steps else 0) + len(self)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the matrix, the staging row and the accumulator of means, all allocated at construction."""
-        tensors = [self._matrix, self._staging, *([] if self._mean is None else [self._mean])]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        """Bytes of everything that was allocated at construction."""
+        kept = [self._rows.nbytes, 0 if self._sums is None else self._sums.nbytes]
+        return sum(kept) + sum(row.nbytes for row in (self._mean, self._arrival, self._staging) if row is not None)
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes that one row takes, without what the rows share."""
+        return sum(tensor.nbytes for tensor in self._rows.state(0).values())
+
+    @property
+    def num_pieces(self) -> int:
+        """How many pieces a product has."""
+        return -(-self.layout.numel // _PIECE)
 
     @property
     def newest_is_live(self) -> bool:
         """Whether the newest row is a checkpoint as it was pushed, and not a mean."""
         return self._mean is None
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that optimizer steps have waited for captures."""
+        return self._capture.waited_s
+
+    # Capturing
 
     @torch.no_grad()
     def sample(self, model: nn.Module) -> None:
@@ -116,9 +153,7 @@ class CheckpointWindow:
         """
         if self._mean is None:
             raise ValueError("this window's rows are single checkpoints: construct it with mean_rows=True")
-        self._copy(model, self._staging)
-        self._sampled += 1
-        self._mean.lerp_(self._staging, 1.0 / self._sampled)
+        self._take(model, self._accumulate)
 
     @torch.no_grad()
     def push(self, model: nn.Module, step: int) -> None:
@@ -130,65 +165,144 @@ class CheckpointWindow:
         """
         if self._steps and step <= self._steps[-1]:
             raise ValueError(f"step={step} is not after the newest checkpoint's step {self._steps[-1]}")
-        row = self._matrix[self._extra + self._pushed % self.size]
-        if self._mean is None:
-            self._copy(model, row)
-        else:
-            self.sample(model)
-            row.copy_(self._mean)
-            self._sampled = 0
-        if self._average_rate is not None:
-            start, average = self._matrix[0], self._matrix[1]
-            if not self._steps:
-                start.copy_(row)
-                average.copy_(row)
-            else:
-                average.lerp_(row, self._average_rate(step))
+        index, first, renew = self._pushed % self.size, not self._steps, self._pushed % self.size == 0
+
+        def settle() -> None:
+            if self._mean is not None:
+                self._accumulate()
+                self._sampled = 0
+            values = self._arrival if self._mean is None else self._mean
+            if values is not None:
+                self._rows.write(index, values, renew=renew)
+            if self._sums is not None and self._average_rate is not None:
+                start, average = self._sums.row(0), self._sums.row(1)
+                row = self._arrival if self._arrival is not None else self._rows.state(index)["row"]
+                if first:
+                    start.copy_(row)
+                    average.copy_(row)
+                else:
+                    average.lerp_(row.float(), self._average_rate(step))
+
+        self._take(model, settle, index)
         self._pushed += 1
         self._steps = [*self._steps, step][-self.size :]
 
-    def _copy(self, model: nn.Module, row: Tensor) -> None:
-        tensors = self.layout.tensors(model)
-        for target, tensor in zip(self.layout.views(row).values(), tensors, strict=True):
-            target.copy_(tensor, non_blocking=tensor.is_cuda)
-        for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
-            torch.cuda.current_stream(device).synchronize()
+    def _take(self, model: nn.Module, settle: Callable[[], None], index: int | None = None) -> None:
+        """Copy live weights to where they arrive: the row itself if it is an exact copy."""
+        self.settle()
+        target = self._arrival
+        if target is None:
+            assert isinstance(self._rows, DenseRows)
+            assert index is not None
+            target = self._rows.row(index)
+        pairs = list(zip(self.layout.views(target).values(), self.layout.tensors(model), strict=True))
+        volatile = self.layout.volatile(model)
+        for (view, tensor), at_once in zip(pairs, volatile, strict=True):
+            if at_once:
+                view.copy_(tensor)
+        self._capture.begin([pair for pair, at_once in zip(pairs, volatile, strict=True) if not at_once], settle)
 
-    def _rows(self) -> list[Tensor]:
-        held = range(self._pushed - len(self), self._pushed)
-        extra = [self._matrix[index] for index in range(self._extra)] if self._steps else []
-        return extra + [self._matrix[self._extra + index % self.size] for index in held]
+    def _accumulate(self) -> None:
+        assert self._mean is not None
+        assert self._arrival is not None
+        self._sampled += 1
+        self._mean.lerp_(self._arrival, 1.0 / self._sampled)
 
-    @torch.no_grad()
-    def combine(self, weights: Sequence[float] | np.ndarray, out: Tensor | None = None) -> Tensor:
+    def settle(self) -> None:
+        """Wait until the last capture is complete.
+
+        Raises:
+            Exception: what went wrong in it.
+        """
+        self._capture.settle()
+
+    def close(self) -> None:
+        """Let the last capture finish and stop watching optimizers."""
+        self._capture.close()
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Within the context nothing may be captured: the rows are being read, piece by piece or in another thread."""
+        with self._lock:
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._readers -= 1
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether someone is inside :meth:`in_use`."""
+        return self._readers > 0
+
+    def staging_on(self, device: torch.device) -> Tensor:
+        """A float32 row on a device: the window's own on the CPU, elsewhere a new one."""
+        return self._staging if device.type == "cpu" else torch.empty(self.layout.numel, device=device)
+
+    # Products
+
+    def combine(self, weights: Sequence[float] | np.ndarray | None, out: Tensor | None = None) -> Tensor:
         """``theta(a) = sum_i a_i row_i`` in float32, shape ``(N,)``; a weight of 1 gives its row exactly.
 
         Args:
             weights: merge weights, oldest row first, shape ``(num_weights,)`` for the whole model or
-                ``(groups, num_weights)`` with a vector for each parameter group; normally they sum to 1.
-            out: float32 tensor of shape ``(N,)`` to write to; by default the window's own staging row, which the next
-                ``combine`` overwrites.
+                ``(groups, num_weights)`` with a vector for each parameter group; normally they sum to 1. None for the
+                live weights of the last capture, exactly, however rows are kept.
+            out: tensor of shape ``(N,)`` to write to, on any device; by default the window's own staging row, which
+                the next ``combine`` overwrites.
 
         Raises:
             ValueError: the number of weights is not the number of rows, or one is not finite.
         """
-        values = np.asarray(weights, dtype=np.float64)
-        rows = self._rows()
+        return finish(self.combining(weights, out))
+
+    def combining(self, weights: Sequence[float] | np.ndarray | None, out: Tensor | None = None) -> Pieces[Tensor]:
+        """:meth:`combine` in pieces."""
+        self.settle()
+        out = self._staging if out is None else out
+        rows = self.num_weights
+        values = np.eye(rows)[-1] if weights is None else np.asarray(weights, dtype=np.float64)
         grouped = values.ndim == 2 and self.groups is not None
-        if values.shape != ((len(self.groups), len(rows)) if grouped and self.groups else (len(rows),)):
-            raise ValueError(f"weights has shape {values.shape}; the window has {len(rows)} rows")
+        if values.shape != ((self._groups(True), rows) if grouped else (rows,)):
+            raise ValueError(f"weights has shape {values.shape}; the window has {rows} rows")
         if not np.isfinite(values).all():
             raise ValueError(f"weights={values.tolist()} are not all finite")
-        out = self._staging if out is None else out
-        for group, part in self._chunks(grouped):
-            accumulator = out[part].zero_()
-            for row, value in zip(rows, np.atleast_2d(values)[group], strict=True):
-                # Rows of weight zero are not read: sparse merges are cheaper, and a bad row spoils no merge without it.
-                if value != 0.0:
-                    accumulator.add_(row[part], alpha=float(value))
+        values = np.atleast_2d(values)
+        for pieces in self._pieces(grouped, out.device):
+            yield COMBINE
+            with torch.no_grad():
+                if weights is None and self._arrival is not None:
+                    for _, part in pieces:
+                        out[part].copy_(self._arrival[part])
+                else:
+                    self._combine(values, pieces, out)
         return out
 
-    @torch.no_grad()
+    def _combine(self, values: np.ndarray, pieces: list[tuple[int, slice]], out: Tensor) -> None:
+        # Rows of weight zero are not read: sparse merges are cheaper, and a bad row spoils no merge without it.
+        used = [[int(index) for index in np.flatnonzero(weights)] for weights in values]
+        order = [self._stored(index, part) for group, part in pieces for index in used[group]]
+        rows = stretches(order, out.device)
+        for group, part in pieces:
+            weights = values[group]
+            total = out[part] if out.dtype is torch.float32 else torch.empty(out[part].shape, device=out.device)
+            base = self._rows.base(part)
+            begun = base is not None
+            if base is not None:
+                total.copy_(base).mul_(float(weights[self._extra :].sum()))
+            for index in used[group]:
+                weight = float(weights[index])
+                if begun:
+                    total.add_(next(rows), alpha=weight)
+                else:
+                    torch.mul(next(rows), weight, out=total)
+                    begun = True
+            if not begun:
+                total.zero_()
+            if total.dtype is not out.dtype:
+                out[part].copy_(total)
+
     def project(self, vector: Tensor, *, grouped: bool = False) -> np.ndarray:
         """``W @ vector`` in float64, shape ``(num_weights,)``.
 
@@ -202,20 +316,22 @@ class CheckpointWindow:
         Raises:
             ValueError: ``vector`` has another shape.
         """
+        return finish(self.projecting(vector, grouped=grouped))
+
+    def projecting(self, vector: Tensor, *, grouped: bool = False) -> Pieces[np.ndarray]:
+        """:meth:`project` in pieces, on the device of ``vector``."""
         if tuple(vector.shape) != (self.layout.numel,):
             raise ValueError(f"vector has shape {tuple(vector.shape)}; rows have shape ({self.layout.numel},)")
-        rows = self._rows()
-        products = np.zeros((len(self.groups) if grouped and self.groups else 1, len(rows)))
-        for group, part in self._chunks(grouped):
-            factor = vector[part].to(device="cpu", dtype=torch.float32)
-            newest = rows[-1][part].float()
-            products[group, -1] += float(torch.dot(newest, factor))
-            for index, row in enumerate(rows[:-1]):
-                products[group, index] += float(torch.dot(row[part].float() - newest, factor))
+        self.settle()
+        products = torch.zeros(self._groups(grouped), self.num_weights, dtype=torch.float64, device=vector.device)
+        for pieces in self._pieces(grouped, vector.device):
+            yield PROJECT
+            with torch.no_grad():
+                for group, part, index, values in self._differences(pieces, vector.device):
+                    products[group, index] += torch.dot(values, vector[part].float())
         products[:, :-1] += products[:, -1:]
-        return products if grouped else products[0]
+        return (products if grouped else products[0]).cpu().numpy()
 
-    @torch.no_grad()
     def gram(self, *, grouped: bool = False) -> np.ndarray:
         """Inner products of the rows' deltas to the newest row, shape ``(num_weights, num_weights)``, in float64.
 
@@ -224,52 +340,140 @@ class CheckpointWindow:
         Args:
             grouped: over the columns of each parameter group separately: shape ``(groups, num_weights, num_weights)``.
         """
-        rows = self._rows()
-        count = len(self.groups) if grouped and self.groups else 1
-        products = torch.zeros(count, len(rows), len(rows), dtype=torch.float64)
-        for group, part in self._chunks(grouped):
-            newest = rows[-1][part].float()
-            deltas = torch.stack([row[part].float() - newest for row in rows])
-            products[group] += (deltas @ deltas.T).double()
-        return (products if grouped else products[0]).numpy()
+        return finish(self.multiplying(grouped=grouped))
 
-    def _chunks(self, grouped: bool = False) -> Iterator[tuple[int, slice]]:
-        """Pieces of the columns, small enough for the cache, with the parameter group each belongs to."""
-        pieces = [(0, 0, self.layout.numel)]
+    def multiplying(self, *, grouped: bool = False, device: torch.device = _CPU) -> Pieces[np.ndarray]:
+        """:meth:`gram` in pieces."""
+        self.settle()
+        rows = self.num_weights
+        products = torch.zeros(self._groups(grouped), rows, rows, dtype=torch.float64, device=device)
+        for pieces in self._pieces(grouped, device):
+            yield PROJECT
+            deltas = torch.zeros(rows, max(part.stop - part.start for _, part in pieces), device=device)
+            with torch.no_grad():
+                for group, part, index, values in self._differences(pieces, device):
+                    filled = deltas[:, : part.stop - part.start]
+                    if index == rows - 1:
+                        continue
+                    filled[index].copy_(values)
+                    if index == rows - 2:
+                        products[group] += (filled @ filled.T).double()
+        return (products if grouped else products[0]).cpu().numpy()
+
+    def _differences(
+        self, pieces: list[tuple[int, slice]], device: torch.device
+    ) -> Iterator[tuple[int, slice, int, Tensor]]:
+        """For each piece the newest row, and then every other one, oldest first, as its deltas to the newest.
+
+        Yields the group, the columns, the row's index and the values, which are valid until the next.
+        """
+        last = self.num_weights - 1
+        order = [last, *range(last)]
+        rows = stretches([self._stored(index, part) for _, part in pieces for index in order], device)
+        buffers = torch.empty(2, max(part.stop - part.start for _, part in pieces), device=device)
+        for group, part in pieces:
+            reference, difference = buffers[:, : part.stop - part.start]
+            base = self._rows.base(part)
+            base = None if base is None else base.to(device)
+            newest = next(rows)
+            if base is not None or self._extra or self.dtype != "float32" or device.type == "cuda":
+                newest = reference.copy_(newest)
+            yield group, part, last, newest if base is None else torch.add(newest, base, out=difference)
+            for index in range(last):
+                row = torch.sub(next(rows), newest, out=difference)
+                if base is not None and index < self._extra:
+                    row.sub_(base)
+                yield group, part, index, row
+
+    @property
+    def _extra(self) -> int:
+        return self.num_weights - len(self)
+
+    def _groups(self, grouped: bool) -> int:
+        return len(self.groups) if grouped and self.groups is not None else 1
+
+    def _stored(self, index: int, part: slice) -> Stretch:
+        """Where some columns of a row are, by the index of its merge weight."""
+        if self._sums is not None and index < self._extra:
+            return self._sums, index, part
+        return self._rows, self._place(index - self._extra), part
+
+    def _place(self, index: int) -> int:
+        """Where in the ring the row is that stands at ``index``, oldest first."""
+        return (self._pushed - len(self) + index) % self.size
+
+    def _pieces(self, grouped: bool, device: torch.device) -> Iterator[list[tuple[int, slice]]]:
+        """The columns in chunks, with the parameter group each belongs to, a few milliseconds' work at a time."""
+        spans = [(0, 0, self.layout.numel)]
         if grouped and self.groups is not None:
             slots = zip(self.groups.members, self.layout.slots, strict=True)
-            pieces = [(group, slot.offset, slot.offset + slot.numel) for group, slot in slots]
-        for group, first, last in pieces:
-            for start in range(first, last, _CHUNK):
-                yield group, slice(start, min(start + _CHUNK, last))
+            spans = [(group, slot.offset, slot.offset + slot.numel) for group, slot in slots]
+        chunk = CHUNK if device.type == "cpu" else _DEVICE_CHUNK
+        piece: list[tuple[int, slice]] = []
+        columns = 0
+        for group, first, last in spans:
+            for start in range(first, last, chunk):
+                part = slice(start, min(start + chunk, last))
+                if columns + part.stop - part.start > _PIECE:
+                    yield piece
+                    piece, columns = [], 0
+                piece.append((group, part))
+                columns += part.stop - part.start
+        yield piece
+
+    # Keeping and restoring
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps, and the rows (and the mean begun) as tensors that share memory with the window."""
-        state: dict[str, Any] = {"steps": list(self._steps), "dtype": self.dtype, "rows": self._rows()}
-        return state | ({} if self._mean is None else {"mean": self._mean, "sampled": self._sampled})
+        """The steps, the rows as stored and what belongs to them, as tensors that share the window's memory."""
+        self.settle()
+        return {
+            "steps": list(self._steps),
+            "dtype": self.dtype,
+            "pushed": self._pushed,
+            "sampled": self._sampled,
+            "rows": [self._rows.state(self._place(index)) for index in range(len(self))],
+            "shared": self._shared(),
+        }
+
+    def _shared(self) -> dict[str, Tensor]:
+        """Everything beside the rows that later rows and merges depend on."""
+        tensors = dict(self._rows.shared_state())
+        if self._sums is not None:
+            tensors |= {"start": self._sums.row(0), "average": self._sums.row(1)}
+        if self._mean is not None:
+            tensors["mean"] = self._mean
+        if self._arrival is not None:
+            tensors["arrival"] = self._arrival
+        return tensors
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the rows of a ``state_dict``, the newest ones if it holds more than fit.
 
         Raises:
-            ValueError: the rows have another length, or are means where this window's are not (or the other way
-                round), or the running sums of BEMA are missing or left over.
+            ValueError: the rows have another length or dtype, or are means where this window's are not (or the other
+                way round), or the running sums of BEMA are missing or left over.
         """
-        steps, rows = list(state["steps"]), list(state["rows"])
-        if ("mean" in state) is self.newest_is_live:
+        self.settle()
+        rows, steps = list(state["rows"]), list(state["steps"])
+        mine, theirs = self._shared(), state["shared"]
+        if ("mean" in theirs) is not ("mean" in mine):
             raise ValueError("the saved window's rows are means and this one's are not, or the other way round")
-        extra = len(rows) - len(steps)
-        if steps and extra != self._extra:
-            raise ValueError(f"the saved window has {extra} running sums, this one {self._extra}: the search differs")
-        wrong = [tuple(row.shape) for row in rows if tuple(row.shape) != (self.layout.numel,)]
+        if ("average" in theirs) is not ("average" in mine):
+            raise ValueError(
+                "the saved window has running sums and this one has not, or the other way round: the search differs"
+            )
+        if state["dtype"] != self.dtype:
+            raise ValueError(f"the saved window's rows are {state['dtype']}; this one's dtype={self.dtype!r}")
+        pairs = [(mine[name], theirs[name]) for name in mine]
+        kept = min(len(steps), self.size)
+        for index, row in enumerate(rows[len(rows) - kept :]):
+            target = self._rows.state((state["pushed"] - kept + index) % self.size)
+            pairs += [(target[name], row[name]) for name in target]
+        wrong = [tuple(value.shape) for kept_tensor, value in pairs if kept_tensor.shape != value.shape]
         if wrong:
             raise ValueError(f"a saved row has shape {wrong[0]}; this model's rows have shape ({self.layout.numel},)")
-        kept = min(len(steps), self.size)
-        for index, row in enumerate(rows[:extra] + rows[len(rows) - kept :]):
-            self._matrix[index].copy_(row)
+        for kept_tensor, value in pairs:
+            kept_tensor.copy_(value)
         self._steps = steps[len(steps) - kept :]
-        self._pushed = kept
-        if self._mean is not None:
-            self._mean.copy_(state["mean"])
-            self._sampled = state["sampled"]
+        self._pushed, self._sampled = state["pushed"], state["sampled"]

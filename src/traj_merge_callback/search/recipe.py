@@ -50,6 +50,7 @@ def _as_search(weights_of: WeightsOf, source: WeightsOf, needs_losses: bool = Fa
     problem = inspect.Parameter("problem", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     factory.__signature__ = inspect.Signature([problem, *options])  # type: ignore[attr-defined]
     factory.__doc__ = source.__doc__
+    factory.closed_form = not needs_losses  # type: ignore[attr-defined]
     trial = Problem(steps=(1, 2), evaluations=2, objective=Objective.single(1.0))
     factory.check_options = lambda **options: weights_of(trial, [1.0, 1.0], **options)  # type: ignore[attr-defined]
     return factory
@@ -71,6 +72,8 @@ class Bema:
         problem: the merge's problem, whose first two weights belong to theta_0 and EMA_t.
         eta: bias power. kappa: EMA power. rho: lag. gamma: multiplier. Defaults are those of TRL's BEMACallback.
     """
+
+    closed_form = True
 
     def __init__(
         self, problem: Problem, *, eta: float = 0.2, kappa: float = 0.5, rho: float = 10.0, gamma: float = 1.0

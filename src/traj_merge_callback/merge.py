@@ -1,0 +1,190 @@
+"""One merge, in pieces: live, the search, the report, the snapshot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .budget import Plan
+from .candidates import Candidates
+from .choice import Choice, Chooser
+from .config import MergeConfig
+from .failures import Failures
+from .heldout import HeldOutLoss
+from .metrics import not_measured, report_losses
+from .parameters import unwrap
+from .pieces import PUBLISH, WAIT, Pieces
+from .resume import Memory
+from .snapshots import SnapshotStore
+from .weights import collect_weights, weights_format
+from .window import CheckpointWindow
+from .writer import Writer
+
+Extra = Callable[[], Callable[[Path], None]]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge came to.
+
+    Args:
+        step: optimizer step of the live checkpoint.
+        plan: what it was allowed.
+        checkpoint_steps: steps of the window's rows, oldest first.
+        choice: the merge weights, and what it cost to choose them.
+        losses: of the report split, as they stand in the record; None where nothing was evaluated.
+        snapshot: folder of the published snapshot, None if none was published.
+    """
+
+    step: int
+    plan: Plan
+    checkpoint_steps: list[int]
+    choice: Choice
+    losses: dict[str, Any]
+    snapshot: Path | None
+
+
+class Merging:
+    """Makes the merges of one run.
+
+    Args:
+        config: the options.
+        heldout: the held-out loss.
+        chooser: of merge weights.
+        store: of snapshots.
+        writer: the thread that writes them.
+        failures: where a snapshot that cannot be written is reported.
+        extra: called while the model holds the merged weights; what it returns adds files to a snapshot's folder later.
+    """
+
+    def __init__(
+        self,
+        config: MergeConfig,
+        heldout: HeldOutLoss,
+        chooser: Chooser,
+        store: SnapshotStore,
+        writer: Writer,
+        failures: Failures,
+        extra: Extra | None,
+    ) -> None:
+        self._config = config
+        self._heldout = heldout
+        self._chooser = chooser
+        self._store = store
+        self._writer = writer
+        self._failures = failures
+        self._extra = extra
+
+    @property
+    def needs_evaluations(self) -> bool:
+        """Whether merge weights depend on losses; those of most recipes do not."""
+        return self._chooser.needs_evaluations
+
+    def probe(self, model: nn.Module, window: CheckpointWindow) -> Pieces[None]:
+        """Do one piece of the commonest kinds, to learn what they take."""
+        candidates = self._candidates(model, window)
+        with window.in_use():
+            yield from candidates.take(None)
+            for _ in range(2):  # the first forward pass of a kind is slow
+                evaluating = candidates.evaluate("report")
+                yield next(evaluating)
+                next(evaluating, None)
+                evaluating.close()
+
+    def merge(
+        self, model: nn.Module, window: CheckpointWindow, memory: Memory, step: int, plan: Plan
+    ) -> Pieces[Merged]:
+        """Merge the window as it is now; its rows are in use until the merged weights are there.
+
+        Args:
+            model: the model being trained, or a skeleton of it.
+            window: at least two rows, the newest of ``step``.
+            memory: what is known from earlier merges, which this one adds to.
+            step: optimizer step.
+            plan: what may be spent.
+        """
+        steps = list(window.steps)
+        candidates = self._candidates(model, window)
+        with window.in_use():
+            if plan.evaluations:
+                choice, losses = yield from self._search(candidates, window, memory, step, plan)
+            else:
+                choice, losses = self._chooser.unevaluated(window, step), not_measured()
+                yield from candidates.take(choice.weights)
+        snapshot = None
+        if self._config.publishes:
+            with self._failures.contained("publishing a snapshot", step):
+                yield PUBLISH
+                write = self._writing(model, candidates, window, step, steps, choice, losses)
+                writing = self._writer.submit(write)
+                # The weights that are written stay where they are until they are on disk.
+                while not writing.done():
+                    yield WAIT
+                snapshot = writing.result()
+        return Merged(step, plan, steps, choice, losses, snapshot)
+
+    def _candidates(self, model: nn.Module, window: CheckpointWindow) -> Candidates:
+        beside_training = self._config.schedule == "background"
+        return Candidates(model, window, self._heldout, beside_training=beside_training)
+
+    def _search(
+        self, candidates: Candidates, window: CheckpointWindow, memory: Memory, step: int, plan: Plan
+    ) -> Pieces[tuple[Choice, dict[str, Any]]]:
+        self._heldout.use(plan.share)
+        if plan.share != memory.share:
+            # Losses on another part of the split are of no use.
+            memory.share, memory.row_losses, memory.search = plan.share, {}, {}
+        yield from candidates.take(None)
+        live_search = yield from candidates.evaluate("search")
+        if not math.isfinite(live_search.loss):
+            raise ValueError(f"the live model's held-out loss on the search split is {live_search.loss}")
+        live = merged = yield from candidates.evaluate("report")
+        choice = yield from self._chooser.choose(candidates, window, live_search, memory, step, plan.evaluations)
+        yield from candidates.take(choice.weights)
+        if choice.weights is not None:
+            merged = yield from candidates.evaluate("report")
+        losses = report_losses(live, merged, self._heldout.searched)
+        if not math.isfinite(losses["gain"]):
+            raise ValueError(f"the held-out loss on the report split is not finite: {losses}")
+        return choice, losses
+
+    def _writing(
+        self,
+        model: nn.Module,
+        candidates: Candidates,
+        window: CheckpointWindow,
+        step: int,
+        steps: list[int],
+        choice: Choice,
+        losses: dict[str, Any],
+    ) -> Callable[[], Path]:
+        """Collect what a snapshot consists of; the function returned writes it, in whatever thread."""
+        config = self._config
+        with candidates.installed():
+            parts = [collect_weights(model, window.layout), *([] if self._extra is None else [self._extra()])]
+        merge = {
+            "step": step,
+            "checkpoint_steps": steps,
+            "row": config.row,
+            "samples_per_row": config.samples_per_row if config.row == "mean" else 1,
+            **choice.described,
+            "search": config.search,
+            "search_options": config.search_options,
+            "search_split": {f"{name}_loss": loss for name, loss in choice.search_losses.items()},
+            "report_split": losses,
+            "row_dtype": window.dtype,
+            "model_class": type(unwrap(model)).__name__,
+            "weights_format": weights_format(model),
+            "merged_tensors": [slot.name for slot in window.layout.slots],
+        }
+
+        def write(folder: Path) -> None:
+            for part in parts:
+                part(folder)
+
+        return lambda: self._store.publish(step, losses["merged_loss"], write, merge)

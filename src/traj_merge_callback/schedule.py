@@ -1,0 +1,180 @@
+"""Driving a merge's pieces: between training steps, all at once, or in a thread beside training."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+import torch
+
+from .pieces import WAIT, Pieces
+
+T = TypeVar("T")
+_REMEMBERED = 8
+
+
+class Stopwatch:
+    """Seconds of work on a device: on CUDA those of the kernels queued between two laps, which it waits for.
+
+    Args:
+        device: where the work is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._event = self._stream.record_event(torch.cuda.Event(enable_timing=True)) if self._stream else None
+        self._began = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        if self._stream is not None and self._event is not None:
+            last, self._event = self._event, self._stream.record_event(torch.cuda.Event(enable_timing=True))
+            self._event.synchronize()
+            return last.elapsed_time(self._event) / 1000.0
+        last_time, self._began = self._began, time.perf_counter()
+        return self._began - last_time
+
+
+class Durations:
+    """What pieces of each kind take, in seconds, learned from the last few."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
+
+    def learn(self, kind: str, seconds: float) -> None:
+        """A piece of this kind took so long."""
+        self._seen[kind].append(seconds)
+
+    def scale(self, kind: str, factor: float) -> None:
+        """Pieces of this kind have become longer by this factor."""
+        self._seen[kind] = deque((seconds * factor for seconds in self._seen[kind]), maxlen=_REMEMBERED)
+
+    @property
+    def known(self) -> bool:
+        """Whether pieces have been done."""
+        return bool(self._seen)
+
+    def expected(self, kind: str) -> float:
+        """Seconds that a piece of this kind usually takes; 0 if none was done yet."""
+        return statistics.median(self._seen[kind]) if self._seen.get(kind) else 0.0
+
+    def longest(self, kind: str) -> float:
+        """Seconds that a piece of this kind took at most, lately."""
+        return max(self._seen[kind]) if self._seen.get(kind) else 0.0
+
+
+class Run(Generic[T]):
+    """Pieces under way in the training thread.
+
+    Args:
+        pieces: what is to be done.
+        durations: what pieces take, known from earlier runs.
+        device: where they are done.
+        wait: waits for what a piece of the kind WAIT waits for.
+    """
+
+    def __init__(self, pieces: Pieces[T], durations: Durations, device: torch.device, wait: Callable[[], None]) -> None:
+        self._pieces = pieces
+        self._wait = wait
+        self._durations = durations
+        self._device = device
+        self._next: str | None = None
+        self.seconds = 0.0
+        self.longest_pause = 0.0
+        self.result: T | None = None
+        self.done = False
+
+    def advance(self, limit: float) -> None:
+        """Do pieces, at least one, as long as the next one is expected to end within ``limit`` seconds.
+
+        Raises:
+            Exception: what a piece raised; the run is done then.
+        """
+        watch, spent = Stopwatch(self._device), 0.0
+        while not self.done and (spent == 0.0 or spent + self._durations.longest(self._next or "") <= limit):
+            kind = self._next
+            self._step()
+            took = watch.lap()
+            spent += took
+            if kind is not None and kind != WAIT:
+                self._durations.learn(kind, took)
+            if self._next == WAIT and kind == WAIT:
+                break
+        self.seconds += spent
+        self.longest_pause = max(self.longest_pause, spent)
+
+    def complete(self, on_piece: Callable[[str | None], None]) -> None:
+        """Do all pieces that are left, waiting for what must be waited for."""
+        before = self.seconds
+        while not self.done:
+            if self._next == WAIT:
+                self._wait()
+            kind = self._next
+            self.advance(0.0)
+            on_piece(kind)
+        self.longest_pause = max(self.longest_pause, self.seconds - before)
+
+    def abandon(self) -> None:
+        """Give up what is left."""
+        self.done = True
+        self._pieces.close()
+
+    def _step(self) -> None:
+        try:
+            self._next = next(self._pieces)
+        except StopIteration as stop:
+            self.result, self.done = stop.value, True
+        except BaseException:
+            self.done = True
+            raise
+
+
+class BackgroundRun(Generic[T]):
+    """Pieces under way in a thread of their own, all one after the other; they cost the training thread nothing."""
+
+    def __init__(self, pieces: Pieces[T], worker: ThreadPoolExecutor, wait: Callable[[], None]) -> None:
+        self._stopped = False
+        self._wait = wait
+        self.seconds = 0.0
+        self.longest_pause = 0.0
+        self._pieces = pieces
+        self._future: Future[T | None] = worker.submit(self._drive)
+
+    def _drive(self) -> T | None:
+        began = time.perf_counter()
+        try:
+            while not self._stopped:
+                if next(self._pieces) == WAIT:
+                    self._wait()
+            self._pieces.close()
+            return None
+        except StopIteration as stop:
+            return stop.value
+        finally:
+            self.seconds = time.perf_counter() - began
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is under way any more."""
+        return self._future.done()
+
+    @property
+    def result(self) -> T | None:
+        """What the pieces returned; raises what they raised."""
+        return self._future.result()
+
+    def advance(self, limit: float) -> None:
+        """Nothing is done in the training thread."""
+
+    def complete(self, on_piece: Callable[[str | None], None]) -> None:
+        """Wait for the end."""
+        self._future.exception()
+
+    def abandon(self) -> None:
+        """Stop after the piece at hand."""
+        self._stopped = True
+        self._future.exception()
