@@ -22,7 +22,7 @@ from traj_merge_callback.merger import _passed
 from traj_merge_callback.metrics import MEANINGS
 
 OPTIONS = {"window_size": 4, "capture_every": 2, "merge_every": 8, "evaluations": 8, "heldout_batches": 4} | AT_ONCE
-TIMES = {"seconds", "overhead"}
+TIMES = {"seconds", "overhead", "longest_pause"}
 
 
 @pytest.fixture
@@ -367,6 +367,7 @@ def test_another_runs_metrics_are_set_aside_and_a_resumed_runs_continue(loader, 
     for _ in range(2):
         merger = engine(loader, tmp_path, merge_at_end=False)
         train_steps(model, train, 16, lambda step, merger=merger: merger.step(model, step))
+        merger.wait()
     assert [record["step"] for record in lines(tmp_path)] == [8, 16]
     assert len((tmp_path / "merged" / "metrics.1.jsonl").read_text().splitlines()) == 2
     merger.save_state(tmp_path / "state")
@@ -376,6 +377,7 @@ def test_another_runs_metrics_are_set_aside_and_a_resumed_runs_continue(loader, 
     resumed = engine(loader, tmp_path, merge_at_end=False)
     resumed.load_state(tmp_path / "state", model, 16)
     train_steps(model, train, 8, lambda step: resumed.step(model, step), start=16)
+    resumed.wait()
     assert [record["step"] for record in lines(tmp_path)] == [8, 16, 24]
     assert {entry.step for entry in resumed._store.entries} <= {8, 16, 24}
     assert len(resumed._store.entries) >= 2

@@ -17,6 +17,7 @@ _SMALLEST_SHARE = 0.5
 # A forward and a backward pass, in forward passes.
 GRADIENT_COST = 3
 _PAUSE_STEPS = 3.0
+_MARGIN = 0.6
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,16 @@ class Overhead:
         return math.inf if self._largest_share is None else self._largest_share * self.wall_s - self.busy_s
 
     @property
-    def pause(self) -> float:
-        """Seconds that may be taken between two training steps."""
+    def max_pause(self) -> float:
+        """Seconds that a pause between two training steps must not exceed."""
         if self._max_pause is not None:
             return self._max_pause
         return _PAUSE_STEPS * statistics.median(self._step_seconds) if self._step_seconds else math.inf
+
+    @property
+    def pause(self) -> float:
+        """Seconds to aim at between two training steps, so that a piece may take longer than it used to."""
+        return _MARGIN * self.max_pause
 
     def enter(self) -> None:
         """Training has come to a step boundary."""

@@ -113,9 +113,11 @@ class MergeRuns:
 
     def go_on(self) -> Finished | None:
         """Do as many pieces as may be done between two training steps."""
-        if self._overhead.allowance <= 0:
+        allowance = self._overhead.allowance
+        # A piece of a new kind has to be tried.
+        if isinstance(self._run, Run) and (allowance <= 0 or allowance < self._run.next_piece < math.inf):
             return None
-        return self._drive(lambda run: run.advance(self._overhead.pause))
+        return self._drive(lambda run: run.advance(min(allowance, self._overhead.pause)))
 
     def complete(self) -> Finished | None:
         """Do all pieces that are left, while training waits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import defaultdict, deque
@@ -63,8 +64,8 @@ class Durations:
         return statistics.median(self._seen[kind]) if self._seen.get(kind) else 0.0
 
     def longest(self, kind: str) -> float:
-        """Seconds that a piece of this kind took at most, lately."""
-        return max(self._seen[kind]) if self._seen.get(kind) else 0.0
+        """Seconds that a piece of this kind took at most, lately; infinite if none was done yet."""
+        return max(self._seen[kind]) if self._seen.get(kind) else math.inf
 
 
 class Run(Generic[T]):
@@ -88,22 +89,25 @@ class Run(Generic[T]):
         self.result: T | None = None
         self.done = False
 
+    @property
+    def next_piece(self) -> float:
+        """Seconds that the next piece will take at most, by what is known; infinite if nothing is."""
+        return 0.0 if self._next in (None, WAIT) else self._durations.longest(str(self._next))
+
     def advance(self, limit: float) -> None:
         """Do pieces, at least one, as long as the next one is expected to end within ``limit`` seconds.
 
         Raises:
             Exception: what a piece raised; the run is done then.
         """
-        watch, spent = Stopwatch(self._device), 0.0
-        while not self.done and (spent == 0.0 or spent + self._durations.longest(self._next or "") <= limit):
+        watch, spent, kind = Stopwatch(self._device), 0.0, None
+        while not self.done and (spent == 0.0 or spent + self.next_piece <= limit) and not kind == self._next == WAIT:
             kind = self._next
             self._step()
             took = watch.lap()
             spent += took
             if kind is not None and kind != WAIT:
                 self._durations.learn(kind, took)
-            if self._next == WAIT and kind == WAIT:
-                break
         self.seconds += spent
         self.longest_pause = max(self.longest_pause, spent)
 
