@@ -60,6 +60,10 @@ class Candidates:
         """Evaluate the candidate at hand."""
         return (yield from self._heldout.evaluating(self._model, split, self._ready))
 
+    def sample(self) -> Pieces[Evaluation]:
+        """Evaluate the candidate at hand on one batch."""
+        return (yield from self._heldout.sampling(self._model, self._ready))
+
     def measure(
         self, weights: np.ndarray, with_gradient: bool, parts: Sequence[int], abandon: Callable[[Evaluation], bool]
     ) -> Pieces[tuple[Evaluation, Gradient | None]]:

@@ -187,6 +187,10 @@ class HeldOutLoss:
         indices = range(len(self._units["report"])) if split == "report" else sorted(itertools.chain(*self._parts))
         return (yield from self._evaluating(model, split, indices, ready))
 
+    def sampling(self, model: nn.Module, ready: Ready) -> Pieces[Evaluation]:
+        """Evaluate one batch of the report split, in a piece."""
+        return (yield from self._evaluating(model, "report", [0], ready))
+
     def searching(
         self,
         model: nn.Module,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
 from .budget import Plan
@@ -18,13 +21,15 @@ from .failures import Failures
 from .heldout import HeldOutLoss
 from .metrics import not_measured, report_losses
 from .parameters import unwrap
-from .pieces import PUBLISH, WAIT, Pieces
+from .pieces import PUBLISH, WAIT, Pieces, finish
 from .resume import Memory
 from .snapshots import SnapshotStore
 from .weights import collect_weights, weights_format
 from .window import CheckpointWindow
 from .writer import Writer
 
+# Devices compute with different kernels.
+_SAME_LOSS = 1e-2
 Extra = Callable[[], Callable[[Path], None]]
 
 
@@ -79,6 +84,7 @@ class Merging:
         self._writer = writer
         self._failures = failures
         self._extra = extra
+        self.beside_training = config.schedule == "background"
 
     @property
     def needs_evaluations(self) -> bool:
@@ -86,15 +92,28 @@ class Merging:
         return self._chooser.needs_evaluations
 
     def probe(self, model: nn.Module, window: CheckpointWindow) -> Pieces[None]:
-        """Do one piece of the commonest kinds, to learn what they take."""
+        """Do pieces of the commonest kinds, to learn what they take."""
         candidates = self._candidates(model, window)
         with window.in_use():
             yield from candidates.take(None)
             for _ in range(2):  # the first forward pass of a kind is slow
-                evaluating = candidates.evaluate("report")
-                yield next(evaluating)
-                next(evaluating, None)
-                evaluating.close()
+                yield from candidates.sample()
+
+    def check_spare(self, model: nn.Module, spare: nn.Module, window: CheckpointWindow) -> None:
+        """Let a spare model evaluate live, and compare with the model itself.
+
+        Raises:
+            ValueError: the losses differ, or the evaluation draws random numbers, which are the training run's.
+        """
+        losses = []
+        for candidates in (Candidates(model, window, self._heldout), self._candidates(spare, window)):
+            finish(candidates.take(None))
+            before = _random_states()
+            losses.append(finish(candidates.sample()).loss)
+        if _random_states() != before:
+            raise ValueError("evaluating the model draws random numbers")
+        if not math.isclose(*losses, rel_tol=_SAME_LOSS, abs_tol=_SAME_LOSS):
+            raise ValueError(f"a copy of the model's modules has loss {losses[1]}, the model itself {losses[0]}")
 
     def merge(
         self, model: nn.Module, window: CheckpointWindow, memory: Memory, step: int, plan: Plan
@@ -129,8 +148,7 @@ class Merging:
         return Merged(step, plan, steps, choice, losses, snapshot)
 
     def _candidates(self, model: nn.Module, window: CheckpointWindow) -> Candidates:
-        beside_training = self._config.schedule == "background"
-        return Candidates(model, window, self._heldout, beside_training=beside_training)
+        return Candidates(model, window, self._heldout, beside_training=self.beside_training)
 
     def _search(
         self, candidates: Candidates, window: CheckpointWindow, memory: Memory, step: int, plan: Plan
@@ -188,3 +206,8 @@ class Merging:
                 part(folder)
 
         return lambda: self._store.publish(step, losses["merged_loss"], write, merge)
+
+
+def _random_states() -> list[Any]:
+    numpy_state = np.random.get_state(legacy=False)["state"]
+    return [random.getstate(), numpy_state["pos"], numpy_state["key"].tobytes(), torch.get_rng_state().tolist()]

@@ -62,7 +62,8 @@ class MergeRuns:
         self._run: AnyRun | None = None
         self._progress: Callable[[], SlowProgress] = lambda: SlowProgress("", 0, enabled=False)
         self._skeleton: Skeleton | None = None
-        self._thread: ThreadPoolExecutor | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="traj-merge-background")
+        self._background = config.schedule == "background"
         self._said: Plan | None = Plan(config.evaluations)
         # What was known when the merge under way began.
         self.before: Memory | None = None
@@ -91,9 +92,8 @@ class MergeRuns:
             return False
         self.before = copy.deepcopy(memory)
         memory.last_merge_step = step
-        if self._config.schedule == "background":
-            pieces = self._merging.merge(self._spare(model, window), window, memory, step, plan)
-            assert self._thread is not None
+        if self._background and (spare := self._spare(model, window)) is not None:
+            pieces = self._merging.merge(spare, window, memory, step, plan)
             self._run = BackgroundRun(pieces, self._thread, self._writer.wait)
         else:
             self._run = self._in_pieces(self._merging.merge(model, window, memory, step, plan), model)
@@ -129,8 +129,7 @@ class MergeRuns:
         if self._run is not None:
             self._run.abandon()
             self._run = None
-        if self._thread is not None:
-            self._thread.shutdown(wait=True)
+        self._thread.shutdown(wait=True)
 
     def _in_pieces(self, pieces: Pieces[Merged | None], model: nn.Module) -> Run[Merged | None]:
         return Run(pieces, self._durations, device_of(model), self._writer.wait)
@@ -160,7 +159,7 @@ class MergeRuns:
         """The largest plan that the budget can pay for now; what was decided is logged when it changes."""
         config, heldout = self._config, self._heldout
         evaluations = config.evaluations if self._merging.needs_evaluations else 2
-        if config.max_overhead is None or config.schedule == "background":
+        if config.max_overhead is None or self._background:
             return Plan(evaluations)
         cost = MergeCost(heldout.searchable, heldout.num_batches("report"), heldout.parts, window.num_pieces)
         wanted = plans(evaluations, 2 if config.groups is None else GroupedSearch.cost + 2)
@@ -185,20 +184,32 @@ class MergeRuns:
         """Cut held-out batches, if evaluating one takes longer than a pause may."""
         passes = GRADIENT_COST if self._merging.needs_evaluations else 1
         longest, pause = passes * self._durations.expected(FORWARD), self._overhead.pause
-        if longest > pause and self._heldout.longest > 1 and self._config.schedule == "interleaved":
+        if longest > pause and self._heldout.longest > 1 and self._config.schedule != "blocking":
             pieces = math.ceil(longest / pause)
             logger.info("held-out batches are cut into %d: one takes %.3g s, a pause %.3g s", pieces, longest, pause)
             self._heldout.cut(pieces)
             self._durations.scale(FORWARD, 1.0 / pieces)
 
-    def _spare(self, model: nn.Module, window: CheckpointWindow) -> nn.Module:
-        """The model's skeleton on the spare device."""
-        if self._skeleton is None:
-            self._skeleton = Skeleton(model, window.layout, str(self._config.eval_device))
-            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="traj-merge-background")
-        else:
+    def _spare(self, model: nn.Module, window: CheckpointWindow) -> nn.Module | None:
+        """The model's skeleton on the spare device; None from then on if it cannot stand in for the model."""
+        if self._skeleton is not None:
             self._skeleton.refresh(model)
-        return self._skeleton.model
+            return self._skeleton.model
+        try:
+            skeleton = Skeleton(model, window.layout, str(self._config.eval_device))
+            with preserved_rng():
+                self._merging.check_spare(model, skeleton.model, window)
+        except Exception as error:
+            logger.warning(
+                "merges cannot be made beside training on %s (%s: %s); they are made between training steps instead",
+                self._config.eval_device,
+                type(error).__name__,
+                error,
+            )
+            self._background = self._merging.beside_training = False
+            return None
+        self._skeleton = skeleton
+        return skeleton.model
 
 
 def _described(plan: Plan) -> str:

@@ -1,0 +1,156 @@
+"""Captures made while training goes on hold the weights of exactly one step."""
+
+import threading
+import time
+
+import pytest
+import torch
+from conftest import same_weights, tiny_llama, train_steps
+from torch import nn
+
+from traj_merge_callback import CheckpointWindow
+
+
+def flat(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def held_up(window):
+    """Keep the window's worker from copying until the event returned is set."""
+    event = threading.Event()
+    window._capture._worker.submit(event.wait, 20)
+    return event
+
+
+@pytest.fixture
+def window():
+    torch.manual_seed(0)
+    model = nn.Linear(40, 30)
+    window = CheckpointWindow(model, 2, asynchronous=True)
+    window.model = model
+    yield window
+    window.close()
+
+
+def backward(model):
+    model(torch.randn(5, 40)).square().sum().backward()
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_the_optimizer_does_not_write_what_is_still_being_read(window, foreach):
+    model, optimizer = window.model, torch.optim.AdamW(window.model.parameters(), lr=0.1, foreach=foreach)
+    event = held_up(window)
+    expected = flat(model)
+    window.push(model, 1)
+    backward(model)
+    threading.Timer(0.3, event.set).start()
+    optimizer.step()
+    # Had the step not waited, the row would hold what it wrote, or some of it.
+    assert event.is_set()
+    assert not torch.equal(flat(model), expected)
+    assert torch.equal(window.combine([1.0]), expected)
+    assert window.waited_s > 0
+
+
+def test_every_row_of_a_real_run_is_of_its_step(train):
+    model = tiny_llama()
+    window = CheckpointWindow(model, 8, asynchronous=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    expected = {}
+
+    def each(step):
+        window.push(model, step)
+        expected[step] = flat(model)
+
+    train_steps(model, train, 12, each, optimizer=optimizer)
+    for index, step in enumerate(window.steps):
+        weights = torch.eye(8)[index].numpy()
+        assert torch.equal(window.combine(weights), expected[step])
+    window.close()
+    plain = tiny_llama()
+    train_steps(plain, train, 12, optimizer=torch.optim.AdamW(plain.parameters(), lr=1e-2, fused=True))
+    assert same_weights(plain, model)
+
+
+def test_an_optimizer_with_a_closure_waits_after_it(window):
+    model, optimizer = window.model, torch.optim.SGD(window.model.parameters(), lr=0.1)
+    event = held_up(window)
+    expected = flat(model)
+    window.push(model, 1)
+
+    def closure():
+        optimizer.zero_grad()
+        backward(model)
+        event.set()  # waiting before the closure would have taken 20 seconds
+        return torch.zeros(())
+
+    started = time.perf_counter()
+    optimizer.step(closure)
+    assert time.perf_counter() - started < 10
+    assert torch.equal(window.combine([1.0]), expected)
+
+
+def test_other_optimizers_may_write_before_their_closure(window):
+    class Ascending(torch.optim.Optimizer):
+        def step(self, closure):
+            with torch.no_grad():
+                for parameter in self.param_groups[0]["params"]:
+                    parameter.add_(1.0)
+            return closure()
+
+    event = held_up(window)
+    expected = flat(window.model)
+    window.push(window.model, 1)
+    threading.Timer(0.2, event.set).start()
+    Ascending(window.model.parameters(), {}).step(lambda: None)
+    assert torch.equal(window.combine([1.0]), expected)
+
+
+def test_what_a_forward_pass_writes_is_copied_at_once():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(50, 8, max_norm=0.5)  # renormalized as it is read
+            self.norm = nn.BatchNorm1d(8)
+            self.head = nn.Linear(8, 1)
+
+        def forward(self, tokens):
+            return self.head(self.norm(self.embedding(tokens)))
+
+    torch.manual_seed(0)
+    model = Net()
+    window = CheckpointWindow(model, 2, asynchronous=True)
+    event = held_up(window)
+    expected = torch.cat([tensor.detach().flatten().clone() for tensor in window.layout.tensors(model)])
+    window.push(model, 1)
+    model(torch.arange(50))
+    event.set()
+    assert not torch.equal(model.embedding.weight.flatten(), expected[:400])
+    assert torch.equal(window.combine([1.0]), expected)
+    window.close()
+
+
+def test_a_capture_that_fails_is_no_business_of_the_optimizer(window):
+    window.push(window.model, 1)
+    window.settle()
+
+    def broken(*args, **kwargs):
+        raise OSError("disk full")
+
+    window._rows.row = lambda index: torch.zeros(3)  # copies into a row of the wrong length fail
+    with pytest.raises(RuntimeError):
+        window.push(window.model, 2)
+    window._capture.begin([], broken)
+    torch.optim.SGD(window.model.parameters(), lr=0.1).step()
+    with pytest.raises(OSError, match="disk full"):
+        window.settle()
+
+
+def test_a_window_that_is_gone_watches_no_optimizer():
+    from torch.optim.optimizer import _global_optimizer_pre_hooks
+
+    before = len(_global_optimizer_pre_hooks)
+    window = CheckpointWindow(nn.Linear(2, 2), 2, asynchronous=True)
+    assert len(_global_optimizer_pre_hooks) == before + 1
+    window.close()
+    assert len(_global_optimizer_pre_hooks) == before
