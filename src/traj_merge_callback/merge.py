@@ -96,8 +96,8 @@ class Merging:
         candidates = self._candidates(model, window)
         with window.in_use():
             yield from candidates.take(None)
-            for _ in range(2):  # the first forward pass of a kind is slow
-                yield from candidates.sample()
+        for _ in range(2):  # the first forward pass of a kind is slow
+            yield from candidates.sample()
 
     def check_spare(self, model: nn.Module, spare: nn.Module, window: CheckpointWindow) -> None:
         """Let a spare model evaluate live, and compare with the model itself.
