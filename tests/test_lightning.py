@@ -1,6 +1,7 @@
 """The Lightning callback in whole training runs."""
 
 import csv
+import threading
 
 import lightning.pytorch as pl
 import pytest
@@ -317,3 +318,49 @@ trainer:
     (callback,) = (c for c in cli.trainer.callbacks if isinstance(c, TrajMergeCallback))
     assert (callback.config.capture_every, callback.config.search_options) == (5, {"decay": 0.9})
     assert callback.config.report_only == ["law"]
+
+
+@pytest.mark.filterwarnings("ignore:.*shuffle.*")
+@pytest.mark.parametrize("merge", [{}, {"row": "mean", "samples_per_row": 2, "groups": "blocks", "evaluations": 14}])
+def test_merges_spread_over_steps_leave_the_run_untouched(tmp_path, train, heldout, merge):
+    _, plain = fit(tmp_path / "plain", train, heldout, module=Module(), max_steps=40)
+    callback = merging(tmp_path, schedule="interleaved", max_pause=1e-6, **merge)
+    _, module = fit(tmp_path / "merging", train, heldout, callback, module=Module(), max_steps=40)
+    assert same_weights(plain, module)
+    assert rows(tmp_path / "plain", merges=False) == rows(tmp_path / "merging", merges=False)
+    records = callback.merger.records
+    assert records[0].step <= 6  # as soon as it is known what pieces take
+    assert records[-1].step == 40
+    assert any(record.finished_step > record.step for record in records)
+    # Loggers show a merge at the step of its checkpoint.
+    assert [int(row["step"]) for row in rows(tmp_path / "merging", merges=True)] == [record.step for record in records]
+
+
+def test_merges_beside_training_need_a_loss_of_ones_own(tmp_path, train, heldout):
+    beside = {"schedule": "background", "eval_device": "cpu"}
+    with pytest.raises(ValueError, match="schedule='background' cannot use the module's validation_step"):
+        fit(tmp_path / "a", train, heldout, merging(tmp_path / "a", **beside))
+
+    def nll(module, batch):
+        return module.model(**batch).loss * 31 * len(batch["labels"]), 31 * len(batch["labels"])
+
+    _, plain = fit(tmp_path / "plain", train, heldout, module=Module())
+    callback = TrajMergeCallback(
+        nll=nll, **{**OPTIONS, **beside, "on_error": "raise", "output_dir": str(tmp_path / "merged")}
+    )
+    _, module = fit(tmp_path / "b", train, heldout, callback, module=Module())
+    assert same_weights(plain, module)
+    assert callback.merger.records[-1].step == 10
+
+
+def test_an_interrupted_run_leaves_no_thread_and_no_half_written_file(tmp_path, train, heldout):
+    class Interrupt(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 6:
+                raise KeyboardInterrupt
+
+    callback = merging(tmp_path, schedule="interleaved", max_pause=1e-6)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(tmp_path, train, heldout, callback, Interrupt())
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("traj-merge")] == []
+    assert not list((tmp_path / "merged").glob(".*"))

@@ -2,13 +2,14 @@
 
 import json
 import math
+import threading
 
 import pytest
 import torch
 from conftest import AT_ONCE, overflow_at, same_weights, tiny_llama
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from traj_merge_callback import HeldOutLoss
 from traj_merge_callback.transformers import TrajMergeCallback
@@ -263,3 +264,43 @@ def test_trls_sft_trainer_keeps_its_own_averages(tmp_path, heldout):
     assert merges(trainer).keys() == {3, 6}
     assert all(math.isfinite(log["merge/loss"]) for log in merges(trainer).values())
     assert (tmp_path / "True" / "merged" / "best" / "tokenizer.json").exists()
+
+
+SPREAD = {"schedule": "interleaved", "max_pause": 1e-6}
+BESIDE = {"schedule": "background", "eval_device": "cpu"}
+
+
+@pytest.mark.parametrize("schedule", [SPREAD, BESIDE], ids=["interleaved", "background"])
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"torch_compile": True, "torch_compile_backend": "eager"}])
+def test_merges_spread_over_steps_leave_the_run_untouched(tmp_path, train, heldout, schedule, precision):
+    torch._dynamo.reset()
+    plain = make_trainer(tmp_path / "plain", train, heldout, max_steps=40, **precision)
+    plain.train()
+    torch._dynamo.reset()
+    trainer = make_trainer(tmp_path / "merging", train, heldout, max_steps=40, **precision)
+    callback = TrajMergeCallback(on_error="raise", **{**OPTIONS, **schedule}).attach(trainer)
+    trainer.train()
+    assert same_weights(plain.model, trainer.model)
+    assert own_logs(trainer) == own_logs(plain)
+    records = callback.merger.records
+    assert records[0].step <= 6  # as soon as it is known what pieces take
+    assert records[-1].step == 40
+    assert any(record.finished_step > record.step for record in records)
+    # Every merge is in the trainer's log, at the step at which it was done, and says of which step it is.
+    logged = [log for log in trainer.state.log_history if "merge/loss" in log]
+    assert [log["merge/step"] for log in logged] == [record.step for record in records]
+    assert [log["step"] for log in logged] == [record.finished_step for record in records]
+
+
+def test_an_interrupted_run_leaves_no_thread_and_no_half_written_file(tmp_path, train, heldout):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 6:
+                raise KeyboardInterrupt
+
+    trainer = make_trainer(tmp_path, train, heldout, callbacks=[Interrupt()])
+    TrajMergeCallback(on_error="raise", **{**OPTIONS, **SPREAD}).attach(trainer)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("traj-merge")] == []
+    assert not list((tmp_path / "merged").glob(".*"))
