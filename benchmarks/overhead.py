@@ -16,6 +16,7 @@ memory not counted), beyond that of a run without anything. The last line is one
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -121,7 +122,7 @@ def arms(names: list[str], width: int, heldout: Tensor, device: torch.device, op
                 extra["row"] = "mean"
             extra = {**options, "merge_at_end": False, "output_dir": tempfile.mkdtemp(), **extra}
             merger = TrajectoryMerger(DataLoader(Blocks(heldout), batch_size=16), **extra)
-            found.append(Arm(name, model, lambda step, merger=merger, model=model: merger.step(model, step), merger))
+            found.append(Arm(name, model, functools.partial(merger.step, model), merger))
         elif name.startswith("lightning_ema"):
             callback = EMAWeightAveraging(device="cpu" if name.endswith("cpu") else None)
             module = pl.LightningModule()

@@ -11,6 +11,9 @@ from .search import resolve_search
 from .search.grouped import GroupedSearch
 from .storage import DTYPES
 
+# Samples that a row is made of, where that is not said.
+_MOST_SAMPLES = 8
+
 
 @dataclass(frozen=True)
 class MergeConfig:
@@ -21,7 +24,8 @@ class MergeConfig:
         capture_every: optimizer steps between two rows of the window.
         row: what a row is: "last", a checkpoint as it was at its step, or "mean", the mean of ``samples_per_row``
             checkpoints sampled evenly over the ``capture_every`` steps up to it.
-        samples_per_row: must divide ``capture_every``; only for ``row="mean"``.
+        samples_per_row: must divide ``capture_every``; only for ``row="mean"``. None: the largest number up to 8 that
+            does.
         merge_every: optimizer steps between two merges; a multiple of ``capture_every``, so that live is a row.
         start_step: no checkpoint is taken before this step (for instance the end of warm-up).
         search: how merge weights are chosen: "auto", "surrogate", "trajectory", "reach", "gp", "pairwise", "greedy",
@@ -70,7 +74,7 @@ class MergeConfig:
     window_size: int = 8
     capture_every: int = 50
     row: str = "last"
-    samples_per_row: int = 8
+    samples_per_row: int | None = None
     merge_every: int = 500
     start_step: int = 0
     search: str = "auto"
@@ -103,7 +107,6 @@ class MergeConfig:
         minimums = {
             "window_size": 2,
             "capture_every": 1,
-            "samples_per_row": 1,
             "merge_every": 1,
             "start_step": 0,
             "evaluations": 2,
@@ -168,10 +171,15 @@ class MergeConfig:
             )
 
     def _check_rows(self, has_running_sums: bool) -> None:
-        if self.row == "mean" and self.capture_every % self.samples_per_row:
+        samples = self.samples_per_row
+        if samples is not None and (not isinstance(samples, int) or isinstance(samples, bool)):
+            raise TypeError(f"samples_per_row={samples!r}: must be an integer, or None")
+        if samples is not None and samples < 1:
+            raise ValueError(f"samples_per_row={samples}: must be at least 1")
+        if self.row == "mean" and self.capture_every % self.samples:
             raise ValueError(
-                f"samples_per_row={self.samples_per_row} does not divide capture_every={self.capture_every}: samples "
-                "must be evenly spaced"
+                f"samples_per_row={samples} does not divide capture_every={self.capture_every}: samples must be evenly "
+                "spaced"
             )
         if self.row == "mean" and has_running_sums:
             raise ValueError(f"row='mean' does not go with search={self.search!r}, which needs single checkpoints")
@@ -185,6 +193,15 @@ class MergeConfig:
                 raise ValueError(f"domain_weights={self.domain_weights}: must be at least 0, and one of them positive")
         if self.tolerance is not None and not 0 <= self.tolerance < float("inf"):
             raise ValueError(f"tolerance={self.tolerance}: must be at least 0 nats per token, or None")
+
+    @property
+    def samples(self) -> int:
+        """How many checkpoints a row is made of."""
+        if self.row == "last":
+            return 1
+        if self.samples_per_row is not None:
+            return self.samples_per_row
+        return max(count for count in range(1, _MOST_SAMPLES + 1) if self.capture_every % count == 0)
 
     @property
     def publishes(self) -> bool:

@@ -189,7 +189,7 @@ class Merging:
             "step": step,
             "checkpoint_steps": steps,
             "row": config.row,
-            "samples_per_row": config.samples_per_row if config.row == "mean" else 1,
+            "samples_per_row": config.samples,
             **choice.described,
             "search": config.search,
             "search_options": config.search_options,

@@ -266,8 +266,7 @@ class TrajectoryMerger:
         config, window, memory = self.config, self.window, self._memory
         assert window is not None
         previous = step - 1 if memory.last_step is None else memory.last_step
-        samples = config.samples_per_row if config.row == "mean" else 1
-        if step < config.start_step or not _passed(config.capture_every // samples, previous, step):
+        if step < config.start_step or not _passed(config.capture_every // config.samples, previous, step):
             memory.last_step = step
             return False
         if skipped():

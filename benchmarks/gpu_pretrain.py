@@ -1,0 +1,337 @@
+"""Pretraining on a GPU with the callback on: overhead, pauses, overlap of captures, bandwidth, and what merging gains.
+
+A GPT-2 of 85 M parameters learns source code byte by byte in bfloat16 (autocast), for a few minutes on one GPU, without
+a network. ``--pack FILE`` writes the text on a machine that has it; ``--text FILE`` reads it; without either it is
+taken from the machine (Python's standard library and torch's headers). Without a CUDA device it says so and ends well;
+``--rehearse`` then runs everything but what needs one, at a tiny size. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import sysconfig
+import tempfile
+import time
+import zlib
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+from traj_merge_callback import CheckpointWindow, HeldOutLoss, TrajectoryMerger
+from traj_merge_callback.schedule import Stopwatch
+from traj_merge_callback.storage import in_memory
+
+TURN = 10
+
+
+def text_of_this_machine() -> tuple[bytes, bytes]:
+    """Source files to train on, and every tenth one to hold out."""
+    library = Path(sysconfig.get_path("stdlib"))
+    skipped = {"test", "tests", "idlelib", "site-packages", "pydoc_data", "__pycache__"}
+    files = [p for p in sorted(library.rglob("*.py")) if not skipped & set(p.relative_to(library).parts)]
+    files += sorted((Path(torch.__file__).parent / "include").rglob("*.h"))
+    texts = [path.read_bytes() for path in files]
+    held_out = [text for index, text in enumerate(texts) if index % 10 == 0]
+    return b"\n".join(text for index, text in enumerate(texts) if index % 10), b"\n".join(held_out)
+
+
+def blocks(text: bytes, length: int) -> Tensor:
+    """Cut a text into shuffled blocks."""
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    data = data[: len(data) // length * length].view(-1, length)
+    return data[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))]
+
+
+class Bench:
+    """What all parts share: the text, the model's size, and how a step is taken."""
+
+    def __init__(self, device: torch.device, train: bytes, heldout: bytes, rehearse: bool) -> None:
+        self.device = device
+        self.length, self.sequences = (64, 2) if rehearse else (1024, 24)
+        self.layers, self.width = (2, 32) if rehearse else (12, 768)
+        self.train, self.heldout = blocks(train, self.length), blocks(heldout, self.length)
+
+    def build(self) -> nn.Module:
+        """The model, always with the same weights."""
+        torch.manual_seed(0)
+        config = GPT2Config(
+            vocab_size=256,
+            n_positions=self.length,
+            n_embd=self.width,
+            n_layer=self.layers,
+            n_head=self.width // 16 if self.width < 64 else self.width // 64,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+        return GPT2LMHeadModel(config).to(self.device)
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """AdamW at a constant rate."""
+        return torch.optim.AdamW(model.parameters(), lr=6e-4, weight_decay=0.1, fused=self.device.type == "cuda")
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Autocast to bfloat16 on a GPU."""
+        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+
+    def backward(self, model: nn.Module, step: int) -> None:
+        """Forward and backward on the batch of a step."""
+        generator = torch.Generator().manual_seed(step)
+        batch = self.train[torch.randint(len(self.train), (self.sequences,), generator=generator)]
+        batch = batch.to(self.device, non_blocking=True).long()
+        with self.precision():
+            loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+
+    def batches(self, count: int) -> list[dict[str, Tensor]]:
+        """Held-out batches."""
+        chosen = self.heldout[: count * self.sequences].long().split(self.sequences)
+        return [{"input_ids": batch, "labels": batch} for batch in chosen]
+
+    def merger(self, **options: Any) -> TrajectoryMerger:
+        """The engine, with its defaults but for the options."""
+        defaults: dict[str, Any] = {"output_dir": tempfile.mkdtemp(), "merge_at_end": False}
+        return TrajectoryMerger(self.batches(16), precision=self.precision, **{**defaults, **options})
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def overhead(bench: Bench, rounds: int, capture_every: int, merge_every: int) -> dict[str, Any]:
+    """Step time with and without the callback, in turns in this process."""
+    rhythm = {"capture_every": capture_every, "merge_every": merge_every}
+    never = {"merge_every": 10**6 * capture_every, "schedule": "blocking", "max_overhead": None}
+    mergers = {
+        "default": bench.merger(**rhythm),
+        "capture_only": bench.merger(**{**rhythm, **never}),
+        "device_rows": bench.merger(**rhythm, window_storage="device"),
+    }
+    names = ["none", *mergers, "lightning_ema"]
+    models = {name: bench.build() for name in names}
+    optimizers = {name: bench.optimizer(model) for name, model in models.items()}
+    average = AveragedModel(models["lightning_ema"], avg_fn=get_ema_avg_fn(0.999), use_buffers=True)
+    turns: dict[str, list[float]] = {name: [] for name in names}
+    pauses: dict[str, list[float]] = {name: [] for name in names}
+    steps, away = dict.fromkeys(names, 0), dict.fromkeys(names, time.perf_counter())
+    for number in range(rounds + 1):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            bench.synchronize()
+            began = time.perf_counter()
+            if name in mergers:  # other arms' time is none of this run's
+                mergers[name]._overhead._began += began - away[name]
+                mergers[name]._overhead._left += began - away[name]
+            for _ in range(TURN):
+                steps[name] += 1
+                bench.backward(models[name], steps[name])
+                optimizers[name].step()
+                optimizers[name].zero_grad()
+                before = time.perf_counter()
+                if name in mergers:
+                    mergers[name].step(models[name], steps[name])
+                elif name == "lightning_ema":
+                    average.update_parameters(models[name])
+                pauses[name].append(time.perf_counter() - before)
+            bench.synchronize()
+            away[name] = time.perf_counter()
+            if number:  # the first round warms up
+                turns[name].append(away[name] - began)
+    base = turns["none"]
+    found: dict[str, Any] = {"step_s": statistics.median(base) / TURN, "steps": steps["none"]}
+    for name in names[1:]:
+        found[f"ratio_{name}_median"] = statistics.median(a / b for a, b in zip(turns[name], base, strict=True))
+        found[f"ratio_{name}"] = sum(turns[name]) / sum(base)
+    pairs = zip(models["none"].parameters(), models["default"].parameters(), strict=True)
+    found["bit_identical"] = all(torch.equal(one, other) for one, other in pairs)
+    found["longest_pause_s"], found["max_pause_s"] = max(pauses["default"]), mergers["default"]._overhead.max_pause
+    found["merges"] = {name: [record.step for record in merger.records] for name, merger in mergers.items()}
+    for merger in mergers.values():
+        merger.close()
+    return found
+
+
+def overlap(bench: Bench) -> dict[str, float]:
+    """When a capture's copy ends, and when the forward and backward pass beside it do, by CUDA events."""
+    model = bench.build()
+    optimizer = bench.optimizer(model)
+    window = CheckpointWindow(model, 2, asynchronous=True)
+    copies, passes, waits = [], [], []
+    for step in range(1, 13):
+        bench.synchronize()
+        start = torch.cuda.Event(enable_timing=True)
+        start.record()
+        window.push(model, step)
+        (stream,) = window._capture._streams.values()
+        copied, backward, stepped = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        copied.record(stream)
+        bench.backward(model, step)
+        backward.record()
+        optimizer.step()
+        optimizer.zero_grad()
+        stepped.record()
+        bench.synchronize()
+        if step > 2:
+            copies.append(start.elapsed_time(copied))
+            passes.append(start.elapsed_time(backward))
+            waits.append(max(0.0, start.elapsed_time(copied) - start.elapsed_time(backward)))
+    window.close()
+    return {
+        "copy_ends_after_ms": statistics.median(copies),
+        "backward_ends_after_ms": statistics.median(passes),
+        "optimizer_waits_ms": statistics.median(waits),
+        "overlapped_share_of_copy": statistics.median(1 - w / c for w, c in zip(waits, copies, strict=True)),
+    }
+
+
+def bandwidth(bench: Bench) -> dict[str, float]:
+    """GB/s of combine and project on the GPU, and of plain copies of the same bytes."""
+    model = bench.build()
+    found: dict[str, float] = {}
+    for place in ("pinned", "device"):
+        for dtype in ("float32", "bfloat16", "int8"):
+            allocate = in_memory(device=bench.device) if place == "device" else None
+            window = CheckpointWindow(model, 8, dtype=dtype, allocate=allocate)
+            for step in range(1, 9):
+                window.push(model, step)
+            numel = window.layout.numel
+            row, vector = torch.empty(numel, device=bench.device), torch.randn(numel, device=bench.device)
+            source = torch.empty(8 * window.row_nbytes, dtype=torch.uint8, device=None if place == "pinned" else "cuda")
+            source = source.pin_memory() if place == "pinned" else source
+            target = torch.empty_like(source, device=bench.device)
+            times: dict[str, list[float]] = {"copy": [], "combine": [], "project": []}
+            for _ in range(6):
+                watch = Stopwatch(bench.device)
+                target.copy_(source, non_blocking=True)
+                times["copy"].append(watch.lap())
+                window.combine([0.125] * 8, row)
+                times["combine"].append(watch.lap())
+                window.project(vector)
+                times["project"].append(watch.lap())
+            copy = statistics.median(times["copy"][1:])
+            found[f"{place}, {dtype}, copy GB/s"] = source.numel() / copy / 1e9
+            for name in ("combine", "project"):
+                found[f"{place}, {dtype}, {name}_over_copy"] = copy / statistics.median(times[name][1:])
+    return found
+
+
+def curves(bench: Bench, steps: int, capture_every: int, merge_every: int) -> dict[str, Any]:
+    """Live and merged loss over a run at a constant rate, and of twins whose rate decays over their last 40 %."""
+    report = HeldOutLoss(bench.batches(16), precision=bench.precision)
+    points = [steps // 2, steps]
+    model = bench.build()
+    optimizer = bench.optimizer(model)
+    merger = bench.merger(
+        capture_every=capture_every, merge_every=merge_every, row="mean", max_overhead=None, evaluations=12
+    )
+    forks: dict[int, tuple[Any, Any]] = {}
+    for step in range(1, steps + 1):
+        bench.backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        merger.step(model, step)
+        for point in points:
+            if step == int(0.6 * point):
+                state = {name: value.clone() for name, value in model.state_dict().items()}
+                forks[point] = state, copied_state(optimizer.state_dict())
+    merger.finish(model)
+    decayed: dict[int, float] = {}
+    for point, (weights, state) in forks.items():
+        twin = bench.build()
+        twin.load_state_dict(weights)
+        optimizer = bench.optimizer(twin)
+        optimizer.load_state_dict(state)
+        first = int(0.6 * point)
+        for step in range(first + 1, point + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = 6e-4 * (point - step + 1) / (point - first)
+            bench.backward(twin, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        decayed[point] = report.evaluate(twin, "report").loss
+    names = ("step", "live_loss", "merged_loss", "gain_stderr", "longest_pause")
+    merges = [{name: getattr(record, name) for name in names} for record in merger.records]
+    return {"merges": merges, "decayed": decayed}
+
+
+def copied_state(state: dict[str, Any]) -> dict[str, Any]:
+    """A copy of an optimizer's state that training does not change."""
+    states = {
+        key: {name: value.clone() if isinstance(value, Tensor) else value for name, value in one.items()}
+        for key, one in state["state"].items()
+    }
+    return {"state": states, "param_groups": [dict(group) for group in state["param_groups"]]}
+
+
+def main() -> None:
+    """Measure everything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pack", type=Path, help="write this machine's text to a file, and end")
+    parser.add_argument("--text", type=Path, help="a file that --pack wrote")
+    parser.add_argument("--minutes", type=float, default=8.0, help="roughly how long the training parts take")
+    parser.add_argument("--rehearse", action="store_true", help="a tiny size, on the CPU")
+    parser.add_argument("--output", type=Path, help="also write the JSON object to gpu_pretrain.json in this folder")
+    args = parser.parse_args()
+    if args.pack:
+        train, heldout = text_of_this_machine()
+        args.pack.write_bytes(zlib.compress(len(train).to_bytes(8, "little") + train + heldout, 9))
+        print(f"{(len(train) + len(heldout)) / 1e6:.1f} MB of text in {args.pack}")
+        return
+    if not torch.cuda.is_available() and not args.rehearse:
+        print("no CUDA device here: skipped")
+        print(json.dumps({"skipped": "no CUDA device"}))
+        return
+    device = torch.device("cpu" if args.rehearse else "cuda")
+    if args.text:
+        packed = zlib.decompress(args.text.read_bytes())
+        size = int.from_bytes(packed[:8], "little")
+        train, heldout = packed[8 : 8 + size], packed[8 + size :]
+    else:
+        train, heldout = text_of_this_machine()
+    bench = Bench(device, train, heldout, args.rehearse)
+    hardware = "CPU rehearsal" if args.rehearse else torch.cuda.get_device_name()
+    result: dict[str, Any] = {"hardware": hardware, "torch": torch.__version__}
+    result["parameters"] = sum(parameter.numel() for parameter in bench.build().parameters())
+    watch = Stopwatch(device)
+    model = bench.build()
+    optimizer = bench.optimizer(model)
+    for step in range(1, 21):
+        if step == 11:
+            watch.lap()
+        bench.backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    step_s = watch.lap() / 10
+    # Five arms for half of the time, and a run with two twins of 0.4 and 0.2 of its length for the other half.
+    rounds = 3 if args.rehearse else max(4, int(args.minutes * 30 / step_s / 5 / TURN))
+    steps = 40 if args.rehearse else max(200, int(args.minutes * 30 / step_s / 1.6) // 100 * 100)
+    capture_every, merge_every = (8, 16) if args.rehearse else (40, 200)
+    if device.type == "cuda":
+        result["overlap"] = overlap(bench)
+        result["bandwidth"] = bandwidth(bench)
+        print(json.dumps(result, indent=2), flush=True)
+    result["overhead"] = overhead(bench, rounds, capture_every, merge_every)
+    print(json.dumps(result["overhead"], indent=2), flush=True)
+    result["curves"] = curves(bench, steps, capture_every, merge_every)
+    if device.type == "cuda":
+        result["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated()
+    assert all(math.isfinite(merge["merged_loss"]) for merge in result["curves"]["merges"])
+    if args.output:
+        (args.output / "gpu_pretrain.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
