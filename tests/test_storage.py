@@ -69,6 +69,13 @@ def test_live_is_exact_however_rows_are_kept():
             live = model.walk()
             window.push(model, step)
         assert np.array_equal(window.combine(None).double().numpy(), live)
+    model = tiny_llama().to(torch.bfloat16)
+    live = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    for options in ({}, {"dtype": "int8"}, {"mean_rows": True}, {"buffered": True}):
+        window = CheckpointWindow(model, 2, **options)
+        window.push(model, 1)
+        assert torch.equal(window.combine(None), live.float())
+        assert torch.equal(window.combine([1.0]), live.float())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])

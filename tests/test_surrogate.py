@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_search import run
 
-from traj_merge_callback.search.quadratic import Observation, Prior, posterior, quadratic
+from traj_merge_callback.search.quadratic import Observation, Prior, design, posterior, quadratic
 
 
 def landscape(seed, k=8, alpha=0.6, coupling=0.05, gain=0.1, cubic=0.0):
@@ -112,7 +112,7 @@ def test_the_posterior_of_enough_gradients_is_the_true_quadratic():
     for point in 0.05 * np.vstack([np.eye(3), -np.eye(3), np.zeros(3)]):
         z = point - best
         observations.append(Observation(point, 2.0 + 0.5 * z @ hessian @ z, hessian @ z))
-    found = posterior(observations, Prior(curvatures, 10 * curvatures), np.zeros(3))
+    found = posterior(observations, Prior(curvatures, 10 * curvatures), np.zeros(3), design(observations))
     model = quadratic(found.mean, curvatures)
     np.testing.assert_allclose(model.hessian, hessian, atol=5e-3)
     np.testing.assert_allclose(model.minimum(), best, atol=1e-3)
@@ -125,7 +125,8 @@ def test_the_posterior_of_enough_gradients_is_the_true_quadratic():
 
 def test_without_evidence_the_posterior_is_the_prior():
     curvatures = np.array([3.0, 1.0])
-    found = posterior([Observation(np.zeros(2), 1.0)], Prior(curvatures, curvatures), np.zeros(2))
+    observations = [Observation(np.zeros(2), 1.0)]
+    found = posterior(observations, Prior(curvatures, curvatures), np.zeros(2), design(observations))
     np.testing.assert_allclose(quadratic(found.mean, curvatures).hessian, np.diag(curvatures))
     slopes = [draw.slope for draw in found.samples(400, np.random.default_rng(0))]
     np.testing.assert_allclose(np.std(slopes, axis=0), np.sqrt(curvatures), rtol=0.15)

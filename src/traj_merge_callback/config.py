@@ -162,8 +162,10 @@ class MergeConfig:
     def _check_schedule(self) -> None:
         if self.max_pause is not None and not 0 < self.max_pause < float("inf"):
             raise ValueError(f"max_pause={self.max_pause}: must be a positive number of seconds, or None")
-        if self.max_overhead is not None and not 0 <= self.max_overhead <= 1:
-            raise ValueError(f"max_overhead={self.max_overhead}: must be a share of wall time between 0 and 1, or None")
+        if self.max_overhead is not None and not 0 < self.max_overhead <= 1:
+            raise ValueError(
+                f"max_overhead={self.max_overhead}: must be a share of wall time above 0, at most 1, or None"
+            )
         if (self.schedule == "background") is not (self.eval_device is not None):
             raise ValueError(
                 f"schedule={self.schedule!r}, eval_device={self.eval_device!r}: schedule='background' needs a spare "

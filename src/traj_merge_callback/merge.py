@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ class Merging:
     def merge(
         self, model: nn.Module, window: CheckpointWindow, memory: Memory, step: int, plan: Plan
     ) -> Pieces[Merged]:
-        """Merge the window as it is now; its rows are in use until the merged weights are there.
+        """Merge the window as it is now; its rows are in use from now on until the merged weights are there.
 
         Args:
             model: the model being trained, or a skeleton of it.
@@ -127,9 +128,22 @@ class Merging:
             step: optimizer step.
             plan: what may be spent.
         """
-        steps = list(window.steps)
-        candidates = self._candidates(model, window)
-        with window.in_use():
+        in_use = ExitStack()
+        in_use.enter_context(window.in_use())
+        return self._merge(model, window, memory, step, plan, in_use)
+
+    def _merge(
+        self,
+        model: nn.Module,
+        window: CheckpointWindow,
+        memory: Memory,
+        step: int,
+        plan: Plan,
+        in_use: ExitStack,
+    ) -> Pieces[Merged]:
+        with in_use:
+            steps = list(window.steps)
+            candidates = self._candidates(model, window)
             if plan.evaluations:
                 choice, losses = yield from self._search(candidates, window, memory, step, plan)
             else:

@@ -136,6 +136,7 @@ class TrajectoryMerger:
             mean_rows=self.config.row == "mean",
             groups=self.config.groups,
             allocate=allocate(),
+            buffered=self.config.window_storage == "disk",
             asynchronous=True,
         )
         self._writer = Writer()
@@ -200,7 +201,7 @@ class TrajectoryMerger:
         with self._failures.contained("trajectory merging", step):
             record = self._record(self._runs.complete(), step)
         wanted = self.config.merge_at_end and step >= self.config.start_step
-        if wanted and (step > self._memory.last_merge_step or self._owed):
+        if wanted and step > self._memory.last_merge_step:
             with self._failures.contained("the merge at the end", step):
                 self._writer.wait()  # for the rows, which may be on their way to a checkpoint
                 if self.window.steps[-1:] != (step,):

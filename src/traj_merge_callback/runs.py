@@ -93,6 +93,8 @@ class MergeRuns:
         self.before = copy.deepcopy(memory)
         memory.last_merge_step = step
         if self._background and (spare := self._spare(model, window)) is not None:
+            # No other thread may take over waiting for what the training stream has to wait for.
+            window.settle()
             pieces = self._merging.merge(spare, window, memory, step, plan)
             self._run = BackgroundRun(pieces, self._thread, self._writer.wait)
         else:

@@ -44,12 +44,14 @@ class CheckpointWindow:
         mean_rows: a row is the mean of the model at its push and at every :meth:`sample` since the push before.
         groups: parameter groups that may have merge weights of their own (see :func:`parameter_groups`).
         allocate: where rows are kept; by default in CPU memory, pinned when the model is on a CUDA device.
+        buffered: captures arrive in memory of their own before they become rows, as they do anyway where rows are no
+            exact copies; for rows that are kept where writing can take long.
         asynchronous: :meth:`push` and :meth:`sample` return before the copy is made; no optimizer step writes the
             weights before (see :class:`Capture`), and everything that reads rows waits for it.
 
     Memory in bytes per merged number: a row takes 4 as float32, 2 as bfloat16, 1.0625 as int8 (and their anchor 4); the
-    staging row of ``combine`` 4; the row where live weights arrive another 4 unless rows are exact copies (float32, or
-    bfloat16 of a bfloat16 model); the mean begun 4, BEMA's rows 8.
+    staging row of ``combine`` 4; the row where live weights arrive another 4 (2 for a bfloat16 model), unless rows are
+    exact copies (float32, or bfloat16 of a bfloat16 model) and not buffered; the mean begun 4, BEMA's rows 8.
 
     Example::
 
@@ -73,6 +75,7 @@ class CheckpointWindow:
         mean_rows: bool = False,
         groups: str | Mapping[str, list[str]] | None = None,
         allocate: Allocate | None = None,
+        buffered: bool = False,
         asynchronous: bool = False,
     ) -> None:
         if size < 2:
@@ -93,7 +96,9 @@ class CheckpointWindow:
         self._sums = DenseRows(2, columns, torch.float32, pinned) if average_rate else None
         self._mean = pinned("mean", (columns,), torch.float32) if mean_rows else None
         exact = not mean_rows and (dtype == "float32" or (dtype == "bfloat16" and all_bfloat16))
-        self._arrival = None if exact else pinned("arrival", (columns,), torch.float32)
+        self._arrival = None
+        if not exact or buffered:
+            self._arrival = pinned("arrival", (columns,), torch.bfloat16 if all_bfloat16 else torch.float32)
         self._staging = pinned("staging", (columns,), torch.float32)
         self._capture = Capture(asynchronous=asynchronous)
         self._readers = 0
@@ -206,7 +211,9 @@ class CheckpointWindow:
         assert self._mean is not None
         assert self._arrival is not None
         self._sampled += 1
-        self._mean.lerp_(self._arrival, 1.0 / self._sampled)
+        for start in range(0, self.layout.numel, CHUNK):
+            part = slice(start, start + CHUNK)
+            self._mean[part].lerp_(self._arrival[part].float(), 1.0 / self._sampled)
 
     def settle(self) -> None:
         """Wait until the last capture is complete.
@@ -259,7 +266,6 @@ class CheckpointWindow:
 
     def combining(self, weights: Sequence[float] | np.ndarray | None, out: Tensor | None = None) -> Pieces[Tensor]:
         """:meth:`combine` in pieces."""
-        self.settle()
         out = self._staging if out is None else out
         rows = self.num_weights
         values = np.eye(rows)[-1] if weights is None else np.asarray(weights, dtype=np.float64)
@@ -271,6 +277,7 @@ class CheckpointWindow:
         values = np.atleast_2d(values)
         for pieces in self._pieces(grouped, out.device):
             yield COMBINE
+            self.settle()
             with torch.no_grad():
                 if weights is None and self._arrival is not None:
                     for _, part in pieces:
@@ -322,10 +329,10 @@ class CheckpointWindow:
         """:meth:`project` in pieces, on the device of ``vector``."""
         if tuple(vector.shape) != (self.layout.numel,):
             raise ValueError(f"vector has shape {tuple(vector.shape)}; rows have shape ({self.layout.numel},)")
-        self.settle()
         products = torch.zeros(self._groups(grouped), self.num_weights, dtype=torch.float64, device=vector.device)
         for pieces in self._pieces(grouped, vector.device):
             yield PROJECT
+            self.settle()
             with torch.no_grad():
                 for group, part, index, values in self._differences(pieces, vector.device):
                     products[group, index] += torch.dot(values, vector[part].float())
@@ -344,11 +351,11 @@ class CheckpointWindow:
 
     def multiplying(self, *, grouped: bool = False, device: torch.device = _CPU) -> Pieces[np.ndarray]:
         """:meth:`gram` in pieces."""
-        self.settle()
         rows = self.num_weights
         products = torch.zeros(self._groups(grouped), rows, rows, dtype=torch.float64, device=device)
         for pieces in self._pieces(grouped, device):
             yield PROJECT
+            self.settle()
             deltas = torch.zeros(rows, max(part.stop - part.start for _, part in pieces), device=device)
             with torch.no_grad():
                 for group, part, index, values in self._differences(pieces, device):

@@ -118,7 +118,23 @@ def quadratic(coefficients: np.ndarray, curvatures: np.ndarray) -> Quadratic:
     return Quadratic(float(coefficients[0]), coefficients[1 : 1 + size], relative * np.outer(scale, scale))
 
 
-def posterior(observations: list[Observation], prior: Prior, center: np.ndarray) -> Posterior:
+def design(observations: list[Observation]) -> np.ndarray:
+    """What each observed number is made of: its derivative by the coefficients of the quadratic, shape ``(n, c)``."""
+    size = len(observations[0].point)
+    rows, columns = np.triu_indices(size)
+    diagonal = rows == columns
+    direction = np.arange(size)[:, None]
+    features = []
+    for observation in observations:
+        z = observation.point
+        features.append(np.concatenate([[1.0], z, np.where(diagonal, 0.5, 1.0) * z[rows] * z[columns]])[None])
+        if observation.gradient is not None:
+            derivatives = (direction == rows) * z[columns] + ((direction == columns) & ~diagonal) * z[rows]
+            features.append(np.concatenate([np.zeros((size, 1)), np.eye(size), derivatives], axis=1))
+    return np.concatenate(features)
+
+
+def posterior(observations: list[Observation], prior: Prior, center: np.ndarray, matrix: np.ndarray) -> Posterior:
     """Exact Gaussian conditioning (Bayesian linear regression on the quadratic's coefficients).
 
     An observation counts the less the farther it is from ``center``, because the loss is no quadratic: a third-order
@@ -128,6 +144,7 @@ def posterior(observations: list[Observation], prior: Prior, center: np.ndarray)
         observations: at least one.
         prior: of the quadratic.
         center: where the model should be right, shape ``(d,)``.
+        matrix: the ``design`` of the observations, which is the same for every prior.
     """
     curvatures = prior.curvatures
     size = len(curvatures)
@@ -138,23 +155,17 @@ def posterior(observations: list[Observation], prior: Prior, center: np.ndarray)
     mean = np.concatenate([[observations[0].loss], np.zeros(size), np.where(diagonal, curvatures[rows], 0.0)])
     variance = np.concatenate([[1.0], prior.slopes, np.square(spread)])
 
-    features, targets, noise = [], [], []
+    targets, noise = [], []
     for observation in observations:
         z = observation.point
         away = float((curvatures * np.square(z - center)).sum())
         # The differences between losses are what counts, and those have the noise of the slope between the points.
         between = float((curvatures * np.square(z - observations[0].point)).sum())
-        products = np.where(diagonal, 0.5, 1.0) * z[rows] * z[columns]
-        features.append(np.concatenate([[1.0], z, products])[None])
         targets.append([observation.loss])
         noise.append([_ROUNDING**2 + (_CUBIC * away**1.5) ** 2 + observation.noise * between])
         if observation.gradient is not None:
-            direction = np.arange(size)[:, None]
-            derivatives = (direction == rows) * z[columns] + ((direction == columns) & ~diagonal) * z[rows]
-            features.append(np.concatenate([np.zeros((size, 1)), np.eye(size), derivatives], axis=1))
             targets.append(list(observation.gradient))
             noise.append(list((_ROUNDING**2 + (_CUBIC * away) ** 2 + observation.noise) * curvatures))
-    matrix = np.concatenate(features)
     residual = np.concatenate(targets) - matrix @ mean
     covariance = (matrix * variance) @ matrix.T + np.diag(np.concatenate(noise))
     factor = np.linalg.cholesky(covariance + 1e-13 * np.trace(covariance) / len(covariance) * np.eye(len(covariance)))

@@ -11,7 +11,7 @@ from ..recipes import ema
 from . import Observed, Problem
 from .axes import PrincipalAxes
 from .program import best_point, check_space
-from .quadratic import NOISE_PER_TOKEN, Observation, Posterior, Prior, Quadratic, posterior, quadratic
+from .quadratic import NOISE_PER_TOKEN, Observation, Posterior, Prior, Quadratic, design, posterior, quadratic
 
 # Hyperparameters and their priors: the curvature, as the loss in nats it gives between the newest row and the mean of
 # all rows (log-normal), and alpha (normal).
@@ -136,13 +136,13 @@ class SurrogateSearch:
 
     def _fit(self, seen: list[Observation], rng: np.random.Generator) -> tuple[Quadratic, list[Quadratic]]:
         """The expected quadratic, over the hyperparameters too, and quadratics drawn from the posterior."""
-        center = _center(seen)
+        center, matrix = _center(seen), design(seen)
         found: list[Posterior] = []
         logs: list[float] = []
         for scale, alpha in itertools.product(_SCALES, _ALPHAS):
             relative = self._axes.curvatures(alpha)
             relative /= float(relative @ np.square(self._newest))
-            fit = posterior(seen, Prior(scale * relative, _SCALE * relative), center)
+            fit = posterior(seen, Prior(scale * relative, _SCALE * relative), center, matrix)
             distances = [np.log(scale / _SCALE) / _SCALE_SPREAD, (alpha - _ALPHA) / _ALPHA_SPREAD]
             found.append(fit)
             logs.append(fit.log_evidence - 0.5 * float(np.square(distances).sum()))
