@@ -2,12 +2,13 @@
 
 import csv
 import threading
+import time
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import AT_ONCE, overflow_at, same_weights, tiny_llama
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
@@ -364,3 +365,24 @@ def test_an_interrupted_run_leaves_no_thread_and_no_half_written_file(tmp_path, 
         fit(tmp_path, train, heldout, callback, Interrupt())
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("traj-merge")] == []
     assert not list((tmp_path / "merged").glob(".*"))
+
+
+@pytest.mark.filterwarnings("ignore:.*shuffle.*")
+def test_weights_swapped_in_for_validation_do_not_get_into_a_capture(tmp_path, train, heldout):
+    class Slow(TrajMergeCallback):
+        def on_train_batch_end(self, *args):
+            if self.merger.window is not None:
+                self.merger.window._capture._worker.submit(time.sleep, 0.1)
+            super().on_train_batch_end(*args)
+
+    class Patient(Module):
+        def on_validation_epoch_start(self):
+            time.sleep(0.2)  # with the averaged weights in place
+
+    found = []
+    for name, others in (("plain", []), ("averaging", [EMAWeightAveraging(decay=0.5)])):
+        options = {**OPTIONS, "merge_every": 8, "on_error": "raise", "output_dir": str(tmp_path / name / "merged")}
+        callback = Slow(**options)
+        fit(tmp_path / name, train, heldout, callback, *others, module=Patient(), val_check_interval=4)
+        found.append([(r.step, r.weights, r.live_loss, r.merged_loss) for r in callback.merger.records])
+    assert found[0] == found[1]

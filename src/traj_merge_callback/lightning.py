@@ -132,6 +132,11 @@ class TrajMergeCallback(pl.Callback):
         self._last_step = step
         self.merger.step(pl_module, step, skipped=self._loss_scale.skipped)
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let a capture finish: other callbacks may put other weights into the module, such as an average of them."""
+        if self.merger is not None:
+            self.merger.settle()
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Merge once more if the last step was not due. The trainer's last checkpoint is still of the live model."""
         if self.merger is not None:

@@ -186,6 +186,15 @@ class TrajectoryMerger:
         self._overhead.leave(started)
         return record
 
+    def settle(self) -> None:
+        """Wait until the weights of the last capture are read, so that they may be written.
+
+        Optimizers of torch wait by themselves; call it before anything else that writes weights.
+        """
+        if self.window is not None:
+            with self._failures.contained("capturing", self._memory.last_step or 0):
+                self.window.settle()
+
     def merge_at_end(self, model: nn.Module) -> MergeRecord | None:
         """Finish the merge under way, and merge at the last step of training if ``merge_at_end`` is set.
 
