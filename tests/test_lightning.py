@@ -372,12 +372,12 @@ def test_weights_swapped_in_for_validation_do_not_get_into_a_capture(tmp_path, t
     class Slow(TrajMergeCallback):
         def on_train_batch_end(self, *args):
             if self.merger.window is not None:
-                self.merger.window._capture._worker.submit(time.sleep, 0.1)
+                self.merger.window._capture._worker.submit(time.sleep, 0.05)
             super().on_train_batch_end(*args)
 
     class Patient(Module):
         def on_validation_epoch_start(self):
-            time.sleep(0.2)  # with the averaged weights in place
+            time.sleep(0.4)  # with the averaged weights in place
 
     found = []
     for name, others in (("plain", []), ("averaging", [EMAWeightAveraging(decay=0.5)])):
