@@ -18,7 +18,8 @@ lint: $(VENV)/.installed
 	$(RUN) -m mypy
 
 bench: $(VENV)/.installed
-	$(RUN) benchmarks/window_bandwidth.py
+	$(RUN) benchmarks/bandwidth.py --quick
+	$(RUN) benchmarks/overhead.py --quick
 	$(RUN) benchmarks/search_quality.py --quick
 
 $(VENV)/.installed: pyproject.toml constraints.txt

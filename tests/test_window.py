@@ -180,14 +180,17 @@ def test_memory_is_the_rows_and_one_staging_row():
     assert CheckpointWindow(model.to(torch.bfloat16), 8).nbytes == (8 * 2 + 4) * parameters
 
 
-def test_a_bad_row_cannot_spoil_a_merge_without_it():
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"dtype": "int8"}, {"mean_rows": True}])
+def test_a_bad_row_cannot_spoil_a_merge_without_it(options):
     model = nn.Linear(2, 2)
-    window = CheckpointWindow(model, 2)
+    window = CheckpointWindow(model, 3, **options)
+    torch.nn.init.constant_(model.weight, 0.5)
     good = model.weight.detach().clone()
-    window.push(model, 1)
-    torch.nn.init.constant_(model.weight, float("nan"))
-    window.push(model, 2)
-    assert torch.equal(window.combine([1.0, 0.0])[:4].view(2, 2), good)
+    for step, value in enumerate((0.5, 0.5, 0.5, float("nan"), 0.5)):
+        torch.nn.init.constant_(model.weight, value)
+        window.push(model, step)
+    for weights in ([1.0, 0.0, 0.0], [0.0, 0.0, 1.0]):
+        assert torch.equal(window.combine(weights)[:4].view(2, 2), good)
 
 
 def test_mean_rows_are_the_means_of_what_was_sampled():

@@ -27,6 +27,8 @@ from .window import CheckpointWindow
 from .writer import Writer
 
 logger = logging.getLogger("traj_merge_callback")
+# Kinds of pieces that the progress bar counts.
+_BATCH = (FORWARD, BACKWARD)
 AnyRun = Run[Merged | None] | BackgroundRun[Merged | None]
 
 
@@ -166,7 +168,9 @@ class MergeRuns:
         cost = MergeCost(heldout.searchable, heldout.num_batches("report"), heldout.parts, window.num_pieces)
         wanted = plans(evaluations, 2 if config.groups is None else GroupedSearch.cost + 2)
         allowance = self._overhead.allowance
-        plan = affordable(wanted, cost, self._durations, allowance) if self._durations.known else None
+        if not self._durations.known:
+            return None
+        plan = affordable(wanted, cost, self._durations, allowance)
         if plan is None and not self._merging.needs_evaluations and allowance > 0:
             plan = Plan(0)
         if plan != self._said:
@@ -218,6 +222,3 @@ def _described(plan: Plan) -> str:
     if not plan.evaluations:
         return "the recipe's merge is published without measuring its loss"
     return f"it gets {plan.evaluations} passes over {plan.share:.0%} of the search split"
-
-
-_BATCH = (FORWARD, BACKWARD)

@@ -24,7 +24,7 @@ def in_memory(*, pinned: bool = False, device: torch.device | None = None) -> Al
     """Tensors in CPU memory (pinned, so that a GPU can copy to it while it computes), or on a device."""
 
     def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device, pin_memory=pinned and device is None)
+        return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned and device is None)
 
     return allocate
 
@@ -116,6 +116,7 @@ class Int8Rows:
         self._deltas = allocate("deltas", (count, blocks * BLOCK), torch.int8)
         self._scales = allocate("scales", (count, blocks), torch.float32)
         self._anchor = allocate("anchor", (blocks * BLOCK,), torch.float32)
+        self._anchor.zero_()
         self._numel = numel
 
     @property
@@ -124,7 +125,8 @@ class Int8Rows:
         return self._deltas.nbytes + self._scales.nbytes + self._anchor.nbytes
 
     def write(self, index: int, values: Tensor, *, renew: bool = False) -> None:
-        """Put ``values`` of shape ``(numel,)`` into a row, which is the new anchor if it is to be renewed."""
+        """Put ``values`` of shape ``(numel,)`` into a row; if it is finite it may be the new anchor."""
+        renew = renew and all(bool(torch.isfinite(chunk).all()) for chunk in values.split(CHUNK))
         others = [other for other in range(len(self._deltas)) if other != index]
         for start in range(0, self._deltas.shape[1], CHUNK):
             part = slice(start, min(start + CHUNK, self._deltas.shape[1]))

@@ -19,14 +19,8 @@ from .capture import Capture
 from .groups import ParameterGroups, parameter_groups
 from .parameters import ParameterLayout
 from .pieces import COMBINE, PROJECT, Pieces, finish
-from .storage import CHUNK, DTYPES, Allocate, DenseRows, in_memory, make_rows
-from .streaming import Stretch, stretches
-
-# Columns that a piece of a product covers: a few milliseconds' reading.
-_PIECE = 1 << 23
-# A GPU wants larger chunks than a cache.
-_DEVICE_CHUNK = 1 << 22
-_CPU = torch.device("cpu")
+from .products import PIECE, Chunk, Matrix, pieces_of
+from .storage import CHUNK, DTYPES, Allocate, DenseRows, Rows, in_memory, make_rows
 
 
 class CheckpointWindow:
@@ -135,7 +129,7 @@ class CheckpointWindow:
     @property
     def num_pieces(self) -> int:
         """How many pieces a product has."""
-        return -(-self.layout.numel // _PIECE)
+        return -(-self.layout.numel // PIECE)
 
     @property
     def newest_is_live(self) -> bool:
@@ -211,6 +205,10 @@ class CheckpointWindow:
         assert self._mean is not None
         assert self._arrival is not None
         self._sampled += 1
+        if self._sampled == 1:
+            # Not as a mean with what was there: a checkpoint that is not finite spoils its own row and no other.
+            self._mean.copy_(self._arrival)
+            return
         for start in range(0, self.layout.numel, CHUNK):
             part = slice(start, start + CHUNK)
             self._mean[part].lerp_(self._arrival[part].float(), 1.0 / self._sampled)
@@ -275,40 +273,15 @@ class CheckpointWindow:
         if not np.isfinite(values).all():
             raise ValueError(f"weights={values.tolist()} are not all finite")
         values = np.atleast_2d(values)
-        for pieces in self._pieces(grouped, out.device):
+        for piece in self._pieces(grouped, out.device):
             yield COMBINE
-            self.settle()
-            with torch.no_grad():
-                if weights is None and self._arrival is not None:
-                    for _, part in pieces:
-                        out[part].copy_(self._arrival[part])
-                else:
-                    self._combine(values, pieces, out)
+            matrix = self._matrix()
+            if weights is not None or self._arrival is None:
+                matrix.combine(values, piece, out)
+                continue
+            for _, part in piece:
+                out[part].copy_(self._arrival[part])
         return out
-
-    def _combine(self, values: np.ndarray, pieces: list[tuple[int, slice]], out: Tensor) -> None:
-        # Rows of weight zero are not read: sparse merges are cheaper, and a bad row spoils no merge without it.
-        used = [[int(index) for index in np.flatnonzero(weights)] for weights in values]
-        order = [self._stored(index, part) for group, part in pieces for index in used[group]]
-        rows = stretches(order, out.device)
-        for group, part in pieces:
-            weights = values[group]
-            total = out[part] if out.dtype is torch.float32 else torch.empty(out[part].shape, device=out.device)
-            base = self._rows.base(part)
-            begun = base is not None
-            if base is not None:
-                total.copy_(base).mul_(float(weights[self._extra :].sum()))
-            for index in used[group]:
-                weight = float(weights[index])
-                if begun:
-                    total.add_(next(rows), alpha=weight)
-                else:
-                    torch.mul(next(rows), weight, out=total)
-                    begun = True
-            if not begun:
-                total.zero_()
-            if total.dtype is not out.dtype:
-                out[part].copy_(total)
 
     def project(self, vector: Tensor, *, grouped: bool = False) -> np.ndarray:
         """``W @ vector`` in float64, shape ``(num_weights,)``.
@@ -330,12 +303,9 @@ class CheckpointWindow:
         if tuple(vector.shape) != (self.layout.numel,):
             raise ValueError(f"vector has shape {tuple(vector.shape)}; rows have shape ({self.layout.numel},)")
         products = torch.zeros(self._groups(grouped), self.num_weights, dtype=torch.float64, device=vector.device)
-        for pieces in self._pieces(grouped, vector.device):
+        for piece in self._pieces(grouped, vector.device):
             yield PROJECT
-            self.settle()
-            with torch.no_grad():
-                for group, part, index, values in self._differences(pieces, vector.device):
-                    products[group, index] += torch.dot(values, vector[part].float())
+            self._matrix().project(piece, vector, products)
         products[:, :-1] += products[:, -1:]
         return (products if grouped else products[0]).cpu().numpy()
 
@@ -349,84 +319,36 @@ class CheckpointWindow:
         """
         return finish(self.multiplying(grouped=grouped))
 
-    def multiplying(self, *, grouped: bool = False, device: torch.device = _CPU) -> Pieces[np.ndarray]:
+    def multiplying(self, *, grouped: bool = False) -> Pieces[np.ndarray]:
         """:meth:`gram` in pieces."""
         rows = self.num_weights
-        products = torch.zeros(self._groups(grouped), rows, rows, dtype=torch.float64, device=device)
-        for pieces in self._pieces(grouped, device):
+        products = torch.zeros(self._groups(grouped), rows, rows, dtype=torch.float64)
+        for piece in self._pieces(grouped, products.device):
             yield PROJECT
-            self.settle()
-            deltas = torch.zeros(rows, max(part.stop - part.start for _, part in pieces), device=device)
-            with torch.no_grad():
-                for group, part, index, values in self._differences(pieces, device):
-                    filled = deltas[:, : part.stop - part.start]
-                    if index == rows - 1:
-                        continue
-                    filled[index].copy_(values)
-                    if index == rows - 2:
-                        products[group] += (filled @ filled.T).double()
-        return (products if grouped else products[0]).cpu().numpy()
+            self._matrix().gram(piece, products)
+        return (products if grouped else products[0]).numpy()
 
-    def _differences(
-        self, pieces: list[tuple[int, slice]], device: torch.device
-    ) -> Iterator[tuple[int, slice, int, Tensor]]:
-        """For each piece the newest row, and then every other one, oldest first, as its deltas to the newest.
-
-        Yields the group, the columns, the row's index and the values, which are valid until the next.
-        """
-        last = self.num_weights - 1
-        order = [last, *range(last)]
-        rows = stretches([self._stored(index, part) for _, part in pieces for index in order], device)
-        buffers = torch.empty(2, max(part.stop - part.start for _, part in pieces), device=device)
-        for group, part in pieces:
-            reference, difference = buffers[:, : part.stop - part.start]
-            base = self._rows.base(part)
-            base = None if base is None else base.to(device)
-            newest = next(rows)
-            if base is not None or self._extra or self.dtype != "float32" or device.type == "cuda":
-                newest = reference.copy_(newest)
-            yield group, part, last, newest if base is None else torch.add(newest, base, out=difference)
-            for index in range(last):
-                row = torch.sub(next(rows), newest, out=difference)
-                if base is not None and index < self._extra:
-                    row.sub_(base)
-                yield group, part, index, row
-
-    @property
-    def _extra(self) -> int:
-        return self.num_weights - len(self)
-
-    def _groups(self, grouped: bool) -> int:
-        return len(self.groups) if grouped and self.groups is not None else 1
-
-    def _stored(self, index: int, part: slice) -> Stretch:
-        """Where some columns of a row are, by the index of its merge weight."""
-        if self._sums is not None and index < self._extra:
-            return self._sums, index, part
-        return self._rows, self._place(index - self._extra), part
+    def _matrix(self) -> Matrix:
+        """The rows as they are, when the last capture is complete."""
+        self.settle()
+        rows: list[tuple[Rows, int]] = [(self._rows, self._place(index)) for index in range(len(self))]
+        if self._sums is None:
+            return Matrix(rows, 0)
+        return Matrix([(self._sums, 0), (self._sums, 1), *rows], 2)
 
     def _place(self, index: int) -> int:
         """Where in the ring the row is that stands at ``index``, oldest first."""
         return (self._pushed - len(self) + index) % self.size
 
-    def _pieces(self, grouped: bool, device: torch.device) -> Iterator[list[tuple[int, slice]]]:
-        """The columns in chunks, with the parameter group each belongs to, a few milliseconds' work at a time."""
+    def _groups(self, grouped: bool) -> int:
+        return len(self.groups) if grouped and self.groups is not None else 1
+
+    def _pieces(self, grouped: bool, device: torch.device) -> Iterator[list[Chunk]]:
         spans = [(0, 0, self.layout.numel)]
         if grouped and self.groups is not None:
             slots = zip(self.groups.members, self.layout.slots, strict=True)
             spans = [(group, slot.offset, slot.offset + slot.numel) for group, slot in slots]
-        chunk = CHUNK if device.type == "cpu" else _DEVICE_CHUNK
-        piece: list[tuple[int, slice]] = []
-        columns = 0
-        for group, first, last in spans:
-            for start in range(first, last, chunk):
-                part = slice(start, min(start + chunk, last))
-                if columns + part.stop - part.start > _PIECE:
-                    yield piece
-                    piece, columns = [], 0
-                piece.append((group, part))
-                columns += part.stop - part.start
-        yield piece
+        return pieces_of(spans, device)
 
     # Keeping and restoring
 
