@@ -15,7 +15,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.in
 # Numbers that share a scale: 4 bytes for 64 are 1/16 of a byte each.
 BLOCK = 64
 # Elements of a row that an operation works on at a time: enough to be worth two threads, small enough for the cache.
-CHUNK = 1 << 19
+CHUNK = 1 << 20
 
 Allocate = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
 
