@@ -146,6 +146,34 @@ def test_a_capture_that_fails_is_no_business_of_the_optimizer(window):
         window.settle()
 
 
+@pytest.mark.parametrize("pushes", [1, 4])
+def test_a_row_that_could_not_be_captured_is_not_in_the_window(monkeypatch, pushes):
+    model = nn.Linear(3, 2)
+    window = CheckpointWindow(model, 3, dtype="int8", asynchronous=True)
+
+    def push(step):
+        model.weight.data.fill_(step)  # by hand, which no hook waits before
+        window.push(model, step)
+        window.settle()
+
+    for step in range(1, pushes + 1):
+        push(step)
+    before = window.steps
+    monkeypatch.setattr(window._rows, "write", lambda *args, **options: 1 / 0)
+    window.push(model, 9)
+    with pytest.raises(ZeroDivisionError):
+        window.settle()
+    monkeypatch.undo()
+    # The oldest row of a full window made room for it.
+    assert window.steps == before[-2:]
+    push(10)
+    push(11)
+    assert window.steps == (*before[-1:], 10, 11)
+    for index, step in enumerate(window.steps):
+        assert torch.allclose(window.combine(torch.eye(3)[index].numpy())[:6], torch.full((6,), float(step)))
+    window.close()
+
+
 def test_a_window_that_is_gone_watches_no_optimizer():
     from torch.optim.optimizer import _global_optimizer_pre_hooks
 

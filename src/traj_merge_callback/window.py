@@ -44,8 +44,8 @@ class CheckpointWindow:
             weights before (see :class:`Capture`), and everything that reads rows waits for it.
 
     Memory in bytes per merged number: a row takes 4 as float32, 2 as bfloat16, 1.0625 as int8 (and their anchor 4); the
-    staging row of ``combine`` 4; the row where live weights arrive another 4 (2 for a bfloat16 model), unless rows are
-    exact copies (float32, or bfloat16 of a bfloat16 model) and not buffered; the mean begun 4, BEMA's rows 8.
+    staging row for the merge at hand 4; the row where live weights arrive another 4 (2 for a bfloat16 model), unless
+    rows are exact copies (float32, or bfloat16 of a bfloat16 model) and not buffered; the mean begun 4, BEMA's rows 8.
 
     Example::
 
@@ -100,6 +100,7 @@ class CheckpointWindow:
         self._sampled = 0
         self._steps: list[int] = []
         self._pushed = 0
+        self._pushing = False
 
     def __len__(self) -> int:
         """The number of checkpoints held now, at most ``size``."""
@@ -183,6 +184,7 @@ class CheckpointWindow:
                     average.lerp_(row.float(), self._average_rate(step))
 
         self._take(model, settle, index)
+        self._pushing = True
         self._pushed += 1
         self._steps = [*self._steps, step][-self.size :]
 
@@ -217,9 +219,16 @@ class CheckpointWindow:
         """Wait until the last capture is complete.
 
         Raises:
-            Exception: what went wrong in it.
+            Exception: what went wrong in it; the row it should have become is not in the window then.
         """
-        self._capture.settle()
+        pushing, self._pushing = self._pushing, False
+        try:
+            self._capture.settle()
+        except BaseException:
+            if pushing:
+                self._steps = self._steps[:-1]
+                self._pushed -= 1
+            raise
 
     def close(self) -> None:
         """Let the last capture finish and stop watching optimizers."""
@@ -242,7 +251,7 @@ class CheckpointWindow:
         return self._readers > 0
 
     def staging_on(self, device: torch.device) -> Tensor:
-        """A float32 row on a device: the window's own on the CPU, elsewhere a new one."""
+        """A float32 row on a device for the merge at hand: the window's own on the CPU, elsewhere a new one."""
         return self._staging if device.type == "cpu" else torch.empty(self.layout.numel, device=device)
 
     # Products
@@ -254,8 +263,7 @@ class CheckpointWindow:
             weights: merge weights, oldest row first, shape ``(num_weights,)`` for the whole model or
                 ``(groups, num_weights)`` with a vector for each parameter group; normally they sum to 1. None for the
                 live weights of the last capture, exactly, however rows are kept.
-            out: tensor of shape ``(N,)`` to write to, on any device; by default the window's own staging row, which
-                the next ``combine`` overwrites.
+            out: tensor of shape ``(N,)`` to write to, on any device; by default a new one.
 
         Raises:
             ValueError: the number of weights is not the number of rows, or one is not finite.
@@ -264,7 +272,7 @@ class CheckpointWindow:
 
     def combining(self, weights: Sequence[float] | np.ndarray | None, out: Tensor | None = None) -> Pieces[Tensor]:
         """:meth:`combine` in pieces."""
-        out = self._staging if out is None else out
+        out = torch.empty(self.layout.numel) if out is None else out
         rows = self.num_weights
         values = np.eye(rows)[-1] if weights is None else np.asarray(weights, dtype=np.float64)
         grouped = values.ndim == 2 and self.groups is not None
