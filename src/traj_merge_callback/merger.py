@@ -400,7 +400,10 @@ class TrajectoryMerger:
             self.load_state(folder, model, step)
 
     def load_state(self, folder: str | Path, model: nn.Module, step: int) -> None:
-        """Continue from :meth:`save_state`: the merges after it equal those of an uninterrupted run.
+        """Continue from :meth:`save_state`; a merge that was under way is begun again.
+
+        Where nothing depends on time (``schedule="blocking"``, ``max_overhead=None``) the merges after it equal those of
+        an uninterrupted run.
 
         Args:
             folder: where the state was saved.
