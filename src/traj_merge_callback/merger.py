@@ -402,8 +402,8 @@ class TrajectoryMerger:
     def load_state(self, folder: str | Path, model: nn.Module, step: int) -> None:
         """Continue from :meth:`save_state`; a merge that was under way is begun again.
 
-        Where nothing depends on time (``schedule="blocking"``, ``max_overhead=None``) the merges after it equal those of
-        an uninterrupted run.
+        Where nothing depends on time (``schedule="blocking"``, ``max_overhead=None``) the merges after it equal those
+        of an uninterrupted run.
 
         Args:
             folder: where the state was saved.
