@@ -116,7 +116,9 @@ class Run(Generic[T]):
         before = self.seconds
         while not self.done:
             if self._next == WAIT:
+                began = time.perf_counter()
                 self._wait()
+                self.seconds += time.perf_counter() - began
             kind = self._next
             self.advance(0.0)
             on_piece(kind)
