@@ -21,6 +21,14 @@ from traj_merge_callback import MergeConfig, TrajectoryMerger
         ({"search_fraction": 1.0}, "search_fraction=1.0"),
         ({"dtype": "float16"}, "dtype='float16' is not one of"),
         ({"on_error": "ignore"}, "on_error='ignore' is not one of"),
+        ({"schedule": "later"}, "schedule='later' is not one of"),
+        ({"window_storage": "cloud"}, "window_storage='cloud' is not one of"),
+        ({"max_pause": 0.0}, "max_pause=0.0: must be a positive number"),
+        ({"max_overhead": 0.0}, "max_overhead=0.0: must be a share of wall time above 0"),
+        ({"max_overhead": 2.0}, "max_overhead=2.0: must be a share of wall time above 0"),
+        ({"schedule": "background"}, "schedule='background' needs a spare device"),
+        ({"eval_device": "cuda:1"}, "no other schedule takes one"),
+        ({"row": "mean", "samples_per_row": 0}, "samples_per_row=0: must be at least 1"),
         ({"row": "first"}, "row='first' is not one of"),
         ({"row": "mean", "samples_per_row": 7}, "samples_per_row=7 does not divide capture_every=50"),
         ({"row": "mean", "samples_per_row": 5, "search": "bema"}, "row='mean' does not go with search='bema'"),
@@ -99,3 +107,9 @@ def test_importing_is_light():
         "import sys, traj_merge_callback; print({'skopt', 'sklearn', 'transformers', 'lightning'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize(("capture_every", "samples"), [(50, 5), (48, 8), (7, 7), (11, 1), (1, 1), (1000, 8)])
+def test_a_mean_row_has_as_many_samples_as_divide_its_interval(capture_every, samples):
+    assert MergeConfig(row="mean", capture_every=capture_every, merge_every=capture_every).samples == samples
+    assert MergeConfig(capture_every=capture_every, merge_every=capture_every).samples == 1
