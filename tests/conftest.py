@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,6 +39,13 @@ def train(text) -> realtext.Blocks:
 @pytest.fixture
 def heldout(text) -> realtext.Blocks:
     return realtext.Blocks(text[1][:48])
+
+
+@pytest.fixture
+def our_threads():
+    """The names of the threads that the library has started since the test began, and that are still there."""
+    before = set(threading.enumerate())
+    return lambda: [t.name for t in threading.enumerate() if t not in before and t.name.startswith("traj-merge")]
 
 
 def tiny_llama(seed: int = 0, dropout: float = 0.1, **config) -> LlamaForCausalLM:

@@ -50,13 +50,9 @@ def run(loader, train, tmp_path, steps=120, each=lambda step, model, merger: Non
     return model, merger
 
 
-def our_threads():
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("traj-merge")]
-
-
 @pytest.mark.parametrize("schedule", [INTERLEAVED, BACKGROUND], ids=["interleaved", "background"])
 @pytest.mark.parametrize("rows", ROWS, ids=["last", "mean", "int8", "disk"])
-def test_training_is_bit_identical_and_nothing_stays_behind(loader, train, tmp_path, schedule, rows):
+def test_training_is_bit_identical_and_nothing_stays_behind(loader, train, tmp_path, schedule, rows, our_threads):
     before = torch.get_rng_state()
     plain = train_steps(tiny_llama(), train, 120)
     after = torch.get_rng_state()
@@ -120,7 +116,9 @@ def test_a_merge_under_way_at_the_end_of_training_is_finished(loader, train, tmp
 
 
 @pytest.mark.parametrize("schedule", [INTERLEAVED, BACKGROUND], ids=["interleaved", "background"])
-def test_ctrl_c_with_a_merge_under_way_leaves_whole_files_and_live_weights(loader, train, tmp_path, schedule):
+def test_ctrl_c_with_a_merge_under_way_leaves_whole_files_and_live_weights(
+    loader, train, tmp_path, schedule, our_threads
+):
     model = tiny_llama()
 
     def interrupted(step):

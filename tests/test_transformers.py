@@ -2,7 +2,6 @@
 
 import json
 import math
-import threading
 
 import pytest
 import torch
@@ -292,7 +291,7 @@ def test_merges_spread_over_steps_leave_the_run_untouched(tmp_path, train, heldo
     assert [log["step"] for log in logged] == [record.finished_step for record in records]
 
 
-def test_an_interrupted_run_leaves_no_thread_and_no_half_written_file(tmp_path, train, heldout):
+def test_an_interrupted_run_leaves_no_thread_and_no_half_written_file(tmp_path, train, heldout, our_threads):
     class Interrupt(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 6:
@@ -302,5 +301,5 @@ def test_an_interrupted_run_leaves_no_thread_and_no_half_written_file(tmp_path, 
     TrajMergeCallback(on_error="raise", **{**OPTIONS, **SPREAD}).attach(trainer)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("traj-merge")] == []
+    assert our_threads() == []
     assert not list((tmp_path / "merged").glob(".*"))

@@ -176,8 +176,8 @@ class TrajMergeCallback(pl.Callback):
             logger.save()
         trainer.logged_metrics.update(scalars)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
-        for name in ("merge/loss", "merge/gain"):
-            trainer.progress_bar_metrics[name] = scalars[name]
+        shown = {name: scalars[name] for name in ("merge/loss", "merge/gain") if name in scalars}
+        trainer.progress_bar_metrics.update(shown)
 
     def _answer_monitors(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give callbacks that monitor merge metrics a number before the first merge, where they would raise.
