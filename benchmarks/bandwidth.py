@@ -24,8 +24,6 @@ from traj_merge_callback.schedule import Stopwatch
 from traj_merge_callback.storage import DTYPES, in_memory
 
 SIZE = 8
-# Bytes of one stored number; the scales of int8 included.
-STORED = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0625}
 
 
 def measure(numel: int, dtype: str, repetitions: int, device: torch.device, place: str) -> dict[str, Any]:
@@ -42,16 +40,16 @@ def measure(numel: int, dtype: str, repetitions: int, device: torch.device, plac
     weights = [1.0 / SIZE] * SIZE
     vector = torch.randn(numel, device=device)
     merged = torch.empty(numel, device=device)
-    rows = SIZE * STORED[dtype] * numel + (4 * numel if dtype == "int8" else 0)
+    rows = SIZE * window.row_nbytes + (4 * numel if dtype == "int8" else 0)
     work: dict[str, tuple[Callable[[], object], float]] = {
-        "push": (lambda: window.push(model, next(steps)), (4 + STORED[dtype]) * numel),
+        "push": (lambda: window.push(model, next(steps)), 4 * numel + window.row_nbytes),
         "combine": (lambda: window.combine(weights, merged), rows + 4 * numel),
         "project": (lambda: window.project(vector), rows + 4 * numel),
     }
     if dtype != "int8" and device.type == "cuda" and place == "memory":
         # What crosses the bus is what a copy is measured by.
-        work = {name: (operation, SIZE * STORED[dtype] * numel) for name, (operation, _) in work.items()}
-        work["push"] = (work["push"][0], STORED[dtype] * numel)
+        work = {name: (operation, SIZE * window.row_nbytes) for name, (operation, _) in work.items()}
+        work["push"] = (work["push"][0], window.row_nbytes)
     copied, moved = copies(numel, device, place)
     ratios: dict[str, list[float]] = {name: [] for name in work}
     speeds: list[float] = []

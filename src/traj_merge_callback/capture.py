@@ -61,9 +61,7 @@ class Capture:
         events = list(self._copied.values())
         if self._worker is None:
             _read(on_cpu)
-            for event in events:
-                event.synchronize()
-            settle()
+            _settle(events, settle)
             return
         self._reading = self._worker.submit(_read, on_cpu)
         self._jobs = [self._reading, self._worker.submit(_settle, events, settle)]

@@ -115,8 +115,7 @@ class HeldOutLoss:
                 dealt[owner[digest]].append(index)
                 self._digest.update(digest + owner[digest].encode())
             for split, indices in dealt.items():
-                for part in np.array_split(indices, min(pieces, len(indices))) if indices else []:
-                    self._units[split].append(_Unit(domain, select_sequences(batch, part.tolist())))
+                self._units[split] += _cut(_Unit(domain, batch), indices, pieces)
 
     def _divide(self) -> list[list[int]]:
         """The batches of each part of the search split, a like share of every domain's, those of a domain together."""
@@ -151,12 +150,8 @@ class HeldOutLoss:
     def cut(self, pieces: int) -> None:
         """Cut every batch into so many, by sequences, where it has as many: each is evaluated in that less time."""
         for split, units in self._units.items():
-            smaller = []
-            for unit in units:
-                sequences = count_sequences(unit.batch)
-                for part in np.array_split(np.arange(sequences), min(pieces, sequences)):
-                    smaller.append(_Unit(unit.domain, select_sequences(unit.batch, part.tolist())))
-            self._units[split] = smaller
+            cut = [_cut(unit, list(range(count_sequences(unit.batch))), pieces) for unit in units]
+            self._units[split] = list(itertools.chain(*cut))
         self._parts = self._divide()
 
     @property
@@ -266,6 +261,12 @@ class HeldOutLoss:
                 values.append([float(torch.as_tensor(nll).detach()), float(tokens)])
         found = np.array(values).reshape(-1, 2)
         return Evaluation(found[:, 0], found[:, 1], tuple(unit.domain for unit in units), indices)
+
+
+def _cut(unit: _Unit, indices: list[int], pieces: int) -> list[_Unit]:
+    """Some sequences of a batch as so many batches, or fewer if there are not as many sequences."""
+    parts = np.array_split(indices, min(pieces, len(indices))) if indices else []
+    return [_Unit(unit.domain, select_sequences(unit.batch, part.tolist())) for part in parts]
 
 
 def _add_gradients(model: nn.Module, layout: ParameterLayout, row: Tensor) -> None:

@@ -364,13 +364,15 @@ class TrajectoryMerger:
             # More than one state is never on its way.
             self.wait()
             state = window.state_dict()
-            merging = self._runs.before is not None and window.steps[-1:] == (self._memory.last_merge_step,)
-            memory = self._runs.before if merging and self._runs.before is not None else self._memory
-            memory = replace(memory, last_step=step, busy_s=self._overhead.busy_s, wall_s=self._overhead.wall_s)
+            # What was known when the merge under way began, if it can still be made again: live is its newest row.
+            before = self._runs.before if window.steps[-1:] == (self._memory.last_merge_step,) else None
+            memory = replace(
+                before or self._memory, last_step=step, busy_s=self._overhead.busy_s, wall_s=self._overhead.wall_s
+            )
             document = {
                 "names": [slot.name for slot in window.layout.slots],
                 "memory": asdict(memory),
-                "merging": window.steps[-1] if merging else None,
+                "merging": None if before is None else window.steps[-1],
                 "heldout": self.heldout.digest,
                 "snapshots": [vars(entry) for entry in self._store.entries],
             }

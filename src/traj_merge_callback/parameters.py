@@ -105,12 +105,12 @@ class ParameterLayout:
             raise ValueError(f"the model's parameters changed since the first checkpoint: {_difference(then, now)}")
         return [tensor for _, tensor, _ in found]
 
-    def volatile(self, model: nn.Module) -> list[bool]:
-        """Which tensors a forward pass may write: buffers, and embeddings that are renormalized as they are read."""
+    def volatile(self, model: nn.Module, tensors: list[Tensor]) -> list[bool]:
+        """Which of the tensors a forward pass may write: buffers, and embeddings renormalized as they are read."""
         modules = [module for module in unwrap(model).modules() if getattr(module, "max_norm", None) is not None]
         renormalized = {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
-        tensors = zip(self.slots, self.tensors(model), strict=True)
-        return [not slot.is_parameter or id(tensor) in renormalized for slot, tensor in tensors]
+        pairs = zip(self.slots, tensors, strict=True)
+        return [not slot.is_parameter or id(tensor) in renormalized for slot, tensor in pairs]
 
     def views(self, row: Tensor) -> dict[str, Tensor]:
         """The named, shaped views of a flat row of shape ``(numel,)``, in the order of ``slots``."""

@@ -144,8 +144,7 @@ class MergeRuns:
             return None
         started, before = time.perf_counter(), run.seconds
         try:
-            with preserved_rng():
-                drive(run)
+            drive(run)
         finally:
             if isinstance(run, Run):
                 # On a GPU the wall time is also that of the training steps queued before.

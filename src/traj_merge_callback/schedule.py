@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 
 import torch
 
+from .isolation import preserved_rng
 from .pieces import WAIT, Pieces
 
 T = TypeVar("T")
@@ -101,13 +102,16 @@ class Run(Generic[T]):
             Exception: what a piece raised; the run is done then.
         """
         watch, spent, kind = Stopwatch(self._device), 0.0, None
-        while not self.done and (spent == 0.0 or spent + self.next_piece <= limit) and not kind == self._next == WAIT:
-            kind = self._next
-            self._step()
-            took = watch.lap()
-            spent += took
-            if kind is not None and kind != WAIT:
-                self._durations.learn(kind, took)
+        with preserved_rng():
+            while (
+                not self.done and (spent == 0.0 or spent + self.next_piece <= limit) and not kind == self._next == WAIT
+            ):
+                kind = self._next
+                self._step()
+                took = watch.lap()
+                spent += took
+                if kind is not None and kind != WAIT:
+                    self._durations.learn(kind, took)
         self.seconds += spent
         self.longest_pause = max(self.longest_pause, spent)
 

@@ -56,12 +56,10 @@ class DenseRows:
         numel: N, the numbers of a row.
         dtype: float32 or bfloat16.
         allocate: where the rows are.
-        name: of the tensor, if it becomes a file.
     """
 
-    def __init__(self, count: int, numel: int, dtype: torch.dtype, allocate: Allocate, name: str = "rows") -> None:
-        self._rows = allocate(name, (count, numel), dtype)
-        self.dtype = dtype
+    def __init__(self, count: int, numel: int, dtype: torch.dtype, allocate: Allocate) -> None:
+        self._rows = allocate("rows", (count, numel), dtype)
 
     @property
     def nbytes(self) -> int:
@@ -108,8 +106,6 @@ class Int8Rows:
     Args:
         count, numel, allocate: see :class:`DenseRows`.
     """
-
-    dtype = torch.int8
 
     def __init__(self, count: int, numel: int, allocate: Allocate) -> None:
         blocks = -(-numel // BLOCK)

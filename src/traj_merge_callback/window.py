@@ -196,8 +196,9 @@ class CheckpointWindow:
             assert isinstance(self._rows, DenseRows)
             assert index is not None
             target = self._rows.row(index)
-        pairs = list(zip(self.layout.views(target).values(), self.layout.tensors(model), strict=True))
-        volatile = self.layout.volatile(model)
+        tensors = self.layout.tensors(model)
+        pairs = list(zip(self.layout.views(target).values(), tensors, strict=True))
+        volatile = self.layout.volatile(model, tensors)
         for (view, tensor), at_once in zip(pairs, volatile, strict=True):
             if at_once:
                 view.copy_(tensor)
