@@ -33,6 +33,7 @@ from trajectories import BATCH, Spec, Trajectory, blocks_of, load, prose_blocks,
 from traj_merge_callback import CheckpointWindow, Evaluation, HeldOutLoss, Problem
 from traj_merge_callback.candidates import Candidates
 from traj_merge_callback.evaluation import Gradient
+from traj_merge_callback.gathering import weights_in
 from traj_merge_callback.heldout import Split
 from traj_merge_callback.objective import Objective
 from traj_merge_callback.pieces import finish
@@ -100,7 +101,7 @@ class Case:
                 self.window.sample(self.model)
             put(self.model, trajectory.at(end))
             self.window.push(self.model, end)
-        self.candidates = Candidates(self.model, self.window, self.heldout)
+        self.candidates = Candidates(weights_in(self.model, self.window, self.heldout.seed), self.window, self.heldout)
         self.live_search = self.heldout.evaluate(self.model, "search")
         self.live = self.heldout.evaluate(self.model, "report")
         self.problem = Problem(

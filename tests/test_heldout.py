@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from traj_merge_callback import CheckpointWindow, HeldOutLoss
+from traj_merge_callback.gathering import weights_in
 from traj_merge_callback.isolation import isolated
 from traj_merge_callback.pieces import finish
 
@@ -233,11 +234,24 @@ class Silent(nn.Module):
         return {"logits": batch["input"]}
 
 
-def gradient_of(loss, model, layout, project):
+class Gradient:
+    """What makes gradients in the merge weights of those in the model's own weights."""
+
+    def __init__(self, weights, project):
+        self.clear_gradient, self.add_gradient = weights.clear_gradient, weights.add_gradient
+        self.weights, self.project = weights, project
+
+    def projected(self):
+        return (yield from self.project((yield from self.weights.gradient())))
+
+
+def gradient_of(loss, model, window, project):
+    gradient = Gradient(weights_in(model, window, 0), project)
+
     def ready(gradients):
         return isolated(model, gradients=gradients)
 
-    return finish(loss.searching(model, ready, range(loss.parts), gradient=(layout, project)))
+    return finish(loss.searching(model, ready, range(loss.parts), gradient=gradient))
 
 
 def test_the_gradient_is_that_of_the_token_weighted_loss_and_leaves_no_trace(heldout):
@@ -258,7 +272,7 @@ def test_the_gradient_is_that_of_the_token_weighted_loss_and_leaves_no_trace(hel
         return np.zeros(1)
         yield
 
-    found, parts = gradient_of(loss, model, window.layout, kept)
+    found, parts = gradient_of(loss, model, window, kept)
     gradient = sum(flat) / parts.tokens.sum()
     assert found.loss == pytest.approx(loss.evaluate(model, "search").loss, abs=1e-6)
     assert fired == []
@@ -291,7 +305,7 @@ def test_the_gradient_is_that_of_the_token_weighted_loss_and_leaves_no_trace(hel
             return loss.evaluate(model, "search").loss
 
     with window.layout.installed(model, window.combine([0.5, 0.5])):
-        _, parts = gradient_of(loss, model, window.layout, window.projecting)
+        _, parts = gradient_of(loss, model, window, window.projecting)
     slope = parts.of(frozenset(["heldout"]))
     assert slope[1] - slope[0] == pytest.approx((merged(0.51) - merged(0.49)) / 0.02, rel=2e-2)
     np.testing.assert_allclose(window.gram()[0, 0], float((3.0 / 4.0 * parameter.detach()).square().sum()), rtol=1e-4)

@@ -432,25 +432,6 @@ def test_gradient_checkpointing_and_autocast_leave_training_alone(loader, train,
     assert same_weights(run(False), run(True))
 
 
-def test_sharded_parameters_are_refused_before_training(tmp_path):
-    code = """
-import sys, torch, torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-from traj_merge_callback import CheckpointWindow
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
-model = torch.nn.Linear(4, 4)
-fully_shard(model, mesh=dist.init_device_mesh("cpu", (1,)))
-try:
-    CheckpointWindow(model, 2)
-except ValueError as error:
-    print(error)
-"""
-    found = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "store")], capture_output=True, text=True, check=False
-    )
-    assert "sharded parameters are not supported yet" in found.stdout, found.stderr
-
-
 def test_mean_rows_and_groups_are_what_is_published(loader, train, tmp_path):
     model, states = tiny_llama(), {}
     merger = engine(loader, tmp_path, groups="blocks", evaluations=14, keep_last=9, **MEAN_ROWS)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from traj_merge_callback import HeldOutLoss, TrajectoryMerger, find_snapshot, read_merge
 from traj_merge_callback.budget import MergeCost, Overhead, affordable, plans
+from traj_merge_callback.distributed import Processes
 from traj_merge_callback.pieces import COMBINE, FORWARD
 from traj_merge_callback.resume import save_state
 from traj_merge_callback.schedule import Durations, Run
@@ -283,7 +284,7 @@ def test_a_slice_ends_before_a_piece_that_would_take_too_long(monkeypatch):
         return "result"
 
     durations = Durations()
-    slices, run = [], Run(pieces(), durations, torch.device("cpu"), lambda: None)
+    slices, run = [], Run(pieces(), durations, torch.device("cpu"), lambda: None, Processes(alone=True))
     while not run.done:
         before = now[0]
         run.advance(2.5)

@@ -10,10 +10,12 @@ import numpy as np
 
 from .candidates import Candidates
 from .config import MergeConfig
+from .deciding import Decided
+from .distributed import Processes
 from .evaluation import Evaluation
 from .heldout import HeldOutLoss
 from .objective import Objective
-from .pieces import Pieces
+from .pieces import Pieces, reported
 from .resume import Memory
 from .search import Problem, resolve_search
 from .search.grouped import GroupedSearch
@@ -48,9 +50,11 @@ class Chooser:
     Args:
         config: the options.
         heldout: where weights are chosen on the search split.
+        processes: those that train the model together; the first one's searches decide for all.
     """
 
-    def __init__(self, config: MergeConfig, heldout: HeldOutLoss) -> None:
+    def __init__(self, config: MergeConfig, heldout: HeldOutLoss, processes: Processes) -> None:
+        self._processes = processes
         self._config = config
         self._heldout = heldout
         self._search = resolve_search(config.search, config.search_options)
@@ -159,8 +163,9 @@ class Chooser:
         """Run the search; ``auto`` does without gradients from the first time they cannot be had."""
         if not self._without_gradients:
             try:
-                search = self._search(problem, **self._config.search_options)
-                return (yield from select(search, problem, candidates.measure, start, row_losses))
+                search = Decided(self._search, problem, self._config.search_options, self._processes)
+                pieces = select(search, problem, candidates.measure, start, row_losses)
+                return (yield from self._reported(pieces))
             except Exception as error:
                 if self._config.search != "auto":
                     raise
@@ -171,7 +176,7 @@ class Chooser:
                     error,
                 )
                 self._without_gradients = True
-        search = resolve_search("reach")(problem)
+        search = Decided(resolve_search("reach"), problem, {}, self._processes)
         return (yield from select(search, problem, candidates.measure, start, row_losses))
 
     def _select_grouped(
@@ -186,8 +191,9 @@ class Chooser:
         """Go on from the best weights of the whole model to those of each parameter group."""
         gram = yield from window.multiplying(grouped=True)
         grouped = replace(problem, evaluations=left, gram=gram)
+        search = Decided(GroupedSearch, grouped, {"start": shared}, self._processes)
         try:
-            return (yield from select(GroupedSearch(grouped, shared), grouped, candidates.measure, chosen, {}))
+            return (yield from self._reported(select(search, grouped, candidates.measure, chosen, {})))
         except Exception as error:
             logger.warning(
                 "merge weights by parameter group need gradients of the held-out loss, which could not be had "
@@ -197,6 +203,10 @@ class Chooser:
             )
             self._ungrouped = True
             return chosen
+
+    def _reported(self, pieces: Pieces[Selection]) -> Pieces[Selection]:
+        """Pieces whose failure is caught here: in all processes, if it happens in one."""
+        return pieces if self._processes.size == 1 else reported(pieces)
 
 
 def _described(weights: np.ndarray, running_sums: np.ndarray, by_group: dict[str, list[float]]) -> dict[str, Any]:

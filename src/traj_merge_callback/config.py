@@ -63,6 +63,7 @@ class MergeConfig:
         trainable_only: merge only parameters that require gradients (and floating-point buffers).
         merge_at_end: merge once more at the last step if no merge was due there.
         load_merged_at_end: put the best snapshot into the model when training ends.
+        process_timeout: seconds that the processes of a run wait for one another in a merge; after that merging is off.
         seed: seed of everything random here; the training run's own random state is never touched.
         on_error: "warn": a failure during training is logged once with its cause and training goes on; "raise".
         progress: show a progress bar when a merge takes longer than a second.
@@ -99,6 +100,7 @@ class MergeConfig:
     trainable_only: bool = True
     merge_at_end: bool = True
     load_merged_at_end: bool = False
+    process_timeout: float = 600.0
     seed: int = 0
     on_error: str = "warn"
     progress: bool = True
@@ -166,6 +168,8 @@ class MergeConfig:
             raise ValueError(
                 f"max_overhead={self.max_overhead}: must be a share of wall time above 0, at most 1, or None"
             )
+        if not 0 < self.process_timeout < float("inf"):
+            raise ValueError(f"process_timeout={self.process_timeout}: must be a positive number of seconds")
         if (self.schedule == "background") is not (self.eval_device is not None):
             raise ValueError(
                 f"schedule={self.schedule!r}, eval_device={self.eval_device!r}: schedule='background' needs a spare "

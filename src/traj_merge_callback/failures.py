@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .distributed import OutOfTouch, ProcessFailed
+
 logger = logging.getLogger("traj_merge_callback")
 
 
@@ -15,29 +17,31 @@ class Failures:
 
     Args:
         on_error: "warn" logs the first failure of each kind with its traceback and goes on; "raise" lets it through.
+        is_first: whether this is the first process, which alone logs what failed in others.
     """
 
-    def __init__(self, on_error: str) -> None:
+    def __init__(self, on_error: str, is_first: bool = True) -> None:
+        self._is_first = is_first
         self._raise = on_error == "raise"
         self.counts: Counter[str] = Counter()
 
     @contextmanager
     def contained(self, what: str, step: int) -> Iterator[None]:
-        """Contain any ``Exception`` of the block; Ctrl-C and exits always pass."""
+        """Contain any ``Exception`` of the block but :class:`OutOfTouch`; Ctrl-C and exits always pass."""
         try:
             yield
         except Exception as error:
-            if self._raise:
+            if self._raise or isinstance(error, OutOfTouch):
                 raise
             kind = f"{what} failed: {type(error).__name__}: {error}"
             first = not any(known.startswith(f"{what} failed: {type(error).__name__}") for known in self.counts)
             self.counts[kind] += 1
-            if first:
+            if first and (self._is_first or not isinstance(error, ProcessFailed)):
                 message = "%s (step %d). Training goes on; further failures of this kind are only counted."
                 logger.warning(message, kind, step, exc_info=True)
 
     def summarise(self) -> None:
         """Say once, at the end of a run, how often something failed more than once."""
-        if (total := self.counts.total()) > 1:
+        if self._is_first and (total := self.counts.total()) > 1:
             cause, times = self.counts.most_common(1)[0]
             logger.warning("%d failures while merging; the most frequent (%d times): %s", total, times, cause)

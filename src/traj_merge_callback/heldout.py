@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch import nn
 
 from .batches import count_sequences, fingerprint, map_tensors, select_sequences
+from .distributed import Processes
 from .evaluation import PARTS, Evaluation, Gradient
-from .isolation import isolated, preserved_rng
+from .isolation import isolated
 from .losses import Nll, language_model_nll
-from .parameters import ParameterLayout, unwrap
-from .pieces import BACKWARD, FORWARD, Pieces, finish
+from .parameters import unwrap
+from .pieces import BACKWARD, EXCHANGE, FORWARD, Pieces, finish
+from .reading import read_together
 
 Split = Literal["search", "report"]
 # Given whether gradients are wanted, a context in which the model can be evaluated without a trace.
 Ready = Callable[[bool], AbstractContextManager[Any]]
-GradientOf = tuple[ParameterLayout, Callable[[Tensor], Pieces[np.ndarray]]]
+
+
+class GradientOf(Protocol):
+    """The gradient of a candidate's loss with respect to the merge weights, piece by piece."""
+
+    def clear_gradient(self) -> None:
+        """Begin a new one."""
+
+    def add_gradient(self) -> None:
+        """Add what a backward pass has left."""
+
+    def projected(self) -> Pieces[np.ndarray]:
+        """The gradient in the merge weights, summed over processes."""
+
+
 # A standard error needs several independent units, so large batches are cut until each split has about this many.
 _MIN_UNITS = 8
 
@@ -54,6 +68,8 @@ class HeldOutLoss:
         precision: returns a context for the forward pass, for instance the trainer's autocast.
         to_device: moves a batch to the training device; by default every tensor goes to the model's device.
         seed: seed for reading shuffled loaders, and for any randomness in an evaluation.
+        processes: those that train the model together. They hold the same batches, whatever each one's loader reads,
+            and divide them among themselves at every evaluation; its result is that of one process.
 
     Raises:
         ValueError: a loader without batches, fewer than two different sequences, or unknown ``report_only`` names.
@@ -71,7 +87,9 @@ class HeldOutLoss:
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
         to_device: Callable[[Any], Any] | None = None,
         seed: int = 0,
+        processes: Processes | None = None,
     ) -> None:
+        self._processes = Processes(alone=True) if processes is None else processes
         if nll is not None and not callable(nll):
             raise TypeError(f"nll={nll!r}: must be a function (model, batch) -> (summed NLL, tokens)")
         self._nll = language_model_nll if nll is None else nll
@@ -91,7 +109,7 @@ class HeldOutLoss:
         self._digest = hashlib.sha256()
         for name, loader in loaders.items():
             fraction = 0.0 if name in self.report_only else search_fraction
-            self._deal(name, _read(name, loader, batches, seed), fraction)
+            self._deal(name, read_together(name, loader, batches, seed, self._processes), fraction)
         for split, units in self._units.items():
             if not any(unit.domain in self.searched for unit in units):
                 raise ValueError(
@@ -205,9 +223,8 @@ class HeldOutLoss:
             ready: each batch is evaluated inside ``ready(gradients)``, which may give the model other weights.
             parts: which of the split's parts, each with a like share of every domain, and in which order.
             abandon: asked after each part, with the evaluation so far, whether that is enough.
-            gradient: which tensors the gradient is wanted in, and what makes of it, a row of ``layout.numel``
-                numbers, a gradient in the merge weights (:meth:`CheckpointWindow.projecting`), for each domain of each
-                part.
+            gradient: what makes a gradient in the merge weights of what backward passes leave, for each domain of each
+                part; None: no gradient is wanted.
 
         Returns:
             The evaluation, of fewer batches if it was abandoned, and the gradient.
@@ -216,20 +233,17 @@ class HeldOutLoss:
             RuntimeError: the loss does not depend on the parameters (an ``nll`` that detaches it, say).
         """
         done = Evaluation(np.zeros(0), np.zeros(0), ())
-        row = torch.zeros(gradient[0].numel, device=device_of(model)) if gradient else None
         sums: list[np.ndarray] = []
         tokens: list[float] = []
         domains: list[str] = []
         for part in parts:
             units = self._parts[part]
             for domain, group in itertools.groupby(units, key=lambda index: self._units["search"][index].domain):
-                if gradient is None or row is None:
-                    found = yield from self._evaluating(model, "search", group, ready)
-                else:
-                    row.zero_()
-                    target = (gradient[0], row)
-                    found = yield from self._evaluating(model, "search", group, ready, target)
-                    sums.append((yield from gradient[1](row)))
+                if gradient is not None:
+                    gradient.clear_gradient()
+                found = yield from self._evaluating(model, "search", group, ready, gradient)
+                if gradient is not None:
+                    sums.append((yield from gradient.projected()))
                     tokens.append(found.tokens.sum())
                     domains.append(domain)
                 done = done.joined(found)
@@ -243,23 +257,32 @@ class HeldOutLoss:
         split: Split,
         chosen: Iterable[int],
         ready: Ready,
-        gradient: tuple[ParameterLayout, Tensor] | None = None,
+        gradient: GradientOf | None = None,
     ) -> Pieces[Evaluation]:
+        """Evaluate batches of a split, as many at a time as there are processes."""
         model = unwrap(model)
         indices = tuple(chosen)
         units = [self._units[split][index] for index in indices]
-        values = []
-        for unit in units:
+        turns = range(0, len(units), self._processes.size)
+        values = np.zeros((len(turns), 2))
+        for turn, first in enumerate(turns):
             yield FORWARD if gradient is None else BACKWARD
+            mine = first + self._processes.rank
+            # Where there is no batch left for a process it still takes part, because a forward pass may need all.
+            share = float(mine < len(units))
+            unit = units[mine if share else first]
             with ready(gradient is not None):
                 batch = self._to_device(unit.batch) if self._to_device else _to_device_of(model, unit.batch)
                 with self._precision():
                     nll, tokens = self._nll(model, batch)
                 if gradient is not None and float(tokens):
-                    torch.as_tensor(nll).backward()
-                    _add_gradients(model, *gradient)
-                values.append([float(torch.as_tensor(nll).detach()), float(tokens)])
-        found = np.array(values).reshape(-1, 2)
+                    (share * torch.as_tensor(nll)).backward()
+                    gradient.add_gradient()
+                values[turn] = float(torch.as_tensor(nll).detach()), float(tokens)
+        found: np.ndarray = values
+        if self._processes.size > 1:
+            yield EXCHANGE
+            found = self._processes.collect(values).swapaxes(0, 1).reshape(-1, 2)[: len(units)]
         return Evaluation(found[:, 0], found[:, 1], tuple(unit.domain for unit in units), indices)
 
 
@@ -269,53 +292,16 @@ def _cut(unit: _Unit, indices: list[int], pieces: int) -> list[_Unit]:
     return [_Unit(unit.domain, select_sequences(unit.batch, part.tolist())) for part in parts]
 
 
-def _add_gradients(model: nn.Module, layout: ParameterLayout, row: Tensor) -> None:
-    """Add the parameters' gradients to a row; buffers and unused parameters have none."""
-    for target, tensor in zip(layout.views(row).values(), layout.tensors(model), strict=True):
-        if tensor.grad is not None:
-            target.add_(tensor.grad)
-
-
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's first parameter is."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    """Where a model computes: where its first parameter is, or the device that FSDP brings offloaded parameters to."""
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        return torch.device("cpu")
+    computing = getattr(getattr(parameter, "device_mesh", None), "device_type", parameter.device.type)
+    if computing != parameter.device.type:
+        return torch.device(computing, torch.accelerator.current_device_index())
+    return parameter.device
 
 
 def _to_device_of(model: nn.Module, batch: Any) -> Any:
     return map_tensors(batch, lambda tensor: tensor.to(device_of(model), non_blocking=True))
-
-
-def _read(name: str, loader: Iterable[Any], batches: int, seed: int) -> list[Any]:
-    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
-        raise TypeError(f"heldout loader {name!r} is a {type(loader).__name__}, a Dataset: wrap it in a DataLoader")
-    if not isinstance(loader, Iterable):
-        raise TypeError(f"heldout loader {name!r} is a {type(loader).__name__}: give an iterable of batches")
-    # Accelerate's loaders register themselves as the active one and move batches; their inner DataLoader does neither.
-    loader = getattr(loader, "base_dataloader", loader)
-    if isinstance(loader, DataLoader):
-        # A shallow copy, so that persistent workers of the original keep the state they are in.
-        loader = copy.copy(loader)
-        loader._iterator = None  # type: ignore[attr-defined]
-    with preserved_rng(seed), _preserved_generators(loader, seed):
-        iterator = iter(loader)
-        found = [map_tensors(batch, lambda t: t.detach().cpu()) for batch in itertools.islice(iterator, batches)]
-        del iterator
-    if not found:
-        raise ValueError(f"heldout loader {name!r} yields no batches: give at least one batch of held-out data")
-    return found
-
-
-@contextmanager
-def _preserved_generators(loader: Any, seed: int) -> Iterator[None]:
-    """Generators that belong to a loader or its samplers start from ``seed`` and are put back."""
-    owners = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
-    owners.append(getattr(owners[-1], "sampler", None))
-    found = {id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)}
-    states = [(generator, generator.get_state()) for generator in found.values()]
-    try:
-        for generator, _ in states:
-            generator.manual_seed(seed)
-        yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +17,18 @@ from .budget import Plan
 from .candidates import Candidates
 from .choice import Choice, Chooser
 from .config import MergeConfig
-from .failures import Failures
-from .heldout import HeldOutLoss
+from .evaluation import Evaluation
+from .gathering import weights_in
+from .heldout import HeldOutLoss, Split
 from .metrics import not_measured, report_losses
-from .parameters import unwrap
-from .pieces import PUBLISH, WAIT, Pieces, finish
+from .pieces import Pieces, finish
+from .publishing import Publisher
 from .resume import Memory
-from .snapshots import SnapshotStore
-from .weights import collect_weights, weights_format
+from .units import Units
 from .window import CheckpointWindow
-from .writer import Writer
 
 # Devices compute with different kernels.
 _SAME_LOSS = 1e-2
-Extra = Callable[[], Callable[[Path], None]]
 
 
 @dataclass(frozen=True)
@@ -59,33 +56,29 @@ class Merging:
     """Makes the merges of one run.
 
     Args:
+        model: the model being trained.
+        window: its checkpoints.
         config: the options.
         heldout: the held-out loss.
         chooser: of merge weights.
-        store: of snapshots.
-        writer: the thread that writes them.
-        failures: where a snapshot that cannot be written is reported.
-        extra: called while the model holds the merged weights; what it returns adds files to a snapshot's folder later.
+        publisher: of snapshots.
     """
 
     def __init__(
         self,
+        model: nn.Module,
+        window: CheckpointWindow,
         config: MergeConfig,
         heldout: HeldOutLoss,
         chooser: Chooser,
-        store: SnapshotStore,
-        writer: Writer,
-        failures: Failures,
-        extra: Extra | None,
+        publisher: Publisher,
     ) -> None:
         self._config = config
         self._heldout = heldout
         self._chooser = chooser
-        self._store = store
-        self._writer = writer
-        self._failures = failures
-        self._extra = extra
+        self._publisher = publisher
         self.beside_training = config.schedule == "background"
+        self._units = Units(model, window.layout, window.processes) if window.layout.sharding.units else None
 
     @property
     def needs_evaluations(self) -> bool:
@@ -100,6 +93,15 @@ class Merging:
         for _ in range(2):  # the first forward pass of a kind is slow
             yield from candidates.sample()
 
+    def live(self, model: nn.Module, window: CheckpointWindow, split: Split) -> Pieces[Evaluation]:
+        """Evaluate the model with the weights that it has now."""
+        weights = self._candidates(model, window).weights
+        layout = window.layout
+        for view, values in zip(layout.views(weights.row).values(), layout.locals(layout.tensors(model)), strict=True):
+            view.copy_(values)
+        yield from weights.gather()
+        return (yield from self._heldout.evaluating(model, split, weights.ready))
+
     def check_spare(self, model: nn.Module, spare: nn.Module, window: CheckpointWindow) -> None:
         """Let a spare model evaluate live, and compare with the model itself.
 
@@ -107,7 +109,8 @@ class Merging:
             ValueError: the losses differ, or the evaluation draws random numbers, which are the training run's.
         """
         losses = []
-        for candidates in (Candidates(model, window, self._heldout), self._candidates(spare, window)):
+        live = Candidates(weights_in(model, window, self._heldout.seed), window, self._heldout)
+        for candidates in (live, self._candidates(spare, window)):
             finish(candidates.take(None))
             before = _random_states()
             losses.append(finish(candidates.sample()).loss)
@@ -151,18 +154,12 @@ class Merging:
                 yield from candidates.take(choice.weights)
         snapshot = None
         if self._config.publishes:
-            with self._failures.contained("publishing a snapshot", step):
-                yield PUBLISH
-                write = self._writing(model, candidates, window, step, steps, choice, losses)
-                writing = self._writer.submit(write)
-                # The weights that are written stay where they are until they are on disk.
-                while not writing.done():
-                    yield WAIT
-                snapshot = writing.result()
+            snapshot = yield from self._publisher.publish(candidates.weights, step, steps, choice, losses)
         return Merged(step, plan, steps, choice, losses, snapshot)
 
     def _candidates(self, model: nn.Module, window: CheckpointWindow) -> Candidates:
-        return Candidates(model, window, self._heldout, beside_training=self.beside_training)
+        weights = weights_in(model, window, self._heldout.seed, units=self._units, beside_training=self.beside_training)
+        return Candidates(weights, window, self._heldout)
 
     def _search(
         self, candidates: Candidates, window: CheckpointWindow, memory: Memory, step: int, plan: Plan
@@ -184,42 +181,6 @@ class Merging:
         if not math.isfinite(losses["gain"]):
             raise ValueError(f"the held-out loss on the report split is not finite: {losses}")
         return choice, losses
-
-    def _writing(
-        self,
-        model: nn.Module,
-        candidates: Candidates,
-        window: CheckpointWindow,
-        step: int,
-        steps: list[int],
-        choice: Choice,
-        losses: dict[str, Any],
-    ) -> Callable[[], Path]:
-        """Collect what a snapshot consists of; the function returned writes it, in whatever thread."""
-        config = self._config
-        with candidates.installed():
-            parts = [collect_weights(model, window.layout), *([] if self._extra is None else [self._extra()])]
-        merge = {
-            "step": step,
-            "checkpoint_steps": steps,
-            "row": config.row,
-            "samples_per_row": config.samples,
-            **choice.described,
-            "search": config.search,
-            "search_options": config.search_options,
-            "search_split": {f"{name}_loss": loss for name, loss in choice.search_losses.items()},
-            "report_split": losses,
-            "row_dtype": window.dtype,
-            "model_class": type(unwrap(model)).__name__,
-            "weights_format": weights_format(model),
-            "merged_tensors": [slot.name for slot in window.layout.slots],
-        }
-
-        def write(folder: Path) -> None:
-            for part in parts:
-                part(folder)
-
-        return lambda: self._store.publish(step, losses["merged_loss"], write, merge)
 
 
 def _random_states() -> list[Any]:

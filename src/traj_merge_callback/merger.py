@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
@@ -18,12 +18,14 @@ from torch import nn
 from .budget import Overhead, Plan
 from .choice import Chooser
 from .config import MergeConfig
+from .distributed import OutOfTouch, Processes
 from .evaluation import Evaluation
 from .failures import Failures
 from .heldout import HeldOutLoss, device_of
 from .losses import Nll
-from .merge import Extra, Merging
+from .merge import Merging
 from .metrics import MergeRecord, MetricsFile
+from .publishing import Extra, Publisher
 from .resume import Memory, load_state, save_state
 from .runs import Finished, MergeRuns
 from .search import resolve_search
@@ -41,14 +43,16 @@ class TrajectoryMerger:
 
     Call :meth:`step` after every optimizer step; the model's weights are read, never written. A merge is made of the
     checkpoint of one step, in pieces between the steps that follow, and done some steps later. With several processes
-    (DDP) the first one does all the work and ``step`` does nothing in the others.
+    (DDP, FSDP) each constructs one, after ``torch.distributed`` is initialized, and calls the same methods at the same
+    steps; they merge together, each its own columns.
 
     Args:
         heldout: held-out batches (a DataLoader, any iterable, or a mapping from domain names to such), read at once.
         nll: ``nll(model, batch) -> (summed NLL in nats, number of target tokens)``; by default the model's ``.loss``.
         precision: returns a context for forward passes, such as ``lambda: torch.autocast("cuda", torch.bfloat16)``.
         to_device: moves a batch to the training device; by default every tensor goes to the model's device.
-        log: called with the :class:`MergeRecord` of each merge.
+        log: called with the :class:`MergeRecord` of each merge, in the first process.
+        log_everywhere: call ``log`` in every process, for trainers whose metrics are to be the same in all.
         extra: called while the model holds the merged weights, to add files to a snapshot: it returns a function that
             is called with the snapshot's folder later, in another thread.
         **config: the options of :class:`MergeConfig`.
@@ -74,6 +78,7 @@ class TrajectoryMerger:
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
         to_device: Callable[[Any], Any] | None = None,
         log: Callable[[MergeRecord], None] | None = None,
+        log_everywhere: bool = False,
         extra: Extra | None = None,
         **config: Any,
     ) -> None:
@@ -81,45 +86,58 @@ class TrajectoryMerger:
         self.output_dir = Path(self.config.output_dir or "merged")
         self.window: CheckpointWindow | None = None
         self.records: list[MergeRecord] = []
-        self._active = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        if self.config.load_merged_at_end and torch.distributed.is_initialized():
-            raise ValueError(
-                "load_merged_at_end=True is not supported with several processes yet; "
-                "load the best snapshot with load_merged after training"
-            )
-        self._log = log
+        self._active = True
+        self.processes = Processes(self.config.process_timeout)
+        if self.processes.size > 1:
+            self._check_for_processes()
+        self._log = log if log_everywhere or self.processes.is_first else None
         self._extra = extra
         self._metrics = MetricsFile(self.output_dir / "metrics.jsonl")
-        self._failures = Failures(self.config.on_error)
+        self._failures = Failures(self.config.on_error, self.processes.is_first)
         self._store = SnapshotStore(self.output_dir, keep_last=self.config.keep_last, keep_best=self.config.keep_best)
-        if self._active:
-            self.heldout = HeldOutLoss(
-                heldout,
-                nll=nll,
-                batches=self.config.heldout_batches,
-                search_fraction=self.config.search_fraction,
-                report_only=self.config.report_only,
-                precision=precision,
-                to_device=to_device,
-                seed=self.config.seed,
+        self.heldout = HeldOutLoss(
+            heldout,
+            nll=nll,
+            batches=self.config.heldout_batches,
+            search_fraction=self.config.search_fraction,
+            report_only=self.config.report_only,
+            precision=precision,
+            to_device=to_device,
+            seed=self.config.seed,
+            processes=self.processes,
+        )
+        if unknown := set(self.config.domain_weights or {}) - self.heldout.searched:
+            raise ValueError(
+                f"domain_weights={self.config.domain_weights}: {sorted(unknown)} are not among the domains "
+                f"searched on, {sorted(self.heldout.searched)}"
             )
-            if unknown := set(self.config.domain_weights or {}) - self.heldout.searched:
-                raise ValueError(
-                    f"domain_weights={self.config.domain_weights}: {sorted(unknown)} are not among the domains "
-                    f"searched on, {sorted(self.heldout.searched)}"
-                )
         self._memory = Memory()
         self._overhead = Overhead(self.config.max_overhead, self.config.max_pause)
         self._owed = False
+
+    def _check_for_processes(self) -> None:
+        if self.config.load_merged_at_end:
+            raise ValueError(
+                "load_merged_at_end=True is not supported with several processes; load the best snapshot with "
+                "load_merged after training"
+            )
+        if self.config.schedule == "background":
+            raise ValueError(
+                "schedule='background' is not supported with several processes, whose collectives in two threads could "
+                "wait for each other; take 'interleaved' or 'blocking'"
+            )
 
     def prepare(self, model: nn.Module) -> None:
         """Allocate the window for ``model``. The first ``step`` does it otherwise.
 
         Raises:
-            ValueError: the model cannot be merged (nothing trainable, or sharded parameters).
+            ValueError: the model cannot be merged (nothing trainable, or parameters sharded in a way that is not
+                supported).
         """
         if not self._active or self.window is not None:
             return
+        if self.processes.size == 1 and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise RuntimeError("construct TrajectoryMerger after torch.distributed is initialized, in every process")
         average_rate = getattr(resolve_search(self.config.search), "average_rate", None)
         options = self.config.search_options
         allocate = {
@@ -138,11 +156,13 @@ class TrajectoryMerger:
             allocate=allocate(),
             buffered=self.config.window_storage == "disk",
             asynchronous=True,
+            processes=self.processes,
         )
         self._writer = Writer()
-        chooser = Chooser(self.config, self.heldout)
-        merging = Merging(self.config, self.heldout, chooser, self._store, self._writer, self._failures, self._extra)
-        self._runs = MergeRuns(self.config, self.heldout, merging, self._overhead, self._writer)
+        publisher = Publisher(self.config, self.window, self._store, self._writer, self._failures, self._extra)
+        chooser = Chooser(self.config, self.heldout, self.processes)
+        merging = Merging(model, self.window, self.config, self.heldout, chooser, publisher)
+        self._runs = MergeRuns(self.config, self.heldout, merging, self._overhead, self._writer, self.processes)
         self._waited_s = 0.0
         self._overhead.begin()
 
@@ -163,10 +183,15 @@ class TrajectoryMerger:
         """
         if not self._active:
             return None
+        with self._in_touch(step):
+            return self._step(model, step, skipped)
+        return None
+
+    def _step(self, model: nn.Module, step: int, skipped: Callable[[], bool]) -> MergeRecord | None:
         started = time.perf_counter()
         record = None
         if self.window is None:
-            with self._failures.contained("preparing the window", step):
+            with self._failures.contained("preparing the window", step), self.processes.together():
                 self.prepare(model)
             if self.window is None:
                 self._active = False
@@ -186,6 +211,18 @@ class TrajectoryMerger:
         self._overhead.leave(started)
         return record
 
+    @contextmanager
+    def _in_touch(self, step: int) -> Iterator[None]:
+        """Within the context, merging ends for good where the processes can no longer do it together."""
+        try:
+            yield
+        except OutOfTouch as error:
+            self._active = False
+            logger.warning("trajectory merging is off from step %d on, training goes on: %s", step, error)
+            self.close()
+            if self.config.on_error == "raise":
+                raise
+
     def settle(self) -> None:
         """Wait until the weights of the last capture are read, so that they may be written.
 
@@ -204,8 +241,13 @@ class TrajectoryMerger:
             The record of the last merge made here, if one was.
         """
         step = self._memory.last_step
-        if self.window is None or step is None:
-            return None
+        if self.window is not None and step is not None:
+            with self._in_touch(step):
+                return self._merge_at_end(model, step)
+        return None
+
+    def _merge_at_end(self, model: nn.Module, step: int) -> MergeRecord | None:
+        assert self.window is not None
         record = None
         with self._failures.contained("trajectory merging", step):
             record = self._record(self._runs.complete(), step)
@@ -213,8 +255,10 @@ class TrajectoryMerger:
         if wanted and step > self._memory.last_merge_step:
             with self._failures.contained("the merge at the end", step):
                 self._writer.wait()  # for the rows, which may be on their way to a checkpoint
-                if self.window.steps[-1:] != (step,):
-                    self.window.push(model, step)
+                self.window.settle()
+                if self.processes.largest(float(self.window.steps[-1:] != (step,)))[0]:
+                    with self.processes.together():
+                        self.window.push(model, step)
                 self._begin(model, step, Plan(self.config.evaluations))
                 record = self._record(self._runs.complete(), step) or record
         with self._failures.contained("saving the window", step):
@@ -244,6 +288,7 @@ class TrajectoryMerger:
             self._runs.abandon()
             self._writer.close()
             window.close()
+            self.processes.close()
             shutil.rmtree(self._window_folder, ignore_errors=True)
         self._failures.summarise()
         self._failures.counts.clear()
@@ -266,8 +311,9 @@ class TrajectoryMerger:
         return self.output_dir / self._store.best.name if self._store.best else None
 
     def live_evaluation(self, model: nn.Module) -> Evaluation:
-        """The live model's loss on the report split, over the domains that are searched on."""
-        return self.heldout.evaluate(model, "report").only(self.heldout.searched)
+        """The live model's loss on the report split, over the domains that are searched on; after :meth:`prepare`."""
+        assert self.window is not None
+        return self._runs.evaluate(model, self.window, "report").only(self.heldout.searched)
 
     # What is due
 
@@ -279,20 +325,23 @@ class TrajectoryMerger:
         if step < config.start_step or not _passed(config.capture_every // config.samples, previous, step):
             memory.last_step = step
             return False
-        if skipped():
-            return False
-        memory.last_step = step
-        self._owed |= _passed(config.merge_every, previous, step)
         # Rows that a merge or a checkpoint of the trainer still reads are not overwritten.
         if window.is_in_use and config.schedule == "blocking":
             self.wait()
-        if window.is_in_use:
+        was_skipped, in_use = self.processes.largest(float(skipped()), float(window.is_in_use))
+        if was_skipped:
             return False
-        if not _passed(config.capture_every, previous, step):
-            window.sample(model)
+        memory.last_step = step
+        self._owed |= _passed(config.merge_every, previous, step)
+        if in_use:
             return False
-        window.push(model, step)
-        return True
+        is_row = _passed(config.capture_every, previous, step)
+        with self.processes.together():
+            if is_row:
+                window.push(model, step)
+            else:
+                window.sample(model)
+        return is_row
 
     def _begin(self, model: nn.Module, step: int, plan: Plan | None = None) -> None:
         """Begin a merge if one is due; until then, learn what it will take."""
@@ -338,7 +387,8 @@ class TrajectoryMerger:
             snapshot=str(merged.snapshot) if merged.snapshot else None,
         )
         self.records.append(record)
-        self._writer.leave(lambda: self._metrics.append(record))
+        if self.processes.is_first:
+            self._writer.leave(lambda: self._metrics.append(record))
         with self._failures.contained("logging", step):
             if self._log is not None:
                 self._log(record)

@@ -1,11 +1,13 @@
 """Which tensors of a model are merged, and where each of them lies in a row.
 
 A row is one flat vector of N numbers. :class:`ParameterLayout` maps it to the model: parameters in the order of
-``named_parameters`` (tied ones once), then the floating-point buffers of the ``state_dict``.
+``named_parameters`` (tied ones once; under FSDP those of a module that are gathered together side by side), then the
+floating-point buffers of the ``state_dict``. With several processes each holds its own columns (see ``sharding``).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .distributed import Processes
 from .interrupts import delayed_interrupts
+from .sharding import Part, Sharding, find_sharding
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.parallel.DataParallel)
 
@@ -30,26 +34,45 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def clean_name(name: str) -> str:
-    """A parameter's name without the segments that ``torch.compile`` of a submodule puts into it."""
-    return name.replace("_orig_mod.", "")
+    """A parameter's name without the segments that wrappers of submodules put into it."""
+    for segment in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        name = name.replace(segment, "")
+    return name
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One merged tensor: its name in the ``state_dict``, and the place of its numbers in a row."""
+    """One merged tensor: its name in the ``state_dict``, and the place of its numbers in a row.
+
+    Where only a part of the tensor is in this process's rows, ``numel`` counts that part's numbers.
+    """
 
     name: str
-    shape: tuple[int, ...]
     dtype: torch.dtype
     offset: int
     numel: int
     is_parameter: bool
+    part: Part
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        return self.part.shape
 
 
 @dataclass(frozen=True)
-class _BufferPlace:
+class BufferPlace:
+    """A module and the name of its buffer."""
+
     module: nn.Module
     name: str
+
+    @property
+    def tensor(self) -> Tensor:
+        """The buffer."""
+        buffer = self.module._buffers[self.name]
+        assert buffer is not None
+        return buffer
 
 
 class ParameterLayout:
@@ -59,51 +82,89 @@ class ParameterLayout:
         model: the model being trained; wrappers (compile, DDP) are looked through.
         trainable_only: keep only parameters that require gradients, so that a LoRA run keeps kilobytes. False keeps
             every floating-point parameter.
+        sharding: which part of each tensor is in this process's rows; by default all of it.
 
     Raises:
-        ValueError: nothing to merge, complex parameters, or parameters sharded over processes (FSDP, DTensor, ZeRO-3).
+        ValueError: nothing to merge, or complex parameters.
     """
 
-    def __init__(self, model: nn.Module, *, trainable_only: bool = True) -> None:
+    def __init__(self, model: nn.Module, *, trainable_only: bool = True, sharding: Sharding | None = None) -> None:
         self.trainable_only = trainable_only
         model = unwrap(model)
-        refuse_sharded(model)
-        slots: list[Slot] = []
-        offset = 0
+        self.sharding = Sharding(Processes(alone=True)) if sharding is None else sharding
+        found = []
         for name, tensor, is_parameter in self._walk(model):
             if tensor.is_complex():
                 raise ValueError(f"parameter {name!r} is complex ({tensor.dtype}); only real parameters can be merged")
-            slots.append(Slot(name, tuple(tensor.shape), tensor.dtype, offset, tensor.numel(), is_parameter))
-            offset += tensor.numel()
-        if not any(slot.is_parameter for slot in slots):
+            found.append((name, tensor.dtype, is_parameter, self.sharding.part(name, tensor, is_parameter)))
+        if not any(is_parameter for _, _, is_parameter, _ in found):
             kind = "parameter that requires gradients" if trainable_only else "floating-point parameter"
             raise ValueError(f"model {type(model).__name__} has no {kind}: there is nothing to merge")
+        last = len(self.sharding.units)
+        slots: list[Slot] = []
+        offset = 0
+        for name, dtype, is_parameter, part in sorted(
+            found, key=lambda item: last if item[3].unit is None else item[3].unit
+        ):
+            numel = math.prod(part.local)
+            slots.append(Slot(name, dtype, offset, numel, is_parameter, part))
+            offset += numel
         self.slots = tuple(slots)
         self.numel = offset
 
+    @classmethod
+    def divided(cls, model: nn.Module, processes: Processes, *, trainable_only: bool) -> ParameterLayout:
+        """The layout of this process's columns.
+
+        Raises:
+            ValueError: the model's parameters are sharded in a way that is not supported, differ between processes, or
+                are frozen and sharded.
+        """
+        model = unwrap(model)
+        columns = sum(p.numel() for p in model.parameters() if _is_merged(p, trainable_only))
+        layout = cls(model, trainable_only=trainable_only, sharding=find_sharding(model, processes, columns))
+        described = [(slot.name, slot.shape, str(slot.dtype)) for slot in layout.slots]
+        # Text, because a digest would not tell which one differs.
+        if len(layouts := {str(each) for each in processes.gather(described)}) > 1:
+            raise ValueError(
+                "processes have different parameters (pipeline or tensor parallelism?), which is not supported: every "
+                f"process must have the same ones, whole or as shards of FSDP; they begin {sorted(layouts)[0][:100]}..."
+            )
+        if layout.sharding.units:
+            frozen = [name for name, p in model.named_parameters() if not _is_merged(p, trainable_only)]
+            if frozen:
+                raise ValueError(
+                    f"parameter {frozen[0]!r} is frozen in a model sharded by FSDP: pass trainable_only=False, so that "
+                    "rows hold frozen parameters too"
+                )
+        return layout
+
     def _walk(self, model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
         for name, parameter in model.named_parameters():
-            wanted = parameter.requires_grad if self.trainable_only else parameter.is_floating_point()
-            if wanted:
+            if _is_merged(parameter, self.trainable_only):
                 yield clean_name(name), parameter, True
-        for name, places in _persistent_buffers(model).items():
-            buffer = places[0].module._buffers[places[0].name]
-            assert buffer is not None
+        for name, places in persistent_buffers(model).items():
+            buffer = places[0].tensor
             if buffer.is_floating_point():
                 yield clean_name(name), buffer, False
 
     def tensors(self, model: nn.Module) -> list[Tensor]:
-        """The model's tensors in the order of ``slots``.
+        """The model's own tensors in the order of ``slots``; under FSDP, shards.
 
         Raises:
             ValueError: the model's merged parameters are not those of the layout any more (names or shapes changed).
         """
-        found = list(self._walk(unwrap(model)))
-        now = {name: tuple(tensor.shape) for name, tensor, _ in found}
-        then = {slot.name: slot.shape for slot in self.slots}
+        self.sharding.reshard()
+        found = {name: tensor for name, tensor, _ in self._walk(unwrap(model))}
+        now = {name: tuple(tensor.shape) for name, tensor in found.items()}
+        then = {slot.name: slot.part.held for slot in self.slots}
         if now != then:
             raise ValueError(f"the model's parameters changed since the first checkpoint: {_difference(then, now)}")
-        return [tensor for _, tensor, _ in found]
+        return [found[slot.name] for slot in self.slots]
+
+    def locals(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The parts of the model's tensors that this process's rows hold, in the shapes of :meth:`views`."""
+        return [self.sharding.local(slot.part, tensor) for slot, tensor in zip(self.slots, tensors, strict=True)]
 
     def volatile(self, model: nn.Module, tensors: list[Tensor]) -> list[bool]:
         """Which of the tensors a forward pass may write: buffers, and embeddings renormalized as they are read."""
@@ -114,34 +175,34 @@ class ParameterLayout:
 
     def views(self, row: Tensor) -> dict[str, Tensor]:
         """The named, shaped views of a flat row of shape ``(numel,)``, in the order of ``slots``."""
-        return {slot.name: row[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in self.slots}
+        return {slot.name: row[slot.offset : slot.offset + slot.numel].view(slot.part.local) for slot in self.slots}
 
     @contextmanager
     def installed(self, model: nn.Module, row: Tensor) -> Iterator[None]:
         """Within the context, ``model`` computes with ``row`` (shape ``(numel,)``) instead of its own weights.
 
+        Parameters that are gathered by units keep their own (see ``gathering``).
         The live weights' storage is never written: each parameter points elsewhere and is pointed back, so restoring
         is bit-exact whatever happens inside, and optimizers, hooks and compiled graphs keep the same Parameter objects.
         """
         model = unwrap(model)
         tensors = self.tensors(model)
-        buffers = _persistent_buffers(model)
+        buffers = persistent_buffers(model)
         views = self.views(row)
         live: list[tuple[Tensor, Tensor]] = []
-        replaced: list[tuple[_BufferPlace, Tensor | None]] = []
+        replaced: list[tuple[BufferPlace, Tensor]] = []
         with delayed_interrupts():
             try:
                 for slot, tensor in zip(self.slots, tensors, strict=True):
-                    merged = views[slot.name].to(device=tensor.device, dtype=tensor.dtype)
-                    if slot.is_parameter:
+                    if slot.is_parameter and slot.part.unit is None:
+                        merged = views[slot.name].to(device=tensor.device, dtype=tensor.dtype)
                         live.append((tensor, tensor.data))
                         tensor.data = merged
                 for name, places in buffers.items():
                     if (view := views.get(clean_name(name))) is None:
                         continue
                     for place in places:
-                        buffer = place.module._buffers[place.name]
-                        assert buffer is not None
+                        buffer = place.tensor
                         replaced.append((place, buffer))
                         merged = view.to(device=buffer.device, dtype=buffer.dtype, copy=True)
                         place.module._buffers[place.name] = merged
@@ -156,34 +217,21 @@ class ParameterLayout:
                 torch.clear_autocast_cache()
 
 
-def _persistent_buffers(model: nn.Module) -> dict[str, list[_BufferPlace]]:
+def persistent_buffers(model: nn.Module) -> dict[str, list[BufferPlace]]:
     """Buffers that belong to the state_dict: the first name of each, and every place that holds the same tensor."""
     names: dict[int, str] = {}
-    places: dict[str, list[_BufferPlace]] = {}
+    places: dict[str, list[BufferPlace]] = {}
     for prefix, module in model.named_modules():
         for key, buffer in module._buffers.items():
             if buffer is None or key in module._non_persistent_buffers_set:
                 continue
             name = names.setdefault(id(buffer), f"{prefix}.{key}" if prefix else key)
-            places.setdefault(name, []).append(_BufferPlace(module, key))
+            places.setdefault(name, []).append(BufferPlace(module, key))
     return places
 
 
-def refuse_sharded(model: nn.Module) -> None:
-    """Raise a ValueError if the model's parameters are spread over processes, which rows cannot hold yet."""
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "device_mesh"):
-            kind = "a DTensor (FSDP2 or tensor parallelism)"
-        elif hasattr(parameter, "ds_id"):
-            kind = "partitioned by DeepSpeed ZeRO-3"
-        elif type(parameter).__name__ == "FlatParameter" or hasattr(parameter, "_is_flat_param"):
-            kind = "flattened by FSDP"
-        else:
-            continue
-        raise ValueError(
-            f"parameter {name!r} is {kind}: sharded parameters are not supported yet; "
-            "train with a single process or with DDP to use trajectory merging"
-        )
+def _is_merged(parameter: Tensor, trainable_only: bool) -> bool:
+    return parameter.requires_grad if trainable_only else parameter.is_floating_point()
 
 
 def _difference(then: dict[str, tuple[int, ...]], now: dict[str, tuple[int, ...]]) -> str:

@@ -14,6 +14,8 @@ T = TypeVar("T")
 Pieces = Generator[str, None, T]
 
 COMBINE, FORWARD, BACKWARD, PROJECT, SEARCH, PUBLISH = "combine", "forward", "backward", "project", "search", "publish"
+# Processes wait for one another: such a piece does nothing before that could fail in one of them alone.
+EXCHANGE = "exchange"
 # Nothing to do before a file is written: whoever must go on waits for the writer.
 WAIT = "wait"
 
@@ -25,3 +27,35 @@ def finish(pieces: Pieces[T]) -> T:
             next(pieces)
         except StopIteration as stop:
             return stop.value
+
+
+class Failed(str):
+    """Instead of the kind of a piece: the last one failed, with this ``error``."""
+
+    error: Exception
+
+
+def reported(pieces: Pieces[T]) -> Pieces[T]:
+    """Pieces that tell their driver of a failure before anyone catches it.
+
+    The driver throws it back in, and into the pieces of the other processes, so that all go on in the same way.
+    """
+    try:
+        return (yield from pieces)
+    except Exception as error:
+        if not is_known(error):
+            failed = Failed("failed")
+            failed.error = error
+            yield failed
+        raise
+
+
+def make_known(error: BaseException) -> BaseException:
+    """Note that all processes know of a failure."""
+    error.__dict__["all_know"] = True
+    return error
+
+
+def is_known(error: BaseException) -> bool:
+    """Whether all processes know of a failure."""
+    return bool(error.__dict__.get("all_know"))

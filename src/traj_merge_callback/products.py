@@ -17,13 +17,13 @@ PIECE = 1 << 23
 # A GPU wants larger chunks than a cache.
 _DEVICE_CHUNK = 1 << 22
 
-# Columns, and the parameter group they belong to (0 where weights are not grouped).
+# Columns, and the region they belong to: those of a parameter group that as many processes hold.
 Chunk = tuple[int, slice]
 Span = tuple[int, int, int]
 
 
 def pieces_of(spans: list[Span], device: torch.device) -> Iterator[list[Chunk]]:
-    """The columns of ``(group, first, last)`` in chunks, as many at a time as a piece of a product covers."""
+    """The columns of ``(region, first, last)`` in chunks, as many at a time as a piece of a product covers."""
     chunk = CHUNK if device.type == "cpu" else _DEVICE_CHUNK
     piece: list[Chunk] = []
     columns = 0
@@ -35,7 +35,8 @@ def pieces_of(spans: list[Span], device: torch.device) -> Iterator[list[Chunk]]:
                 piece, columns = [], 0
             piece.append((group, part))
             columns += part.stop - part.start
-    yield piece
+    if piece:
+        yield piece
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Matrix:
     def gram(self, piece: list[Chunk], products: Tensor) -> None:
         """Add the inner products of the deltas to the newest row, float64 of shape ``(groups, rows, rows)``."""
         last = len(self.rows) - 1
-        longest = max(part.stop - part.start for _, part in piece)
+        longest = max((part.stop - part.start for _, part in piece), default=0)
         deltas = torch.zeros(len(self.rows), longest, device=products.device)
         for group, part, index, values in self._differences(piece, products.device):
             filled = deltas[:, : part.stop - part.start]
@@ -105,7 +106,7 @@ class Matrix:
         """
         last = len(self.rows) - 1
         read = stretches([(*self.rows[index], part) for _, part in piece for index in [last, *range(last)]], device)
-        buffers = torch.empty(2, max(part.stop - part.start for _, part in piece), device=device)
+        buffers = torch.empty(2, max((part.stop - part.start for _, part in piece), default=0), device=device)
         for group, part in piece:
             reference, difference = buffers[:, : part.stop - part.start]
             base = self.rows[-1][0].base(part)

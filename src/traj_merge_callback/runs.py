@@ -14,7 +14,9 @@ from torch import nn
 
 from .budget import GRADIENT_COST, MergeCost, Overhead, Plan, affordable, plans
 from .config import MergeConfig
-from .heldout import HeldOutLoss, device_of
+from .distributed import Processes
+from .evaluation import Evaluation
+from .heldout import HeldOutLoss, Split, device_of
 from .isolation import preserved_rng
 from .merge import Merged, Merging
 from .pieces import BACKWARD, FORWARD, Pieces
@@ -50,11 +52,19 @@ class MergeRuns:
         merging: makes merges.
         overhead: the time taken from training so far.
         writer: of files.
+        processes: those that train the model together. What depends on time is decided by the first one.
     """
 
     def __init__(
-        self, config: MergeConfig, heldout: HeldOutLoss, merging: Merging, overhead: Overhead, writer: Writer
+        self,
+        config: MergeConfig,
+        heldout: HeldOutLoss,
+        merging: Merging,
+        overhead: Overhead,
+        writer: Writer,
+        processes: Processes,
     ) -> None:
+        self._processes = processes
         self._config = config
         self._heldout = heldout
         self._merging = merging
@@ -90,8 +100,10 @@ class MergeRuns:
         Returns:
             Whether one was begun; it was not if it cannot be paid for yet.
         """
-        if plan is None and (plan := self._affordable(window, step)) is None:
+        if plan is None and (plan := self._processes.decide(lambda: self._affordable(window, step))) is None:
             return False
+        if len({tuple(steps) for steps in self._processes.gather(list(window.steps))}) > 1:
+            raise RuntimeError("the windows of the processes differ, because a checkpoint was lost in one of them")
         self.before = copy.deepcopy(memory)
         memory.last_merge_step = step
         if self._background and (spare := self._spare(model, window)) is not None:
@@ -117,11 +129,21 @@ class MergeRuns:
 
     def go_on(self) -> Finished | None:
         """Do as many pieces as may be done between two training steps."""
-        allowance = self._overhead.allowance
+        if self._run is None:
+            return None
+        allowance, pause = self._processes.decide(lambda: (self._overhead.allowance, self._overhead.pause))
         # A piece of a new kind has to be tried.
         if isinstance(self._run, Run) and (allowance <= 0 or allowance < self._run.next_piece < math.inf):
             return None
-        return self._drive(lambda run: run.advance(min(allowance, self._overhead.pause)))
+        return self._drive(lambda run: run.advance(min(allowance, pause)))
+
+    def evaluate(self, model: nn.Module, window: CheckpointWindow, split: Split) -> Evaluation:
+        """Evaluate the model with the weights that it has now, at once."""
+        pieces = self._merging.live(model, window, split)
+        run = Run(pieces, Durations(), device_of(model), self._writer.wait, self._processes)
+        run.complete(lambda kind: None)
+        assert run.result is not None
+        return run.result
 
     def complete(self) -> Finished | None:
         """Do all pieces that are left, while training waits."""
@@ -136,7 +158,7 @@ class MergeRuns:
         self._thread.shutdown(wait=True)
 
     def _in_pieces(self, pieces: Pieces[Merged | None], model: nn.Module) -> Run[Merged | None]:
-        return Run(pieces, self._durations, device_of(model), self._writer.wait)
+        return Run(pieces, self._durations, device_of(model), self._writer.wait, self._processes)
 
     def _drive(self, drive: Callable[[AnyRun], None]) -> Finished | None:
         run = self._run
@@ -164,7 +186,10 @@ class MergeRuns:
         evaluations = config.evaluations if self._merging.needs_evaluations else 2
         if config.max_overhead is None or self._background:
             return Plan(evaluations)
-        cost = MergeCost(heldout.searchable, heldout.num_batches("report"), heldout.parts, window.num_pieces)
+        searched, reported = (
+            -(-count // self._processes.size) for count in (heldout.searchable, heldout.num_batches("report"))
+        )
+        cost = MergeCost(searched, reported, heldout.parts, window.num_pieces)
         wanted = plans(evaluations, 2 if config.groups is None else GroupedSearch.cost + 2)
         allowance = self._overhead.allowance
         if not self._durations.known:
@@ -188,7 +213,10 @@ class MergeRuns:
     def _cut_batches(self) -> None:
         """Cut held-out batches, if evaluating one takes longer than a pause may."""
         passes = GRADIENT_COST if self._merging.needs_evaluations else 1
-        longest, pause = passes * self._durations.expected(FORWARD), self._overhead.pause
+        longest, pause = (
+            passes * self._durations.expected(FORWARD),
+            self._processes.decide(lambda: self._overhead.pause),
+        )
         if longest > pause and self._heldout.longest > 1 and self._config.schedule != "blocking":
             pieces = math.ceil(longest / pause)
             logger.info("held-out batches are cut into %d: one takes %.3g s, a pause %.3g s", pieces, longest, pause)

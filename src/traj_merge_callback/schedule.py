@@ -12,8 +12,9 @@ from typing import Generic, TypeVar
 
 import torch
 
+from .distributed import Processes
 from .isolation import preserved_rng
-from .pieces import WAIT, Pieces
+from .pieces import WAIT, Failed, Pieces, make_known
 
 T = TypeVar("T")
 _REMEMBERED = 8
@@ -77,10 +78,19 @@ class Run(Generic[T]):
         durations: what pieces take, known from earlier runs.
         device: where they are done.
         wait: waits for what a piece of the kind WAIT waits for.
+        processes: those that do the same pieces, one after the other, together.
     """
 
-    def __init__(self, pieces: Pieces[T], durations: Durations, device: torch.device, wait: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        pieces: Pieces[T],
+        durations: Durations,
+        device: torch.device,
+        wait: Callable[[], None],
+        processes: Processes,
+    ) -> None:
         self._pieces = pieces
+        self._processes = processes
         self._wait = wait
         self._durations = durations
         self._device = device
@@ -107,8 +117,7 @@ class Run(Generic[T]):
                 not self.done and (spent == 0.0 or spent + self.next_piece <= limit) and not kind == self._next == WAIT
             ):
                 kind = self._next
-                self._step()
-                took = watch.lap()
+                took = self._do(watch)
                 spent += took
                 if kind is not None and kind != WAIT:
                     self._durations.learn(kind, took)
@@ -133,14 +142,28 @@ class Run(Generic[T]):
         self.done = True
         self._pieces.close()
 
-    def _step(self) -> None:
+    def _do(self, watch: Stopwatch) -> float:
+        """Do one piece, which fails in all processes if it fails in one; the longest of their durations."""
+        error = self._step(lambda: next(self._pieces))
+        while True:
+            try:
+                return self._processes.agree(error, watch.lap())[0]
+            except BaseException as agreed:
+                known = make_known(agreed)
+            # The pieces may know what to do about it.
+            error = self._step(lambda: self._pieces.throw(known))  # noqa: B023
+            if error is not None:
+                self.done = True
+                raise error
+
+    def _step(self, go: Callable[[], str]) -> BaseException | None:
         try:
-            self._next = next(self._pieces)
+            self._next = go()
         except StopIteration as stop:
             self.result, self.done = stop.value, True
-        except BaseException:
-            self.done = True
-            raise
+        except BaseException as error:
+            return error
+        return self._next.error if isinstance(self._next, Failed) else None
 
 
 class BackgroundRun(Generic[T]):

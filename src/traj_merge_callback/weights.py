@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .parameters import ParameterLayout, clean_name, unwrap
+from .parameters import ParameterLayout, clean_name, persistent_buffers, unwrap
 from .snapshots import read_merge
 
 STATE_DICT, TRANSFORMERS, PEFT = "state_dict", "transformers", "peft"
@@ -22,6 +22,7 @@ _SHARD_BYTES = 5_000_000_000
 def weights_format(model: nn.Module) -> str:
     """How a snapshot of ``model`` is written: "transformers", "peft" or "state_dict"."""
     model = unwrap(model)
+    model = getattr(model, "_fsdp_wrapped_module", model)
     if hasattr(model, "peft_config") and hasattr(model, "save_pretrained"):
         return PEFT
     if hasattr(model, "save_pretrained") and hasattr(model, "config"):
@@ -48,15 +49,48 @@ def collect_weights(model: nn.Module, layout: ParameterLayout) -> Callable[[Path
 
     def write(folder: Path) -> None:
         kept = state | _on_cpu({name: state[name] for name in state.keys() - frozen}, ready)
-        if weights_format(model) != STATE_DICT:
-            with _quiet_transformers():
-                model.save_pretrained(folder, state_dict=kept)  # type: ignore[operator]
-            return
-        written = {clean_name(name): value.contiguous() for name, value in kept.items()}
-        names = {clean_name(name) for name in parameters}
-        _write_shards(folder, {n: v for n, v in written.items() if n in merged or n not in names}, _SHARD_BYTES)
+        if weights_format(model) == STATE_DICT:
+            names = {clean_name(name) for name in parameters}
+            kept = {clean_name(name): value for name, value in kept.items()}
+            kept = {name: value for name, value in kept.items() if name in merged or name not in names}
+        _write(folder, model, kept)
 
     return write
+
+
+def collect_gathered(
+    model: nn.Module, layout: ParameterLayout, gathered: dict[int, Tensor], row: Tensor
+) -> Callable[[Path], None]:
+    """:func:`collect_weights` for a model sharded by FSDP.
+
+    Args:
+        model: the model, with its own weights.
+        layout: of this process's columns.
+        gathered: whole merged tensors on the CPU, by the ``id`` of the live parameter.
+        row: this process's columns of the merge, for what is not gathered.
+    """
+    model = unwrap(model)
+    views = layout.views(row)
+    values = {}
+    for slot, tensor in zip(layout.slots, layout.tensors(model), strict=True):
+        view = views[slot.name]
+        values[id(tensor)] = gathered[id(tensor)] if id(tensor) in gathered else view.to("cpu", slot.dtype, copy=True)
+    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    named |= {name: places[0].tensor for name, places in persistent_buffers(model).items()}
+    state = {
+        clean_name(n): values[id(t)] if id(t) in values else t.detach().to("cpu", copy=True) for n, t in named.items()
+    }
+    # FSDP's first version wraps the model that knows how it is saved.
+    model = getattr(model, "_fsdp_wrapped_module", model)
+    return lambda folder: _write(folder, model, state)
+
+
+def _write(folder: Path, model: nn.Module, state: dict[str, Tensor]) -> None:
+    if weights_format(model) == STATE_DICT:
+        _write_shards(folder, {name: value.contiguous() for name, value in state.items()}, _SHARD_BYTES)
+        return
+    with _quiet_transformers():
+        model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
 
 
 def _on_cpu(state: dict[str, Tensor], ready: dict[torch.device, torch.cuda.Event]) -> dict[str, Tensor]:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Capture
+from .distributed import Processes
 from .groups import ParameterGroups, parameter_groups
-from .parameters import ParameterLayout
-from .pieces import COMBINE, PROJECT, Pieces, finish
-from .products import PIECE, Chunk, Matrix, pieces_of
+from .parameters import ParameterLayout, Slot
+from .pieces import COMBINE, EXCHANGE, PROJECT, Pieces, finish
+from .products import Chunk, Matrix, Span, pieces_of
 from .storage import CHUNK, DTYPES, Allocate, DenseRows, Rows, in_memory, make_rows
 
 
@@ -42,6 +43,8 @@ class CheckpointWindow:
             exact copies; for rows that are kept where writing can take long.
         asynchronous: :meth:`push` and :meth:`sample` return before the copy is made; no optimizer step writes the
             weights before (see :class:`Capture`), and everything that reads rows waits for it.
+        processes: those that train the model together. Each then holds the columns of its own shards (FSDP), or an
+            equal share of all (DDP); vectors and rows are these columns, and products with vectors are exchanged.
 
     Memory in bytes per merged number: a row takes 4 as float32, 2 as bfloat16, 1.0625 as int8 (and their anchor 4); the
     staging row for the merge at hand 4; the row where live weights arrive another 4 (2 for a bfloat16 model), unless
@@ -71,10 +74,12 @@ class CheckpointWindow:
         allocate: Allocate | None = None,
         buffered: bool = False,
         asynchronous: bool = False,
+        processes: Processes | None = None,
     ) -> None:
         if size < 2:
             raise ValueError(f"size={size}: a window needs at least 2 rows for there to be something to merge")
-        self.layout = ParameterLayout(model, trainable_only=trainable_only)
+        self.processes = Processes(alone=True) if processes is None else processes
+        self.layout = ParameterLayout.divided(model, self.processes, trainable_only=trainable_only)
         all_bfloat16 = all(slot.dtype is torch.bfloat16 for slot in self.layout.slots)
         if dtype == "auto":
             dtype = "bfloat16" if all_bfloat16 else "float32"
@@ -101,6 +106,10 @@ class CheckpointWindow:
         self._steps: list[int] = []
         self._pushed = 0
         self._pushing = False
+        self._num_pieces: dict[tuple[bool, bool], int] = {}
+        for kind in (False, True):
+            for device in (torch.device("cpu"), torch.device("meta")):
+                list(self._pieces(kind, device))
 
     def __len__(self) -> int:
         """The number of checkpoints held now, at most ``size``."""
@@ -130,7 +139,7 @@ class CheckpointWindow:
     @property
     def num_pieces(self) -> int:
         """How many pieces a product has."""
-        return -(-self.layout.numel // PIECE)
+        return self._num_pieces[False, True]
 
     @property
     def newest_is_live(self) -> bool:
@@ -197,7 +206,7 @@ class CheckpointWindow:
             assert index is not None
             target = self._rows.row(index)
         tensors = self.layout.tensors(model)
-        pairs = list(zip(self.layout.views(target).values(), tensors, strict=True))
+        pairs = list(zip(self.layout.views(target).values(), self.layout.locals(tensors), strict=True))
         volatile = self.layout.volatile(model, tensors)
         for (view, tensor), at_once in zip(pairs, volatile, strict=True):
             if at_once:
@@ -281,7 +290,7 @@ class CheckpointWindow:
             raise ValueError(f"weights has shape {values.shape}; the window has {rows} rows")
         if not np.isfinite(values).all():
             raise ValueError(f"weights={values.tolist()} are not all finite")
-        values = np.atleast_2d(values)
+        values = np.atleast_2d(values)[[group for group, _ in self._regions(grouped)]]
         for piece in self._pieces(grouped, out.device):
             yield COMBINE
             matrix = self._matrix()
@@ -299,7 +308,8 @@ class CheckpointWindow:
         are taken with deltas to the newest row and added to that row's product in float64: nothing cancels.
 
         Args:
-            vector: shape ``(N,)``, for instance the flattened gradient of a loss.
+            vector: shape ``(N,)``, for instance the flattened gradient of a loss; with several processes each passes
+                its columns of it.
             grouped: sum over the columns of each parameter group separately: shape ``(groups, num_weights)``.
 
         Raises:
@@ -307,16 +317,23 @@ class CheckpointWindow:
         """
         return finish(self.projecting(vector, grouped=grouped))
 
-    def projecting(self, vector: Tensor, *, grouped: bool = False) -> Pieces[np.ndarray]:
-        """:meth:`project` in pieces, on the device of ``vector``."""
+    def projecting(self, vector: Tensor, *, grouped: bool = False, summands: bool = False) -> Pieces[np.ndarray]:
+        """:meth:`project` in pieces, on the device of ``vector``.
+
+        Args:
+            vector, grouped: see :meth:`project`.
+            summands: where several processes hold the same columns, the vector meant is the sum of theirs (as of the
+                gradients of each one's batches), and not what each of them has.
+        """
         if tuple(vector.shape) != (self.layout.numel,):
             raise ValueError(f"vector has shape {tuple(vector.shape)}; rows have shape ({self.layout.numel},)")
-        products = torch.zeros(self._groups(grouped), self.num_weights, dtype=torch.float64, device=vector.device)
+        regions = self._regions(grouped)
+        products = torch.zeros(len(regions), self.num_weights, dtype=torch.float64, device=vector.device)
         for piece in self._pieces(grouped, vector.device):
             yield PROJECT
             self._matrix().project(piece, vector, products)
         products[:, :-1] += products[:, -1:]
-        return (products if grouped else products[0]).cpu().numpy()
+        return (yield from self._summed(products, grouped, summands))
 
     def gram(self, *, grouped: bool = False) -> np.ndarray:
         """Inner products of the rows' deltas to the newest row, shape ``(num_weights, num_weights)``, in float64.
@@ -331,11 +348,21 @@ class CheckpointWindow:
     def multiplying(self, *, grouped: bool = False) -> Pieces[np.ndarray]:
         """:meth:`gram` in pieces."""
         rows = self.num_weights
-        products = torch.zeros(self._groups(grouped), rows, rows, dtype=torch.float64)
+        products = torch.zeros(len(self._regions(grouped)), rows, rows, dtype=torch.float64)
         for piece in self._pieces(grouped, products.device):
             yield PROJECT
             self._matrix().gram(piece, products)
-        return (products if grouped else products[0]).numpy()
+        return (yield from self._summed(products, grouped, False))
+
+    def _summed(self, products: Tensor, grouped: bool, summands: bool) -> Pieces[np.ndarray]:
+        """Sum the products of each region over regions and processes; columns that several hold count once."""
+        found = np.zeros((self._groups(grouped), *products.shape[1:]))
+        for (group, copies), product in zip(self._regions(grouped), products.cpu().numpy(), strict=True):
+            found[group] += product if summands else product / copies
+        if self.processes.size > 1:
+            yield EXCHANGE
+            found = self.processes.collect(found).sum(axis=0)
+        return found if grouped else found[0]
 
     def _matrix(self) -> Matrix:
         """The rows as they are, when the last capture is complete."""
@@ -352,12 +379,34 @@ class CheckpointWindow:
     def _groups(self, grouped: bool) -> int:
         return len(self.groups) if grouped and self.groups is not None else 1
 
+    def _regions(self, grouped: bool) -> list[tuple[int, int]]:
+        """The kinds of columns there are: their parameter group, and how many processes hold them."""
+        return sorted({(group, slot.part.copies) for group, slot in self._grouped_slots(grouped)})
+
+    def _grouped_slots(self, grouped: bool) -> list[tuple[int, Slot]]:
+        members = self.groups.members if grouped and self.groups is not None else [0] * len(self.layout.slots)
+        return list(zip(members, self.layout.slots, strict=True))
+
+    def _spans(self, grouped: bool) -> list[Span]:
+        regions = self._regions(grouped)
+        spans: list[Span] = []
+        for group, slot in self._grouped_slots(grouped):
+            region, end = regions.index((group, slot.part.copies)), slot.offset + slot.numel
+            if spans and spans[-1][0] == region:
+                spans[-1] = (region, spans[-1][1], end)
+            else:
+                spans.append((region, slot.offset, end))
+        return spans
+
     def _pieces(self, grouped: bool, device: torch.device) -> Iterator[list[Chunk]]:
-        spans = [(0, 0, self.layout.numel)]
-        if grouped and self.groups is not None:
-            slots = zip(self.groups.members, self.layout.slots, strict=True)
-            spans = [(group, slot.offset, slot.offset + slot.numel) for group, slot in slots]
-        return pieces_of(spans, device)
+        """The columns in pieces; as many of them in every process, so that all are at the same piece."""
+        pieces = list(pieces_of(self._spans(grouped), device))
+        key = (grouped, device.type == "cpu")
+        if key not in self._num_pieces:
+            # Asked for at construction, where all processes are at the same place.
+            self._num_pieces[key] = int(self.processes.largest(len(pieces))[0])
+        yield from pieces
+        yield from [[]] * (self._num_pieces[key] - len(pieces))
 
     # Keeping and restoring
 

@@ -1,0 +1,225 @@
+"""The processes that train one model together: the few collectives used, and their single-process forms.
+
+Every process runs the same merge. What depends on time or on one machine's arithmetic is decided once, by the first
+process; what can fail on one process alone is followed by an exchange, so that all go on or all give up.
+"""
+
+from __future__ import annotations
+
+import datetime
+import socket
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class ProcessFailed(RuntimeError):
+    """Another process failed at what all of them were doing; nothing is out of step."""
+
+
+class OutOfTouch(RuntimeError):
+    """Processes no longer answer one another in time; they cannot merge together any more."""
+
+
+class Processes:
+    """All processes of a run, with a gloo group of their own: training's collectives are never mixed with these.
+
+    Every process of the run constructs one, at the same place in its program. Where ``torch.distributed`` is not
+    initialized, or has one process, there is no group, and nothing is ever waited for.
+
+    Args:
+        timeout: seconds that processes wait for one another.
+        alone: this process works for itself, whatever others there are.
+    """
+
+    def __init__(self, timeout: float = 600.0, *, alone: bool = False) -> None:
+        self.timeout = timeout
+        self._group: Any = None
+        self._others: list[Any] = []
+        self.rank, self.size = 0, 1
+        if not alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+            self._group = self._new_group(None, "gloo")
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process decides, logs and writes what is written once."""
+        return self.rank == 0
+
+    def _new_group(self, ranks: list[int] | None, backend: str | None) -> Any:
+        return dist.new_group(ranks, timeout=datetime.timedelta(seconds=self.timeout), backend=backend)
+
+    # What all tell each other
+
+    def largest(self, *values: float) -> list[float]:
+        """The largest of each value over all processes."""
+        if self._group is None:
+            return list(values)
+        found = torch.tensor(values, dtype=torch.float64)
+        with self._in_touch():
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self._group)
+        return found.tolist()
+
+    def collect(self, values: np.ndarray) -> np.ndarray:
+        """The float64 arrays of all processes, which have the same shape, as ``(processes, *shape)``."""
+        mine = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64))
+        if self._group is None:
+            return mine[None].numpy()
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        with self._in_touch():
+            dist.all_gather(found, mine, group=self._group)
+        return torch.stack(found).numpy()
+
+    def gather(self, value: T) -> list[T]:
+        """The small objects of all processes."""
+        found: list[Any] = [value]
+        if self._group is not None:
+            found = [None] * self.size
+            with self._in_touch():
+                dist.all_gather_object(found, value, group=self._group)
+        return found
+
+    def decide(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns in the first process, in all of them.
+
+        Raises:
+            Exception: in the first process what ``make`` raised.
+            ProcessFailed: in the others, that it did.
+        """
+        if self._group is None:
+            return make()
+        made: list[Any] = [None, None]
+        error: Exception | None = None
+        if self.is_first:
+            try:
+                made[0] = make()
+            except Exception as raised:
+                error, made[1] = raised, _described(raised)
+        with self._in_touch():
+            dist.broadcast_object_list(made, src=0, group=self._group)
+        if error is not None:
+            raise error
+        if made[1] is not None:
+            raise ProcessFailed(f"process 0 failed: {made[1]}")
+        return made[0]
+
+    def agree(self, error: BaseException | None, *values: float) -> list[float]:
+        """The largest of each value, if no process has an error.
+
+        Raises:
+            BaseException: in the processes that had one, their own error.
+            ProcessFailed: in the others.
+            OutOfTouch: a process does not answer; an own error comes first.
+        """
+        if self._group is None or isinstance(error, OutOfTouch):
+            if error is not None:
+                raise error
+            return list(values)
+        failed, *found = self.largest(float(error is not None), *values)
+        if not failed:
+            return found
+        described = self.gather(None if error is None else _described(error))
+        if error is not None:
+            raise error
+        failures = [f"process {rank} failed: {text}" for rank, text in enumerate(described) if text is not None]
+        raise ProcessFailed("; ".join(failures[:3]))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """The block, which exchanges nothing, succeeds in all processes, or raises in all (see :meth:`agree`)."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        self.agree(error)
+
+    # Groups of some
+
+    def subgroup(self, ranks: Sequence[int]) -> Any:
+        """A group of the processes that pass the same ranks as this one, on training's own devices."""
+        wanted = sorted({tuple(each) for each in self.gather(list(ranks))})
+        groups = {each: self._new_group(list(each), None) for each in wanted}
+        self._others += groups.values()
+        return groups[tuple(ranks)]
+
+    def file_group(self) -> Any:
+        """One more group of all processes, for the thread that writes files; None where there is one process."""
+        if self._group is None:
+            return None
+        group = self._new_group(None, "gloo")
+        self._others.append(group)
+        return group
+
+    def neighbours(self) -> list[int]:
+        """The ranks of the processes on this machine."""
+        hosts = self.gather(socket.gethostname())
+        return [rank for rank, host in enumerate(hosts) if host == hosts[self.rank]]
+
+    def leads(self, folder: Path) -> bool:
+        """Whether this process is the first of those that see the same ``folder``, which it then exists in.
+
+        On a shared file system one process is, on disks of the machines' own one on each machine.
+        """
+        if self._group is None:
+            return True
+        name = self.decide(lambda: f".probe-{uuid.uuid4().hex}")
+        with self.together():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}-{self.rank}").touch()
+        try:
+            with self.together():
+                # By name: a network file system may show an old list of the folder, but it looks up a new name.
+                first = next(rank for rank in range(self.size) if (folder / f"{name}-{rank}").exists())
+        finally:
+            (folder / f"{name}-{self.rank}").unlink(missing_ok=True)
+        return first == self.rank
+
+    def close(self) -> None:
+        """Give the groups back; whoever still waits in one of them gets an error."""
+        for group in [*self._others, self._group]:
+            if group is not None and group is not dist.GroupMember.NON_GROUP_MEMBER and dist.is_initialized():
+                dist.destroy_process_group(group)
+        self._group, self._others = None, []
+
+    @contextmanager
+    def _in_touch(self) -> Iterator[None]:
+        with in_touch(self.timeout):
+            yield
+
+
+@contextmanager
+def in_touch(timeout: float) -> Iterator[None]:
+    """Let what a collective raises be an :class:`OutOfTouch`."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OutOfTouch(
+            f"a process failed, ended, or did not answer within {timeout:g} s (process_timeout): {error}"
+        ) from error
+
+
+def gather_into(out: Tensor, part: Tensor, group: Any) -> None:
+    """``out`` becomes the parts, all of one shape, of a group's processes, in their order."""
+    # Where there is a newer name the older one warns.
+    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    gather(out, part, group=group)
+
+
+def scatter_sums(out: Tensor, whole: Tensor, group: Any) -> None:
+    """``out`` becomes this process's part of the sum of ``whole`` over a group's processes."""
+    scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+    scatter(out, whole, group=group)
+
+
+def _described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,163 @@
+"""Gathering the parameters of FSDP modules, and scattering their gradients, in step with the other processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .distributed import OutOfTouch, Processes, gather_into, in_touch, scatter_sums
+from .parameters import ParameterLayout, unwrap
+from .sharding import Unit
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    kind: str
+    index: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Units:
+    """The units of a model, in the order in which they were found, and the exchanges that their passes need.
+
+    A process whose pass fails halfway takes part, with nothing to give, in the exchanges of the rest of it, in the
+    order that the first pass had; so the others end theirs, and learn of it then. In a first pass processes ask one
+    another before each exchange.
+
+    Args:
+        model: the model; wrappers (compile, DDP) are looked through.
+        layout: of this process's columns.
+        processes: that train the model together.
+    """
+
+    def __init__(self, model: nn.Module, layout: ParameterLayout, processes: Processes) -> None:
+        self._units: list[Unit] = layout.sharding.units
+        self.processes = processes
+        # Every process is in as many groups, which stand in the same order.
+        all_ranks = dict.fromkeys(unit.ranks for unit in self._units if len(unit.ranks) > 1)
+        self._groups = {ranks: processes.subgroup(ranks) for ranks in all_ranks}
+        counts = processes.collect(np.array([slot.numel for slot in layout.slots])).astype(int)
+        tensors = layout.tensors(unwrap(model))
+        places = [[n for n, slot in enumerate(layout.slots) if slot.part.unit == index] for index in range(len(self))]
+        self.slots = [[layout.slots[place] for place in chosen] for chosen in places]
+        self.keys = [[id(tensors[place]) for place in chosen] for chosen in places]
+        self._numels = [
+            [counts[rank, chosen].tolist() for rank in unit.ranks]
+            for unit, chosen in zip(self._units, places, strict=True)
+        ]
+        self._orders: dict[str, list[_Exchange]] = {}
+        self._expected: list[_Exchange] | None = None
+        self._done: list[_Exchange] = []
+
+    def __len__(self) -> int:
+        return len(self._units)
+
+    def __getitem__(self, index: int) -> Unit:
+        return self._units[index]
+
+    def __iter__(self) -> Iterator[Unit]:
+        return iter(self._units)
+
+    @contextmanager
+    def one_pass(self, kind: str) -> Iterator[None]:
+        """One pass through the model; passes of one kind gather and scatter the same units in the same order.
+
+        Raises:
+            ProcessFailed: in a first pass, that another process failed.
+        """
+        self._expected, self._done = self._orders.get(kind), []
+        error: Exception | None = None
+        try:
+            yield
+        except OutOfTouch:
+            raise
+        except Exception as raised:
+            error = raised
+        if self._expected is None:
+            self._in_step(error, ended=True)
+            self._orders[kind] = self._done
+        else:
+            # Also where a process had nothing to compute, because its batch has no targets.
+            for exchange in self._expected[len(self._done) :]:
+                self._take_part(exchange)
+        if error is not None:
+            raise error
+
+    def _in_step(self, error: Exception | None, *, ended: bool) -> None:
+        at_end, not_at_end = self.processes.agree(error, float(ended), -float(ended))
+        if at_end and not not_at_end:
+            raise RuntimeError("processes do not gather the same modules in a forward pass")
+
+    def gather(self, index: int, part: Tensor, dtype: torch.dtype | None) -> list[Tensor]:
+        """The whole tensors of a unit.
+
+        Args:
+            index: of the unit.
+            part: its columns in this process.
+            dtype: that it computes in; None: each tensor's own.
+        """
+        unit, slots, numels = self._units[index], self.slots[index], self._numels[index]
+        own = {slot.dtype for slot in slots}
+        sent = dtype or (own.pop() if len(own) == 1 else torch.float32)
+        flat = self._exchange("gather", index, part.to(sent)).view(len(unit.ranks), -1)
+        found = []
+        begins = [0] * len(unit.ranks)
+        for place, slot in enumerate(slots):
+            pieces = []
+            for row, counts in enumerate(numels):
+                pieces.append(flat[row, begins[row] : begins[row] + counts[place]])
+                begins[row] += counts[place]
+            shape = list(slot.shape)
+            front = [shape.pop(slot.part.dim)] if shape else []
+            whole = torch.cat(pieces).view(*front, *shape)
+            found.append((whole.movedim(0, slot.part.dim) if front else whole).to(dtype or slot.dtype))
+        return found
+
+    def scatter(self, index: int, gradients: Sequence[Tensor | None], part: Tensor) -> Tensor:
+        """Gradients of a unit's tensors, summed over processes, as its columns in this process, like ``part``."""
+        slots, numels = self.slots[index], self._numels[index]
+        flat = torch.zeros(len(numels), self._longest(index), device=part.device)
+        begins = [0] * len(numels)
+        for place, (slot, gradient) in enumerate(zip(slots, gradients, strict=True)):
+            moved = None if gradient is None else gradient.movedim(slot.part.dim, 0) if slot.shape else gradient
+            values = None if moved is None else moved.reshape(-1).split([counts[place] for counts in numels])
+            for row, counts in enumerate(numels):
+                if values is not None:
+                    flat[row, begins[row] : begins[row] + counts[place]].copy_(values[row])
+                begins[row] += counts[place]
+        return self._exchange("scatter", index, flat.view(-1))[: len(part)]
+
+    def _longest(self, index: int) -> int:
+        """Columns of a unit in the process that has most of them."""
+        return max(sum(counts) for counts in self._numels[index])
+
+    def _exchange(self, kind: str, index: int, values: Tensor) -> Tensor:
+        """Gather columns, as many times the longest as there are processes, or scatter so many."""
+        if self._expected is None:
+            self._in_step(None, ended=False)
+        self._done.append(_Exchange(kind, index, values.dtype, values.device))
+        ranks, longest = self._units[index].ranks, self._longest(index)
+        if len(ranks) == 1:
+            return values
+        with in_touch(self.processes.timeout):
+            if kind == "gather":
+                part, whole = values.new_zeros(longest), values.new_empty(longest * len(ranks))
+                part[: len(values)].copy_(values)
+                gather_into(whole, part, self._groups[ranks])
+                return whole
+            part = values.new_empty(longest)
+            scatter_sums(part, values, self._groups[ranks])
+            return part
+
+    def _take_part(self, exchange: _Exchange) -> None:
+        """Be there for an exchange of the others."""
+        longest = self._longest(exchange.index)
+        columns = 0 if exchange.kind == "gather" else longest * len(self._units[exchange.index].ranks)
+        values = torch.zeros(columns, dtype=exchange.dtype, device=exchange.device)
+        self._exchange(exchange.kind, exchange.index, values)
