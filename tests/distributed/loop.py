@@ -39,7 +39,7 @@ train, heldout = text[0][:2000], realtext.Blocks(text[1][:44])
 
 def make():
     # A hidden size that four processes cannot share equally.
-    return tiny_llama(dropout=0.0, hidden_size=36, intermediate_size=50, tie_word_embeddings=strategy != "fsdp1")
+    return tiny_llama(dropout=0.0, hidden_size=36, intermediate_size=50, tie_word_embeddings=options.pop("tied", True))
 
 
 def wrapped(model):
@@ -119,6 +119,9 @@ if resume:
 def full_state():
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+    if strategy == "fsdp1":  # whose state_dict crashes on the CPU
+        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+            return {name: value.clone() for name, value in model.module.state_dict().items()}
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
