@@ -49,6 +49,8 @@ class MergeConfig:
             output folder, the engine uses "merged" in the working directory.
         keep_last: how many of the newest snapshots are kept; 0 with ``keep_best=False`` publishes none.
         keep_best: whether the snapshot of lowest merged loss is kept beside them.
+        snapshot_files: under FSDP, "whole": the first process gathers and writes the model, "sharded": every process
+            writes its part (``consolidate_snapshot`` makes a model folder of it), or "auto": whole up to 5 GB.
         dtype: how rows are kept: "auto", "float32", "bfloat16" or "int8" (1.0625 bytes per number, and 4 for all rows).
         window_storage: where rows are kept: "memory" (of the CPU), "disk" (memory-mapped files in ``output_dir``), or
             "device" (the memory of the training device, so that no candidate is read over the bus).
@@ -91,6 +93,7 @@ class MergeConfig:
     output_dir: str | None = None
     keep_last: int = 2
     keep_best: bool = True
+    snapshot_files: str = "auto"
     dtype: str = "auto"
     window_storage: str = "memory"
     schedule: str = "interleaved"
@@ -135,6 +138,7 @@ class MergeConfig:
             raise ValueError(f"search_fraction={self.search_fraction!r}: must be a float strictly between 0 and 1")
         choices = {
             "dtype": ["auto", *DTYPES],
+            "snapshot_files": ["auto", "whole", "sharded"],
             "window_storage": ["memory", "disk", "device"],
             "schedule": ["interleaved", "blocking", "background"],
             "row": ["last", "mean"],

@@ -43,12 +43,17 @@ class Processes:
 
     def __init__(self, timeout: float = 600.0, *, alone: bool = False) -> None:
         self.timeout = timeout
-        self._group: Any = None
+        self._group: Any = None  # of all processes
         self._others: list[Any] = []
         self.rank, self.size = 0, 1
         if not alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
             self._group = self._new_group(None, "gloo")
+
+    @property
+    def group(self) -> Any:
+        """The group of all processes; None where there is one process."""
+        return self._group
 
     @property
     def is_first(self) -> bool:
@@ -151,14 +156,6 @@ class Processes:
         groups = {each: self._new_group(list(each), None) for each in wanted}
         self._others += groups.values()
         return groups[tuple(ranks)]
-
-    def file_group(self) -> Any:
-        """One more group of all processes, for the thread that writes files; None where there is one process."""
-        if self._group is None:
-            return None
-        group = self._new_group(None, "gloo")
-        self._others.append(group)
-        return group
 
     def neighbours(self) -> list[int]:
         """The ranks of the processes on this machine."""

@@ -5,20 +5,26 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from .distributed import Processes
 
 _TEMPORARY = ".tmp-"
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def whole_folder(target: Path, tag: str | None = None) -> Iterator[Path]:
     """A temporary folder that becomes ``target`` when the block ends well, and vanishes when it raises.
 
     A folder that is already at ``target`` is replaced; it stays until the new one is complete on disk.
+
+    Args:
+        target: the folder.
+        tag: makes the temporary folder's name unique; by default the process's number does.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f"{_TEMPORARY}{target.name}-{os.getpid()}"
+    temporary = _temporary(target, tag or str(os.getpid()))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -33,6 +39,36 @@ def whole_folder(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextmanager
+def shared_folder(target: Path, processes: Processes, *, leads: bool) -> Iterator[Path]:
+    """:func:`whole_folder` for several processes: it becomes ``target`` when the block has ended well in all of them.
+
+    Args:
+        target: the folder; several processes may see the same one, or each its own.
+        processes: that enter the block.
+        leads: whether this process makes the folder, for all that see it. Where several do, the first process's is
+            there last.
+
+    Raises:
+        Exception: what went wrong here, or that something did in another process.
+    """
+    tag = processes.decide(lambda: f"{os.getpid()}-shared")
+    with ExitStack() as stack:
+        with processes.together():
+            if leads:
+                stack.enter_context(whole_folder(target, tag))
+        with processes.together():
+            yield _temporary(target, tag)
+        with processes.together():
+            if not processes.is_first:
+                stack.close()
+        processes.decide(stack.close)
+
+
+def _temporary(target: Path, tag: str) -> Path:
+    return target.parent / f"{_TEMPORARY}{target.name}-{tag}"
 
 
 def write_whole(path: Path, text: str) -> None:

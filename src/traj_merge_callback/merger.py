@@ -26,7 +26,7 @@ from .losses import Nll
 from .merge import Merging
 from .metrics import MergeRecord, MetricsFile
 from .publishing import Extra, Publisher
-from .resume import Memory, load_state, save_state
+from .resume import Memory, load_state, save_state, save_state_together
 from .runs import Finished, MergeRuns
 from .search import resolve_search
 from .snapshots import SnapshotStore
@@ -88,6 +88,8 @@ class TrajectoryMerger:
         self.records: list[MergeRecord] = []
         self._active = True
         self.processes = Processes(self.config.process_timeout)
+        # For the thread that writes files, whose exchanges must not get between those of merges.
+        self._files = Processes(self.config.process_timeout)
         if self.processes.size > 1:
             self._check_for_processes()
         self._log = log if log_everywhere or self.processes.is_first else None
@@ -159,7 +161,9 @@ class TrajectoryMerger:
             processes=self.processes,
         )
         self._writer = Writer()
-        publisher = Publisher(self.config, self.window, self._store, self._writer, self._failures, self._extra)
+        publisher = Publisher(
+            self.config, self.window, self._store, self._writer, self._failures, self._files, self._extra
+        )
         chooser = Chooser(self.config, self.heldout, self.processes)
         merging = Merging(model, self.window, self.config, self.heldout, chooser, publisher)
         self._runs = MergeRuns(self.config, self.heldout, merging, self._overhead, self._writer, self.processes)
@@ -288,6 +292,7 @@ class TrajectoryMerger:
             self._runs.abandon()
             self._writer.close()
             window.close()
+            self._files.close()
             self.processes.close()
             shutil.rmtree(self._window_folder, ignore_errors=True)
         self._failures.summarise()
@@ -404,22 +409,27 @@ class TrajectoryMerger:
 
         Args:
             folder: where to.
-            written: is called, in that thread, when the folder is there.
+            written: is called, in that thread of the first process, when the folder is there.
         """
         if self.window is None or self._memory.last_step is None:
             return
         started, step = time.perf_counter(), self._memory.last_step
         window = self.window
-        with self._failures.contained("saving the window", step), ExitStack() as stack:
+        with self._in_touch(step), self._failures.contained("saving the window", step), ExitStack() as stack:
             # More than one state is never on its way.
             self.wait()
-            state = window.state_dict()
+            several = self.processes.size > 1
+            with self.processes.together():
+                state = window.state_dict()
+            rows = window.kept() if several else {}
             # What was known when the merge under way began, if it can still be made again: live is its newest row.
             before = self._runs.before if window.steps[-1:] == (self._memory.last_merge_step,) else None
             memory = replace(
                 before or self._memory, last_step=step, busy_s=self._overhead.busy_s, wall_s=self._overhead.wall_s
             )
+            described = {name: state[name] for name in ("steps", "dtype", "pushed", "sampled")}
             document = {
+                "window": {**described, "shared": list(state["shared"])},
                 "names": [slot.name for slot in window.layout.slots],
                 "memory": asdict(memory),
                 "merging": None if before is None else window.steps[-1],
@@ -431,8 +441,11 @@ class TrajectoryMerger:
 
             def write() -> None:
                 with until_written:
-                    save_state(Path(folder), state, document)
-                if written is not None:
+                    if several:
+                        save_state_together(Path(folder), rows, window, document, self._files)
+                    else:
+                        save_state(Path(folder), state, document)
+                if written is not None and self.processes.is_first:
                     written()
 
             self._writer.leave(write)

@@ -59,6 +59,11 @@ class Slot:
         """Shape of the whole tensor."""
         return self.part.shape
 
+    @property
+    def whole_numel(self) -> int:
+        """How many numbers the whole tensor has."""
+        return math.prod(self.shape)
+
 
 @dataclass(frozen=True)
 class BufferPlace:

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .choice import Choice
 from .config import MergeConfig
+from .distributed import Processes
 from .failures import Failures
 from .gathering import ShardedWeights, Weights, WholeWeights
 from .parameters import unwrap
 from .pieces import PUBLISH, WAIT, Pieces
+from .sharded_files import describe_slots, write_rows
 from .snapshots import SnapshotStore
-from .weights import collect_gathered, collect_weights, weights_format
+from .weights import collect_description, collect_gathered, collect_weights, weights_format
 from .window import CheckpointWindow
 from .writer import Writer
 
 Extra = Callable[[], Callable[[Path], None]]
 Write = Callable[[Path], None]
+# Bytes of a model that the first process gathers in its memory, where nothing else is asked for.
+_LARGEST_WHOLE = 5_000_000_000
 
 
 class Publisher:
@@ -31,6 +39,7 @@ class Publisher:
         store: of snapshots.
         writer: the thread that writes them.
         failures: where a snapshot that cannot be written is reported.
+        files: the processes, in the writer's thread.
         extra: called while the model holds the merged weights (under FSDP, its own); what it returns adds files to a
             snapshot's folder later.
     """
@@ -42,8 +51,10 @@ class Publisher:
         store: SnapshotStore,
         writer: Writer,
         failures: Failures,
+        files: Processes,
         extra: Extra | None,
     ) -> None:
+        self._files = files
         self._config = config
         self._window = window
         self._processes = window.processes
@@ -63,28 +74,23 @@ class Publisher:
             steps: of the window's rows.
             choice, losses: what merge.json tells.
         """
+        sharded = isinstance(weights, ShardedWeights)
+        together = self._files if sharded and self._in_parts() else None
         gathered = None
-        if isinstance(weights, ShardedWeights):
+        if isinstance(weights, ShardedWeights) and together is None:
             gathered = yield from weights.whole()
         yield PUBLISH
         writing: Future[Path | None] = Future()
-        if self._processes.is_first:
+        if together is None and not self._processes.is_first:
+            writing.set_result(None)
+        else:
             try:
-                if gathered is not None:
-                    parts = [collect_gathered(weights.model, self._window.layout, gathered, weights.row)]
-                    parts += self._extra_parts()
-                else:
-                    assert isinstance(weights, WholeWeights)
-                    with weights.installed():
-                        parts = [collect_weights(weights.model, weights.layout), *self._extra_parts()]
-                merge = self._described(weights, step, steps, choice, losses)
-                writing = self._writer.submit(
-                    lambda: self._store.publish(step, losses["merged_loss"], lambda folder: _all(parts, folder), merge)
-                )
+                write = self._collected(weights, gathered) if together is None else self._part(weights)
+                described = self._described(weights, step, steps, choice, losses, in_parts=together is not None)
+                publish = functools.partial(self._store.publish, step, losses["merged_loss"], write, described)
+                writing = self._writer.submit(functools.partial(publish, together))
             except Exception as error:
                 writing.set_exception(error)
-        else:
-            writing.set_result(None)
         # The weights that are written stay where they are until they are on disk.
         while self._processes.largest(float(not writing.done()))[0]:
             yield WAIT
@@ -92,11 +98,40 @@ class Publisher:
             return writing.result()
         return None
 
+    def _in_parts(self) -> bool:
+        """Whether every process writes its part."""
+        size = sum(slot.whole_numel * slot.dtype.itemsize for slot in self._window.layout.slots)
+        wanted = self._config.snapshot_files
+        return wanted == "sharded" or (wanted == "auto" and size > _LARGEST_WHOLE)
+
+    def _collected(self, weights: Weights, gathered: dict[int, Tensor] | None) -> Write:
+        """Collect the whole model, and what is written beside it."""
+        if gathered is not None:
+            parts = [collect_gathered(weights.model, self._window.layout, gathered, weights.row), *self._extra_parts()]
+        else:
+            assert isinstance(weights, WholeWeights)
+            with weights.installed():
+                parts = [collect_weights(weights.model, weights.layout), *self._extra_parts()]
+        return lambda folder: _all(parts, folder)
+
+    def _part(self, weights: Weights) -> Write:
+        """Collect this process's part of the model; the first one also writes what is beside the weights."""
+        row, slots = weights.row, self._window.layout.slots
+        if row.is_cuda:
+            torch.cuda.current_stream(row.device).synchronize()
+        others = [collect_description(weights.model), *self._extra_parts()] if self._processes.is_first else []
+
+        def write(folder: Path) -> None:
+            write_rows(folder, slots, {"": row.__getitem__}, self._files, lambda _, slot: slot.dtype)
+            _all(others, folder)
+
+        return write
+
     def _extra_parts(self) -> list[Write]:
         return [] if self._extra is None else [self._extra()]
 
     def _described(
-        self, weights: Weights, step: int, steps: list[int], choice: Choice, losses: dict[str, Any]
+        self, weights: Weights, step: int, steps: list[int], choice: Choice, losses: dict[str, Any], *, in_parts: bool
     ) -> dict[str, Any]:
         config, model = self._config, weights.model
         return {
@@ -113,6 +148,7 @@ class Publisher:
             "model_class": type(unwrap(model)).__name__,
             "weights_format": weights_format(model),
             "merged_tensors": [slot.name for slot in self._window.layout.slots],
+            "sharded": describe_slots(self._window.layout.slots) if in_parts else None,
         }
 
 

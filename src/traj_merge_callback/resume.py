@@ -1,19 +1,23 @@
 """A run's merging state beside the trainer's checkpoint: the window's rows and the searches' memory.
 
 Layout of the folder: ``row-00.safetensors`` ... (a row as it is stored), ``shared.safetensors`` (the mean begun,
-running sums, the anchor of int8 rows, live weights where rows are no exact copies) and ``state.json``.
+running sums, the anchor of int8 rows, live weights where rows are no exact copies) and ``state.json``. Several
+processes write files of ``torch.distributed.checkpoint`` instead of the former, which any number of them can read.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from .files import whole_folder
+from .distributed import Processes
+from .files import shared_folder, whole_folder
+from .sharded_files import ReadColumns, is_sharded, read_row, write_rows
 from .window import CheckpointWindow
 
 FORMAT_VERSION = 1
@@ -61,8 +65,34 @@ def save_state(folder: Path, state: dict[str, Any], document: dict[str, Any]) ->
         if state["shared"]:
             save_file(state["shared"], temporary / "shared.safetensors")
         window = {name: value for name, value in state.items() if name not in ("rows", "shared")}
-        text = json.dumps({"version": FORMAT_VERSION, "window": window, **document})
+        text = json.dumps({"version": FORMAT_VERSION, **document, "window": window})
         (temporary / "state.json").write_text(text, encoding="utf-8")
+
+
+def save_state_together(
+    folder: Path, rows: Mapping[str, ReadColumns], window: CheckpointWindow, document: dict[str, Any], files: Processes
+) -> None:
+    """:func:`save_state` in several processes, each of which writes its columns.
+
+    Args:
+        folder: on a file system that all processes share.
+        rows: see :meth:`CheckpointWindow.kept`.
+        window: whose rows they are.
+        document: as for :func:`save_state`, with the window's own under "window".
+        files: the processes.
+
+    Raises:
+        OSError: the folder is not the same for all.
+    """
+    leads = files.leads(folder.parent)
+    if sum(files.gather(leads)) > 1:
+        raise OSError(f"{folder} is on a disk that not all processes share, so the window cannot be saved there")
+    with shared_folder(folder, files, leads=leads) as temporary:
+        slots = window.layout.slots
+        write_rows(temporary, slots, rows, files, lambda row, slot: rows[row](slice(0, 0)).dtype)
+        if files.is_first:
+            text = json.dumps({"version": FORMAT_VERSION, **document})
+            (temporary / "state.json").write_text(text, encoding="utf-8")
 
 
 def load_state(folder: Path, window: CheckpointWindow, step: int) -> dict[str, Any]:
@@ -72,17 +102,29 @@ def load_state(folder: Path, window: CheckpointWindow, step: int) -> dict[str, A
         FileNotFoundError: there is no such folder.
         ValueError: it is of a newer format, of a model with other parameters, or holds checkpoints after ``step``.
     """
+    document = window.processes.decide(lambda: _read_document(folder, window, step))
+    saved = document["window"]
+    if is_sharded(folder):
+        processes, slots = window.processes, window.layout.slots
+        window.restore(saved, lambda row, target: read_row(folder, slots, row, target, processes))
+        return document
+    if window.processes.size > 1:
+        raise ValueError(f"{folder} was saved by one process; several can read what several have saved")
+    rows = [load_file(folder / f"row-{index:02d}.safetensors") for index in range(len(saved["steps"]))]
+    shared = folder / "shared.safetensors"
+    window.load_state_dict({**saved, "rows": rows, "shared": load_file(shared) if shared.is_file() else {}})
+    return document
+
+
+def _read_document(folder: Path, window: CheckpointWindow, step: int) -> dict[str, Any]:
     if not (folder / "state.json").is_file():
         raise FileNotFoundError(f"{folder} holds no merging state (no state.json)")
     document = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if document["version"] > FORMAT_VERSION:
         raise ValueError(f"{folder} has format version {document['version']}; this library reads {FORMAT_VERSION}")
-    saved = document["window"]
-    if document["names"] != [slot.name for slot in window.layout.slots]:
+    steps = document["window"]["steps"]
+    if sorted(document["names"]) != sorted(slot.name for slot in window.layout.slots):
         raise ValueError(f"{folder} was saved for a model with other parameters")
-    if any(saved_step > step for saved_step in saved["steps"]):
-        raise ValueError(f"{folder} holds checkpoints up to step {saved['steps'][-1]}, but training is at step {step}")
-    rows = [load_file(folder / f"row-{index:02d}.safetensors") for index in range(len(saved["steps"]))]
-    shared = folder / "shared.safetensors"
-    window.load_state_dict({**saved, "rows": rows, "shared": load_file(shared) if shared.is_file() else {}})
+    if any(saved_step > step for saved_step in steps):
+        raise ValueError(f"{folder} holds checkpoints up to step {steps[-1]}, but training is at step {step}")
     return document

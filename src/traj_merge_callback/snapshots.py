@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import point_link, remove_folder, remove_leftovers, whole_folder, write_whole
+from .distributed import Processes
+from .files import point_link, remove_folder, remove_leftovers, shared_folder, write_whole
 
 FORMAT_VERSION = 1
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class SnapshotStore:
         self._keep_last = keep_last
         self._keep_best = keep_best
         self.entries: list[SnapshotEntry] = []
+        self._leads: bool | None = None
 
     @property
     def best(self) -> SnapshotEntry | None:
@@ -70,9 +72,21 @@ class SnapshotStore:
         self.entries = [SnapshotEntry(**entry) for entry in entries if (self.folder / entry["name"]).is_dir()]
 
     def publish(
-        self, step: int, merged_loss: float | None, write: Callable[[Path], None], merge: dict[str, Any]
+        self,
+        step: int,
+        merged_loss: float | None,
+        write: Callable[[Path], None],
+        merge: dict[str, Any],
+        together: Processes | None = None,
     ) -> Path:
         """Write a snapshot with ``write(folder)`` and merge.json, then update the index and prune.
+
+        Args:
+            step: optimizer step.
+            merged_loss: on the report split, if it was measured.
+            write: writes the weights into a folder.
+            merge: content of merge.json.
+            together: processes that all call this, each to write its part; the first one keeps the index.
 
         Returns:
             The snapshot's folder.
@@ -81,18 +95,22 @@ class SnapshotStore:
             OSError: the disk is full or read-only; nothing half-written stays behind.
         """
         name = f"step-{step:08d}"
-        if not self.entries and self.folder.is_dir():
-            remove_leftovers(self.folder)
-        with whole_folder(self.folder / name) as temporary:
+        processes = together or Processes(alone=True)
+        if self._leads is None:
+            self._leads = processes.leads(self.folder)
+            if self._leads:
+                remove_leftovers(self.folder)
+        with shared_folder(self.folder / name, processes, leads=self._leads) as temporary:
             write(temporary)
-            text = json.dumps({"version": FORMAT_VERSION, **merge, "packages": _versions()}, indent=2)
-            (temporary / "merge.json").write_text(text + "\n", encoding="utf-8")
+            if processes.is_first:
+                text = json.dumps({"version": FORMAT_VERSION, **merge, "packages": _versions()}, indent=2)
+                (temporary / "merge.json").write_text(text + "\n", encoding="utf-8")
         kept = [entry for entry in self.entries if entry.name != name]
         self.entries = [*kept, SnapshotEntry(name, step, merged_loss)]
-        self._prune()
+        self._prune(processes.is_first)
         return self.folder / name
 
-    def _prune(self) -> None:
+    def _prune(self, is_first: bool) -> None:
         newest = sorted(self.entries, key=lambda entry: entry.step)[len(self.entries) - self._keep_last :]
         kept = set(newest if self._keep_last else [])
         if self._keep_best and self.best is not None:
@@ -100,9 +118,11 @@ class SnapshotStore:
         doomed = [entry for entry in self.entries if entry not in kept]
         self.entries = [entry for entry in self.entries if entry in kept]
         # The index stops naming a snapshot before its folder goes, so that a reader never follows it into nothing.
-        self._write_index()
+        if is_first:
+            self._write_index()
         for entry in doomed:
-            remove_folder(self.folder / entry.name)
+            if self._leads and (self.folder / entry.name).is_dir():
+                remove_folder(self.folder / entry.name)
 
     def _write_index(self) -> None:
         named = {"best": self.best, "latest": self.latest}

@@ -89,6 +89,10 @@ class DenseRows:
         (values,) = stored
         return values if values.dtype is torch.float32 else scratch[: len(values)].copy_(values)
 
+    def numbers(self, index: int, part: slice) -> Tensor:
+        """Some columns of a row, as numbers that :meth:`write` makes the same row of."""
+        return self._rows[index, part]
+
     def state(self, index: int) -> dict[str, Tensor]:
         """A row as named tensors, which share its memory."""
         return {"row": self._rows[index]}
@@ -154,6 +158,10 @@ class Int8Rows:
         skipped = part.start % BLOCK
         return values[skipped : skipped + part.stop - part.start]
 
+    def numbers(self, index: int, part: slice) -> Tensor:
+        """See :meth:`DenseRows.numbers`; with the same anchor."""
+        return self._decode(index, part).add_(self._anchor[part])
+
     def state(self, index: int) -> dict[str, Tensor]:
         """A row as named tensors, which share its memory; the anchor is in :meth:`shared_state`."""
         return {"deltas": self._deltas[index], "scales": self._scales[index]}
@@ -163,9 +171,8 @@ class Int8Rows:
         return {"anchor": self._anchor}
 
     def _decode(self, index: int, part: slice) -> Tensor:
-        return self.decode(
-            self.stored(index, part), part, torch.empty(part.stop - part.start, device=self._anchor.device)
-        )
+        scratch = torch.empty(part.stop - part.start + 2 * BLOCK, device=self._anchor.device)
+        return self.decode(self.stored(index, part), part, scratch)
 
     def _encode(self, index: int, part: slice, deltas: Tensor) -> None:
         blocks = deltas.view(-1, BLOCK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -85,6 +86,23 @@ def collect_gathered(
     return lambda folder: _write(folder, model, state)
 
 
+def collect_description(model: nn.Module) -> Callable[[Path], None]:
+    """Collect what a Hugging Face model's folder holds beside weights; the function returned writes it, later."""
+    model = unwrap(model)
+    model = getattr(model, "_fsdp_wrapped_module", model)
+    if weights_format(model) != TRANSFORMERS:
+        return lambda folder: None
+    config, generation = copy.deepcopy(model.config), copy.deepcopy(getattr(model, "generation_config", None))
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]  # type: ignore[union-attr]
+
+    def write(folder: Path) -> None:
+        config.save_pretrained(folder)  # type: ignore[operator, union-attr]
+        if generation is not None:
+            generation.save_pretrained(folder)
+
+    return write
+
+
 def _write(folder: Path, model: nn.Module, state: dict[str, Tensor]) -> None:
     if weights_format(model) == STATE_DICT:
         _write_shards(folder, {name: value.contiguous() for name, value in state.items()}, _SHARD_BYTES)
@@ -120,24 +138,38 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _write_shards(folder: Path, state: dict[str, Tensor], shard_bytes: int) -> None:
-    """One ``model.safetensors``, or several with ``model.safetensors.index.json`` like Hugging Face's."""
-    shards: list[dict[str, Tensor]] = [{}]
+    sizes = {name: tensor.nbytes for name, tensor in state.items()}
+    write_shards(folder, sizes, lambda names: {name: state[name] for name in names}, shard_bytes)
+
+
+def write_shards(
+    folder: Path, sizes: dict[str, int], read: Callable[[list[str]], dict[str, Tensor]], shard_bytes: int = _SHARD_BYTES
+) -> None:
+    """One ``model.safetensors``, or several with ``model.safetensors.index.json`` like Hugging Face's.
+
+    Args:
+        folder: where to.
+        sizes: bytes of each tensor.
+        read: gives the tensors of a shard.
+        shard_bytes: of a shard at most, unless it is one tensor.
+    """
+    shards: list[list[str]] = [[]]
     size = 0
-    for name, tensor in state.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append({})
+    for name, nbytes in sizes.items():
+        if shards[-1] and size + nbytes > shard_bytes:
+            shards.append([])
             size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
+        shards[-1].append(name)
+        size += nbytes
     if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(read(shards[0]), folder / "model.safetensors", metadata={"format": "pt"})
         return
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
+    for number, names in enumerate(shards, start=1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file_name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file_name)
-    index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
+        save_file(read(names), folder / file_name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file_name)
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
@@ -174,6 +206,10 @@ def load_merged(folder: str | Path, model: nn.Module) -> dict[str, Any]:
     """
     folder, model = Path(folder), unwrap(model)
     merge = read_merge(folder)
+    if merge.get("sharded"):
+        raise ValueError(
+            f"snapshot {folder} is in parts: make a model folder of it first, with traj_merge_callback.consolidate"
+        )
     if merge["weights_format"] == PEFT:
         from peft import load_peft_weights, set_peft_model_state_dict
 

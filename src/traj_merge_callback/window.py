@@ -6,6 +6,7 @@ gradient of a loss in the parameters it is the gradient of that loss in the merg
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -433,6 +434,48 @@ class CheckpointWindow:
             tensors["arrival"] = self._arrival
         return tensors
 
+    def kept(self) -> dict[str, Callable[[slice], Tensor]]:
+        """What :meth:`state_dict` holds, as functions that read some columns of a row as plain numbers."""
+        self.settle()
+        found: dict[str, Callable[[slice], Tensor]] = {name: row.__getitem__ for name, row in self._shared().items()}
+        for index in range(len(self)):
+            found[_row_name(index)] = functools.partial(self._rows.numbers, self._place(index))
+        return found
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any], read: Callable[[str, Tensor], None]) -> None:
+        """Take over what :meth:`kept` gave, the newest rows if there are more than fit.
+
+        Args:
+            state: of a ``state_dict``, "shared" being names, and without "rows".
+            read: fills a row with the one of a name.
+
+        Raises:
+            ValueError: see :meth:`load_state_dict`.
+        """
+        self.settle()
+        self._check_kind(state)
+        for name, row in self._shared().items():
+            read(name, row)
+        steps = list(state["steps"])
+        kept = min(len(steps), self.size)
+        for index in range(len(steps) - kept, len(steps)):
+            read(_row_name(index), self._staging)
+            self._rows.write((state["pushed"] - len(steps) + index) % self.size, self._staging)
+        self._steps = steps[len(steps) - kept :]
+        self._pushed, self._sampled = state["pushed"], state["sampled"]
+
+    def _check_kind(self, state: dict[str, Any]) -> None:
+        mine, theirs = self._shared(), state["shared"]
+        if ("mean" in theirs) is not ("mean" in mine):
+            raise ValueError("the saved window's rows are means and this one's are not, or the other way round")
+        if ("average" in theirs) is not ("average" in mine):
+            raise ValueError(
+                "the saved window has running sums and this one has not, or the other way round: the search differs"
+            )
+        if state["dtype"] != self.dtype:
+            raise ValueError(f"the saved window's rows are {state['dtype']}; this one's dtype={self.dtype!r}")
+
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the rows of a ``state_dict``, the newest ones if it holds more than fit.
@@ -443,15 +486,8 @@ class CheckpointWindow:
         """
         self.settle()
         rows, steps = list(state["rows"]), list(state["steps"])
+        self._check_kind(state)
         mine, theirs = self._shared(), state["shared"]
-        if ("mean" in theirs) is not ("mean" in mine):
-            raise ValueError("the saved window's rows are means and this one's are not, or the other way round")
-        if ("average" in theirs) is not ("average" in mine):
-            raise ValueError(
-                "the saved window has running sums and this one has not, or the other way round: the search differs"
-            )
-        if state["dtype"] != self.dtype:
-            raise ValueError(f"the saved window's rows are {state['dtype']}; this one's dtype={self.dtype!r}")
         pairs = [(mine[name], theirs[name]) for name in mine]
         kept = min(len(steps), self.size)
         for index, row in enumerate(rows[len(rows) - kept :]):
@@ -464,3 +500,8 @@ class CheckpointWindow:
             kept_tensor.copy_(value)
         self._steps = steps[len(steps) - kept :]
         self._pushed, self._sampled = state["pushed"], state["sampled"]
+
+
+def _row_name(index: int) -> str:
+    """The name of the row that stands at ``index``, oldest first."""
+    return f"row-{index:02d}"
