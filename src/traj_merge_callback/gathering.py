@@ -169,9 +169,9 @@ class ShardedWeights:
                 yield
 
     def _forward(self, index: int, forward: Any, gradients: bool, *args: Any, **kwargs: Any) -> Any:
-        unit = self._units[index]
         run = functools.partial(self._run, index, forward, gradients)
-        if gradients and torch.is_grad_enabled() and not unit.has_units:
+        # Not the outermost module, whose parameters are needed to the end; and trainers redirect its forward, once.
+        if gradients and torch.is_grad_enabled() and index > 0 and not self._units[index].has_units:
             return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
         return run(*args, **kwargs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 try:
     import lightning.pytorch as pl
     from lightning.pytorch.loggers.logger import DummyLogger
-    from lightning.pytorch.plugins import CheckpointIO
     from lightning.pytorch.utilities.model_helpers import is_overridden
     from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 except ImportError as error:
@@ -27,6 +27,8 @@ from .config import MergeConfig
 from .losses import count_targets
 from .merger import TrajectoryMerger
 from .metrics import PREFIX, MergeRecord
+from .parameters import unwrap
+from .sharding import is_fsdp
 
 __all__ = ["TrajMergeCallback"]
 
@@ -45,7 +47,8 @@ class TrajMergeCallback(pl.Callback):
       reads one. With ``save_ckpt=True`` each also holds ``merged.ckpt`` for ``load_from_checkpoint``.
     - Resuming with ``fit(ckpt_path=...)`` restores the window from ``<checkpoint>.ckpt.merge``, which is written and
       removed together with the checkpoint. Checkpoints on remote storage have none.
-    - Under DDP the first process does the work. Sharded strategies (FSDP, DeepSpeed) are not supported yet.
+    - Under DDP, FSDPStrategy and ModelParallelStrategy (FSDP2) the processes merge together, each its own columns.
+      DeepSpeed ZeRO stage 3 and tensor parallelism are refused at the start of ``fit``.
 
     Args:
         heldout: held-out batches, or a mapping from domain names to such; None: the trainer's validation dataloaders.
@@ -77,6 +80,7 @@ class TrajMergeCallback(pl.Callback):
         self._nll = nll
         self._save_ckpt = save_ckpt
         self._options = config
+        self._model: nn.Module = nn.Module()
         self._last_step = 0
         self._resumed = False
         self._loss_scale = LossScaleWatch()
@@ -85,8 +89,13 @@ class TrajMergeCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let the merging state be written and removed together with the trainer's checkpoints."""
-        if stage == "fit" and not isinstance(trainer.strategy.checkpoint_io, _CheckpointWithWindow):
-            trainer.strategy.checkpoint_io = _CheckpointWithWindow(trainer.strategy.checkpoint_io, self)
+        if stage == "fit":
+            # Strategies that save in parts have no plugin to ask; they all have these methods, in every process.
+            strategy = vars(trainer.strategy)
+            strategy["save_checkpoint"] = functools.partial(self._save_checkpoint, trainer.strategy.save_checkpoint)
+            strategy["remove_checkpoint"] = functools.partial(
+                self._remove_checkpoint, trainer.strategy.remove_checkpoint
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Build the engine, read the held-out data, and take over the window of a resumed run."""
@@ -99,22 +108,24 @@ class TrajMergeCallback(pl.Callback):
                 "pass nll=, a function (module, batch) -> (summed NLL, tokens)"
             )
         default_folder = Path(trainer.log_dir or trainer.default_root_dir) / "merged"
-        if not trainer.is_global_zero:
-            return
+        self._model = unwrap(trainer.strategy.model or pl_module)
+        if self._save_ckpt and any(is_fsdp(module) for module in self._model.modules()):
+            raise ValueError("save_ckpt=True is not supported under FSDP: load the snapshot with load_merged instead")
         self.merger = TrajectoryMerger(
             heldout,
             nll=self._nll or _ValidationStep(trainer, pl_module),
             precision=trainer.precision_plugin.val_step_context,
             to_device=None if self.config.schedule == "background" else lambda batch: _transfer(trainer, batch),
             log=lambda record: self._log(trainer, record),
+            log_everywhere=True,
             extra=(lambda: _collect_ckpt(trainer)) if self._save_ckpt else None,
             **{**self._options, "output_dir": self.config.output_dir or str(default_folder)},
         )
-        self.merger.prepare(pl_module)
+        self.merger.prepare(self._model)
         if self._resumed:
-            self.merger.resume_from(_saved_window(trainer), pl_module, trainer.global_step)
+            self.merger.resume_from(_saved_window(trainer), self._model, trainer.global_step)
             self._resumed = False
-        self._answer_monitors(trainer, pl_module)
+        self._answer_monitors(trainer)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
@@ -130,7 +141,7 @@ class TrajMergeCallback(pl.Callback):
         if self.merger is None or step == self._last_step:
             return
         self._last_step = step
-        self.merger.step(pl_module, step, skipped=self._loss_scale.skipped)
+        self.merger.step(self._model, step, skipped=self._loss_scale.skipped)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let a capture finish: other callbacks may put other weights into the module, such as an average of them."""
@@ -140,12 +151,12 @@ class TrajMergeCallback(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Merge once more if the last step was not due. The trainer's last checkpoint is still of the live model."""
         if self.merger is not None:
-            self.merger.merge_at_end(pl_module)
+            self.merger.merge_at_end(self._model)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Load the best snapshot if asked to, and release the window."""
         if self.merger is not None:
-            self.merger.finish(pl_module)
+            self.merger.finish(self._model)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give up the merge under way, and finish what is being written."""
@@ -153,11 +164,28 @@ class TrajMergeCallback(pl.Callback):
             self.merger.close()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the trainer its own checkpoint plugin back."""
-        if isinstance(plugin := trainer.strategy.checkpoint_io, _CheckpointWithWindow):
-            trainer.strategy.checkpoint_io = plugin.inner
+        """Give the trainer's strategy its own methods back."""
+        for name in ("save_checkpoint", "remove_checkpoint"):
+            vars(trainer.strategy).pop(name, None)
 
     # The trainer's checkpoints
+
+    def _save_checkpoint(
+        self, save: Callable[..., None], checkpoint: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Let the state be written while the trainer writes the checkpoint."""
+        if self.merger is not None and "callbacks" in checkpoint:
+            base = self.merger.processes.decide(lambda: _beside(filepath))
+            if base is not None:
+                folder = base / f"step-{checkpoint['global_step']:08d}"
+                self.merger.save_state(folder, written=lambda: _remove_others(folder))
+        save(checkpoint, filepath, *args, **kwargs)
+
+    def _remove_checkpoint(self, remove: Callable[..., None], filepath: Any) -> None:
+        """Remove the checkpoint and the state beside it."""
+        remove(filepath)
+        if (folder := _beside(filepath)) is not None and (self.merger is None or self.merger.processes.is_first):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Only the step; the rows are too large for the .ckpt and stand beside it."""
@@ -171,7 +199,7 @@ class TrajMergeCallback(pl.Callback):
 
     def _log(self, trainer: pl.Trainer, record: MergeRecord) -> None:
         scalars = record.scalars()
-        for logger in trainer.loggers:
+        for logger in trainer.loggers if trainer.is_global_zero else []:
             logger.log_metrics(scalars, step=record.step)
             logger.save()
         trainer.logged_metrics.update(scalars)
@@ -179,7 +207,7 @@ class TrajMergeCallback(pl.Callback):
         shown = {name: scalars[name] for name in ("merge/loss", "merge/gain") if name in scalars}
         trainer.progress_bar_metrics.update(shown)
 
-    def _answer_monitors(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _answer_monitors(self, trainer: pl.Trainer) -> None:
         """Give callbacks that monitor merge metrics a number before the first merge, where they would raise.
 
         As long as nothing has been merged, the live model is the best there is.
@@ -187,7 +215,7 @@ class TrajMergeCallback(pl.Callback):
         monitors = {getattr(callback, "monitor", None) for callback in trainer.callbacks}
         if self.merger is None or not any(str(name).startswith(PREFIX) for name in monitors):
             return
-        live = self.merger.live_evaluation(pl_module)
+        live = self.merger.live_evaluation(self._model)
         values = {"loss": live.loss, "live_loss": live.loss, "gain": 0.0}
         values |= {"perplexity": live.perplexity, "live_perplexity": live.perplexity}
         trainer.callback_metrics.update({PREFIX + name: torch.tensor(value) for name, value in values.items()})
@@ -230,9 +258,12 @@ class _ValidationStep:
         self._trainer = trainer
         # Modules with several validation loaders take a third argument; held-out batches are evaluated as the first's.
         takes_index = is_param_in_hook_signature(pl_module.validation_step, "dataloader_idx", explicit=True)
-        self._arguments = (0, 0) if takes_index else (0,)
+        self._arguments: tuple[int, ...] = (0, 0) if takes_index else (0,)
+        if not is_param_in_hook_signature(pl_module.validation_step, "batch_idx", min_args=2):
+            self._arguments = ()
 
-    def __call__(self, pl_module: pl.LightningModule, batch: Any) -> tuple[Tensor, int]:
+    def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        pl_module, strategy = self._trainer.lightning_module, self._trainer.strategy
         logged: dict[str, Any] = {}
         loggers = self._trainer.loggers
         # Attributes set on the module here vanish with the evaluation, which restores all of them.
@@ -240,7 +271,12 @@ class _ValidationStep:
         vars(pl_module)["log_dict"] = lambda values, *args, **kwargs: logged.update(values)
         self._trainer.loggers = [DummyLogger() for _ in loggers]
         try:
-            output = pl_module.validation_step(batch, *self._arguments)
+            if model is pl_module:
+                output = pl_module.validation_step(batch, *self._arguments)  # type: ignore[operator]
+            else:
+                # FSDP's wrapper has weights of its own to gather: the step is taken inside its forward pass.
+                redirected = strategy._forward_redirection
+                output = redirected(model, pl_module, "validation_step", batch, *self._arguments)
         finally:
             self._trainer.loggers = loggers
         loss = output.get("loss") if isinstance(output, Mapping) else output
@@ -257,36 +293,6 @@ class _ValidationStep:
 
 
 # Resuming: the window beside the trainer's checkpoint
-
-
-class _CheckpointWithWindow(CheckpointIO):
-    """The trainer's checkpoint plugin, which also writes and removes the merging state beside each checkpoint."""
-
-    def __init__(self, inner: CheckpointIO, callback: TrajMergeCallback) -> None:
-        self.inner = inner
-        self._callback = callback
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Let the state be written while the trainer writes the checkpoint."""
-        merger = self._callback.merger
-        if merger is not None and "callbacks" in checkpoint and (base := _beside(path)) is not None:
-            folder = base / f"step-{checkpoint['global_step']:08d}"
-            merger.save_state(folder, written=lambda: _remove_others(folder))
-        self.inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
-
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load the trainer's checkpoint; the callback finds the state beside it when training starts."""
-        return self.inner.load_checkpoint(path, *args, **kwargs)
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Remove the checkpoint and the state beside it."""
-        self.inner.remove_checkpoint(path)
-        if (folder := _beside(path)) is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def teardown(self) -> None:
-        """Tear the trainer's plugin down."""
-        self.inner.teardown()
 
 
 def _remove_others(folder: Path) -> None:

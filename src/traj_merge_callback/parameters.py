@@ -23,10 +23,10 @@ _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.parallel.DataParallel)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module the user wrote, under ``torch.compile``, DataParallel and DistributedDataParallel."""
+    """The module the user wrote, under ``torch.compile``, DataParallel, DistributedDataParallel and DeepSpeed."""
     while True:
-        if isinstance(model, _WRAPPERS):
-            model = model.module
+        if isinstance(model, _WRAPPERS) or type(model).__name__ == "DeepSpeedEngine":
+            model = model.module  # type: ignore[assignment]
         elif isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
             model = original
         else:

@@ -50,8 +50,8 @@ class TrajMergeCallback(TrainerCallback):
 
     Snapshots go to ``output_dir``, by default "merged" in ``args.output_dir``, and load with ``from_pretrained``; the
     tokenizer is saved along. Resuming with ``train(resume_from_checkpoint=...)`` restores the window, which is saved in
-    each ``checkpoint-<step>/traj_merge``. Under DDP the first process does the work. FSDP and DeepSpeed ZeRO-3 are
-    refused at the start of training: they are not supported yet.
+    each ``checkpoint-<step>/traj_merge``. Under DDP and FSDP the processes merge together, each its own columns;
+    DeepSpeed ZeRO stage 3 is refused at the start of training.
 
     Args:
         heldout: held-out batches, or a mapping from domain names to such; None: the attached trainer's eval dataset.
@@ -122,9 +122,7 @@ class TrajMergeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Build the engine, read the held-out data, and take over the window of a resumed run."""
-        if not state.is_world_process_zero:
-            return
-        if self._trainer is None:
+        if self._trainer is None and state.is_world_process_zero:
             logger.warning(
                 "TrajMergeCallback in callbacks=[...] writes its metrics to the console, trainer_state.json and "
                 "metrics.jsonl. TrajMergeCallback(...).attach(trainer) also sends them to report_to=%s, in the run of "
@@ -135,6 +133,7 @@ class TrajMergeCallback(TrainerCallback):
             self._heldout if self._heldout is not None else self._eval_loaders(),
             nll=self._nll,
             log=lambda record: self._log(args, state, control, record),
+            log_everywhere=True,
             extra=lambda: functools.partial(_save_tokenizer, kwargs.get("processing_class")),
             **{**self._options, "output_dir": self.config.output_dir or str(Path(args.output_dir) / "merged")},
         )
@@ -168,7 +167,8 @@ class TrajMergeCallback(TrainerCallback):
         if self.merger is None or args.save_only_model:
             return
         folder = _checkpoint_folder(args, state)
-        if folder.is_dir():
+        # A network file system may not show it to every process yet.
+        if self.merger.processes.decide(folder.is_dir):
             self.merger.save_state(folder / _STATE_FOLDER)
 
     def on_train_end(
@@ -208,7 +208,8 @@ class TrajMergeCallback(TrainerCallback):
                 self._trainer.log(scalars)
             return
         state.log_history.append({**scalars, "epoch": state.epoch, "step": state.global_step})
-        tqdm.write(str({name: f"{value:.4g}" for name, value in scalars.items()}))
+        if state.is_world_process_zero:
+            tqdm.write(str({name: f"{value:.4g}" for name, value in scalars.items()}))
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -1,0 +1,151 @@
+"""Run in several processes by test_distributed: a trainer under DDP or FSDP, with or without merging.
+
+Arguments: the trainer and its strategy, the folder for results, and options as JSON.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from conftest import AT_ONCE, LENGTH, tiny_llama
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+import realtext
+from traj_merge_callback.lightning import TrajMergeCallback as LightningCallback
+from traj_merge_callback.transformers import TrajMergeCallback as TransformersCallback
+
+kind, folder, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+merging, resume, steps = options.pop("merging", True), options.pop("resume", None), options.pop("steps", 12)
+text = realtext.split_blocks(realtext.python_source()[:60], LENGTH)
+train, heldout = realtext.Blocks(text[0][:400]), realtext.Blocks(text[1][:44])
+options = {
+    "window_size": 4,
+    "capture_every": 2,
+    "merge_every": 6,
+    "heldout_batches": 12,
+    "output_dir": str(folder / "merged"),
+    "on_error": "raise",
+    "progress": False,
+    **AT_ONCE,
+    **options,
+}
+
+
+class Module(pl.LightningModule):
+    """A Llama whose layers, and then the whole, are sharded by ModelParallelStrategy."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = tiny_llama(tie_word_embeddings=False)
+
+    def configure_model(self):
+        if kind == "lightning-fsdp2":
+            mesh = self.device_mesh["data_parallel"]
+            for layer in self.model.model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
+
+    def training_step(self, batch):
+        loss = self.model(**batch).loss
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch):
+        self.log("val/loss", self.model(**batch).loss, sync_dist=True)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=3e-3)
+
+
+class OnAnyDevice(FSDPStrategy):
+    """Lightning's strategy; the trainer refuses its very class where there is no GPU."""
+
+
+def lightning_strategy():
+    if kind == "lightning-fsdp1":
+        return OnAnyDevice(auto_wrap_policy=ModuleWrapPolicy({LlamaDecoderLayer}), use_orig_params=True)
+    if kind == "lightning-fsdp2":
+        return ModelParallelStrategy(data_parallel_size=int(os.environ["WORLD_SIZE"]), tensor_parallel_size=1)
+    return "ddp"
+
+
+def full_state(model):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+            return {name: value.clone() for name, value in model.module.state_dict().items()}
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+if kind.startswith("lightning"):
+    pl.seed_everything(1)
+    callback = LightningCallback(**options)
+    trainer = pl.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        devices=int(os.environ["WORLD_SIZE"]),
+        strategy=lightning_strategy(),
+        callbacks=[
+            *([callback] if merging else []),
+            pl.callbacks.ModelCheckpoint(folder / "ckpt", every_n_train_steps=4, save_top_k=-1),
+        ],
+        default_root_dir=folder,
+        logger=pl.loggers.CSVLogger(folder),
+        log_every_n_steps=1,
+        val_check_interval=5,
+        check_val_every_n_epoch=None,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = Module()
+    loaders = DataLoader(train, batch_size=4, shuffle=True), DataLoader(heldout, batch_size=4)
+    trainer.fit(module, *loaders, ckpt_path=resume)
+    if merging:
+        assert trainer.callback_metrics["merge/loss"] == callback.merger.records[-1].merged_loss
+    # The trainer has moved the wrapper away.
+    state = full_state(trainer.strategy.model if kind == "lightning-fsdp1" else module)
+else:
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        use_cpu=True,
+        report_to="none",
+        save_steps=4,
+        eval_steps=5,
+        eval_strategy="steps",
+        logging_steps=1,
+        seed=1,
+    )
+    trainer = Trainer(tiny_llama(), arguments, train_dataset=train, eval_dataset=heldout)
+    callback = TransformersCallback(**options)
+    if kind == "transformers-fsdp2":
+        from accelerate import FullyShardedDataParallelPlugin
+        from accelerate.utils import DistributedType
+
+        # Accelerate turns FSDP on for GPUs; everything behind this switch runs on any device.
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"]
+        )
+        trainer.accelerator.state.distributed_type = DistributedType.FSDP
+        trainer.accelerator.state.fsdp_plugin = plugin
+        trainer.is_fsdp_enabled = True
+    if merging:
+        callback.attach(trainer)
+    trainer.train(resume_from_checkpoint=resume)
+    state = full_state(trainer.model)
+if dist.get_rank() == 0:
+    torch.save(state, folder / "weights.pt")
+    if merging:
+        (folder / "records.json").write_text(json.dumps([json.loads(r.to_json()) for r in callback.merger.records]))
