@@ -146,6 +146,8 @@ class ShardedWeights:
         self._isolated = functools.partial(isolated, unwrap(model), seed)
         self._gradient: Tensor | None = None
         self._leaves: dict[int, Tensor] = {}
+        # What is held whole, as it takes gradients.
+        self._plain: list[tuple[Slot, Tensor]] = []
 
     def gather(self) -> Pieces[None]:
         """See :class:`Weights`; units are gathered when they compute."""
@@ -157,6 +159,8 @@ class ShardedWeights:
         """See :class:`Weights`."""
         model = unwrap(self.model)
         with self._layout.installed(model, self.row), self._isolated(gradients=gradients):
+            pairs = zip(self._layout.slots, self._layout.tensors(model), strict=True)
+            self._plain = [(slot, tensor) for slot, tensor in pairs if slot.part.unit is None]
             for module in model.modules():
                 vars(module)["_parameters"] = dict(module._parameters)
                 for kind in ("_forward_pre_hooks", "_forward_hooks"):
@@ -171,11 +175,12 @@ class ShardedWeights:
     def _forward(self, index: int, forward: Any, gradients: bool, *args: Any, **kwargs: Any) -> Any:
         run = functools.partial(self._run, index, forward, gradients)
         # Not the outermost module, whose parameters are needed to the end; and trainers redirect its forward, once.
-        if gradients and torch.is_grad_enabled() and index > 0 and not self._units[index].has_units:
-            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-        return run(*args, **kwargs)
+        again = gradients and index > 0 and not self._units[index].has_units and bool(self._units.slots[index])
+        if again:
+            return checkpoint(run, True, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return run(not gradients, *args, **kwargs)
 
-    def _run(self, index: int, forward: Any, gradients: bool, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, index: int, forward: Any, gradients: bool, free: bool, *args: Any, **kwargs: Any) -> Any:
         unit = self._units[index]
         policy = _precision(unit.module)
         dtype = getattr(policy, "param_dtype", None)
@@ -190,8 +195,10 @@ class ShardedWeights:
                     module._parameters[name] = tensor  # type: ignore[assignment]
             output = forward(*args, **kwargs)
         finally:
-            for (module, name), parameter in replaced:
-                module._parameters[name] = parameter
+            # Where a module inside computes again in the backward pass it may need them there.
+            if free:
+                for (module, name), parameter in replaced:
+                    module._parameters[name] = parameter
         return output if getattr(policy, "output_dtype", None) is None else _cast(output, policy.output_dtype)
 
     def _gathered(self, index: int, dtype: torch.dtype | None, gradients: bool) -> dict[int, Tensor]:
@@ -229,9 +236,7 @@ class ShardedWeights:
             if leaf.grad is not None:
                 self._gradient[slots[0].offset : slots[-1].offset + slots[-1].numel].add_(leaf.grad)
         self._leaves = {}
-        pairs = zip(self._layout.slots, self._layout.tensors(unwrap(self.model)), strict=True)
-        plain = [(slot, tensor) for slot, tensor in pairs if slot.part.unit is None]
-        _add_gradients([slot for slot, _ in plain], self._gradient, [tensor for _, tensor in plain])
+        _add_gradients([slot for slot, _ in self._plain], self._gradient, [tensor for _, tensor in self._plain])
 
     def gradient(self) -> Pieces[Tensor]:
         """See :class:`Weights`."""

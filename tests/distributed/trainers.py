@@ -66,13 +66,20 @@ class Module(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
 
-class OnAnyDevice(FSDPStrategy):
-    """Lightning's strategy; the trainer refuses its very class where there is no GPU."""
+class OnCPU(FSDPStrategy):
+    """Lightning's strategy, which itself can only shard on a GPU."""
+
+    def _setup_model(self, model):
+        device = torch.device("cpu")
+        return FullyShardedDataParallel(
+            model, sharding_strategy=self.sharding_strategy, device_id=device, **self.kwargs
+        )
 
 
 def lightning_strategy():
     if kind == "lightning-fsdp1":
-        return OnAnyDevice(auto_wrap_policy=ModuleWrapPolicy({LlamaDecoderLayer}), use_orig_params=True)
+        policy = ModuleWrapPolicy({LlamaDecoderLayer})
+        return OnCPU(auto_wrap_policy=policy, use_orig_params=True, state_dict_type="sharded")
     if kind == "lightning-fsdp2":
         return ModelParallelStrategy(data_parallel_size=int(os.environ["WORLD_SIZE"]), tensor_parallel_size=1)
     return "ddp"
@@ -136,7 +143,9 @@ else:
 
         # Accelerate turns FSDP on for GPUs; everything behind this switch runs on any device.
         plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"]
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
         )
         trainer.accelerator.state.distributed_type = DistributedType.FSDP
         trainer.accelerator.state.fsdp_plugin = plugin
@@ -149,3 +158,5 @@ if dist.get_rank() == 0:
     torch.save(state, folder / "weights.pt")
     if merging:
         (folder / "records.json").write_text(json.dumps([json.loads(r.to_json()) for r in callback.merger.records]))
+dist.barrier()
+dist.destroy_process_group()
