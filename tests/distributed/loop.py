@@ -1,154 +1,197 @@
-"""Run in several processes by test_distributed: a plain loop under DDP or FSDP, with or without merging.
+"""Run in several processes by test_distributed: plain loops under DDP or FSDP, one after the other.
 
-Arguments: the strategy, the folder for results, and options as JSON.
+Arguments: the folder for results, and a JSON list of runs, each a mapping with a "name" and options of :func:`run`.
 """
 
 import json
 import logging
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from conftest import AT_ONCE, LENGTH, tiny_llama
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import realtext
 from traj_merge_callback import TrajectoryMerger
+from traj_merge_callback.losses import language_model_nll
 
-strategy, folder, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-logging.basicConfig(level=logging.INFO, format="%(message)s")
-several = strategy != "single"
+several = "WORLD_SIZE" in os.environ
 if several:
     dist.init_process_group("gloo")
 rank, size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-steps, resume, fail_at = options.pop("steps", 12), options.pop("resume", None), options.pop("fail_at", None)
-merging = options.pop("merging", True)
-share_data = options.pop("share_data", False)
-node_local = options.pop("node_local", False)
-save_at = options.pop("save_at", None)
-
+logging.basicConfig(level=logging.INFO, format=f"[{rank}] %(message)s")
 text = realtext.split_blocks(realtext.python_source()[:60], LENGTH)
 train, heldout = text[0][:2000], realtext.Blocks(text[1][:44])
 
 
-def make():
-    # A hidden size that four processes cannot share equally.
-    return tiny_llama(dropout=0.0, hidden_size=36, intermediate_size=50, tie_word_embeddings=options.pop("tied", True))
-
-
-def wrapped(model):
+def wrapped(model, strategy):
     if strategy == "ddp":
         return DistributedDataParallel(model)
-    if strategy in ("fsdp2", "hsdp"):
-        shape = (2, size // 2) if strategy == "hsdp" else (size,)
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    if strategy.startswith("fsdp2"):
+        meshes = {"fsdp2": ((size,), ("shard",)), "fsdp2-hybrid": ((2, size // 2), ("replicate", "shard"))}
+        shape, names = meshes.get(strategy, meshes["fsdp2"])
+        options = {"mesh": init_device_mesh("cpu", shape, mesh_dim_names=names)}
+        if strategy == "fsdp2-bf16":
+            options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        if strategy == "fsdp2-columns":
+            # Matrices are sharded by columns, and the last norm is not sharded at all.
+            options["shard_placement_fn"] = lambda parameter: Shard(parameter.dim() - 1)
+            options["ignored_params"] = {model.model.norm.weight}
         for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+            fully_shard(layer, **options)
+        return fully_shard(model, **options)
     if strategy == "fsdp1":
-        return FullyShardedDataParallel(
-            model,
-            auto_wrap_policy=ModuleWrapPolicy({LlamaDecoderLayer}),
-            sharding_strategy=ShardingStrategy.FULL_SHARD,
-            use_orig_params=True,
-            device_id=torch.device("cpu"),
-        )
+        policy = ModuleWrapPolicy({LlamaDecoderLayer})
+        device = torch.device("cpu")
+        return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=device)
     return model
 
 
-calls = 0
-
-
-def failing_nll(model, batch):
-    """Fail in one process only, in the middle of a forward pass."""
-    global calls
-    calls += 1
-    from traj_merge_callback.losses import language_model_nll
-
-    if rank == size - 1 and calls in fail_at:
-
-        def fail(*_):
-            raise MemoryError("no memory left in this process")
-
-        handle = model.get_submodule("model.layers.1.mlp").register_forward_hook(fail)
-        try:
-            return language_model_nll(model, batch)
-        finally:
-            handle.remove()
-    return language_model_nll(model, batch)
-
-
-model = wrapped(make())
-# Without a state of its own, so that a resumed run needs none.
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-sampler = DistributedSampler(heldout, size, rank, shuffle=False) if share_data else None
-where = folder / f"node-{rank}" if node_local else folder
-merger = None
-if merging:
-    merger = TrajectoryMerger(
-        DataLoader(heldout, batch_size=4, sampler=sampler),
-        nll=failing_nll if fail_at else None,
-        log=lambda record: print("LOGGED", rank, record.step),
-        **{
-            "window_size": 4,
-            "capture_every": 2,
-            "merge_every": 6,
-            "heldout_batches": 12,
-            "output_dir": str(where / "merged"),
-            "on_error": "raise",
-            "progress": False,
-            **AT_ONCE,
-            **options,
-        },
-    )
-first = 0
-if resume:
-    first = resume["step"]
-    state = torch.load(Path(resume["from"]) / "model.pt")
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
-    merger.load_state(Path(resume["from"]) / "state", model, first)
-
-
-def full_state():
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    if strategy == "fsdp1":  # whose state_dict crashes on the CPU
+def full_state(model):
+    if isinstance(model, FullyShardedDataParallel):  # whose state_dict crashes on the CPU
         with FullyShardedDataParallel.summon_full_params(model, writeback=False):
             return {name: value.clone() for name, value in model.module.state_dict().items()}
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-for step in range(first + 1, steps + 1):
-    generator = torch.Generator().manual_seed(step)
-    batch = train[torch.randint(len(train), (8,), generator=generator)][rank::size]
-    model(input_ids=batch, labels=batch).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
+def eventful(what, at):
+    """A loss with which something happens in the last process, in the middle of some forward passes."""
+    calls = 0
+
+    def something_happens(*_):
+        if what == "failure":
+            raise MemoryError("no memory left in this process")
+        if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(12)
+
+    def nll(model, batch):
+        nonlocal calls
+        calls += 1
+        if rank < size - 1 or calls not in at:
+            return language_model_nll(model, batch)
+        handle = model.get_submodule("model.layers.1.mlp").register_forward_hook(something_happens)
+        try:
+            return language_model_nll(model, batch)
+        finally:
+            handle.remove()
+
+    return nll
+
+
+def kill_while_writing(folder):
+    """Kill the last process as soon as a snapshot after the first is being written."""
+
+    def watch():
+        while not list(folder.glob(".tmp-step-*")) or not list(folder.glob("step-*")):
+            time.sleep(0.0002)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == size - 1:
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def run(
+    folder,
+    strategy,
+    merging=True,
+    steps=12,
+    tied=True,
+    shares=False,
+    node_local=False,
+    save_at=None,
+    resume=None,
+    happens=None,
+    at=(),
+    **options,
+):
+    """Train, and keep the weights and the records.
+
+    Args:
+        folder: for results.
+        strategy: how the model is wrapped.
+        merging: whether there is a merger.
+        steps: optimizer steps.
+        tied: whether the model's embeddings are.
+        shares: whether each process's held-out loader reads a share of its own.
+        node_local: whether processes see different output folders.
+        save_at: save weights and merging state at this step.
+        resume: from the folder where another run saved them.
+        happens: something in the last process, in the held-out forward passes counted by ``at``.
+        options: of the merger.
+    """
+    # Sizes that four processes cannot share equally.
+    model = tiny_llama(dropout=0.0, hidden_size=36, intermediate_size=50, tie_word_embeddings=tied)
+    model = wrapped(model, strategy)
+    # Without a state of its own, so that a resumed run needs none.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    merger = None
+    if merging:
+        output = folder / f"disk-{rank}" if node_local else folder / "merged"
+        sampler = DistributedSampler(heldout, size, rank, shuffle=False) if shares else None
+        defaults = {"window_size": 4, "capture_every": 2, "merge_every": 6, "heldout_batches": 12, "progress": False}
+        defaults |= {"output_dir": str(output), "on_error": "raise", **AT_ONCE}
+        merger = TrajectoryMerger(
+            DataLoader(heldout, batch_size=4, sampler=sampler),
+            nll=eventful(happens, at) if happens else None,
+            log=lambda record: print(f"\nLOGGED {rank} {record.step}", flush=True),
+            **{**defaults, **options},
+        )
+        if happens == "kill while writing":
+            kill_while_writing(output)
+    first = 0
+    if resume:
+        first, weights = torch.load(folder.parent / resume / "saved.pt")
+        set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
+        merger.load_state(folder.parent / resume / "state", model, first)
+    for step in range(first + 1, steps + 1):
+        generator = torch.Generator().manual_seed(step)
+        batch = train[torch.randint(len(train), (8,), generator=generator)][rank::size]
+        model(input_ids=batch, labels=batch).loss.backward()
+        if strategy == "fsdp2-columns":
+            gradient = model.model.norm.weight.grad
+            dist.all_reduce(gradient)
+            gradient /= size
+        optimizer.step()
+        optimizer.zero_grad()
+        if merger:
+            merger.step(model, step)
+        if step == save_at:
+            merger.save_state(folder / "state")
+            merger.wait()
+            weights = full_state(model)
+            if rank == 0:
+                torch.save((step, weights), folder / "saved.pt")
+    found = {}
     if merger:
-        merger.step(model, step)
-    if step == save_at:
-        merger.save_state(folder / "state")
-        merger.wait()
-        state = full_state()
-        if rank == 0:
-            torch.save(state, folder / "model.pt")
-if merger:
-    if merger.window is not None:
-        print("WINDOW", rank, merger.window.layout.numel, merger.window.nbytes)
-    merger.finish(model)
-state = full_state()
-if rank == 0:
-    torch.save(state, folder / "weights.pt")
-    if merger:
-        (folder / "records.json").write_text(json.dumps([json.loads(r.to_json()) for r in merger.records]))
+        found["columns"] = merger.window.layout.numel if merger.window else None
+        found["bytes"] = merger.window.nbytes if merger.window else None
+        merger.finish(model)
+        found["records"] = [json.loads(record.to_json()) for record in merger.records]
+    (folder / f"found-{rank}.json").write_text(json.dumps(found))
+    weights = full_state(model)
+    if rank == 0:
+        torch.save(weights, folder / "weights.pt")
+
+
+for options in json.loads(sys.argv[2]):
+    where = Path(sys.argv[1]) / options.pop("name")
+    where.mkdir(parents=True, exist_ok=True)
+    run(where, **options)
+    if several:
+        dist.barrier()
 if several:
-    dist.barrier()
     dist.destroy_process_group()

@@ -85,6 +85,16 @@ def lightning_strategy():
     return "ddp"
 
 
+def zero(stage):
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": "auto"},
+        "zero_allow_untested_optimizer": True,
+    }
+
+
 def full_state(model):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -134,6 +144,8 @@ else:
         eval_strategy="steps",
         logging_steps=1,
         seed=1,
+        deepspeed=zero(int(kind[-1])) if "zero" in kind else None,
+        bf16="zero" in kind,
     )
     trainer = Trainer(tiny_llama(), arguments, train_dataset=train, eval_dataset=heldout)
     callback = TransformersCallback(**options)
