@@ -256,7 +256,7 @@ def test_a_killed_process_ends_the_others_and_tears_nothing(tmp_path, happens):
     run = {
         "strategy": "fsdp2",
         "happens": happens,
-        "at": [30],
+        "at": [130],
         "steps": 500,
         "snapshot_files": "sharded",
         "keep_last": 9,
@@ -273,3 +273,95 @@ def test_a_killed_process_ends_the_others_and_tears_nothing(tmp_path, happens):
     assert json.loads((merged / "index.json").read_text())["latest"] in {path.name for path in snapshots}
     left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False)
     assert left.stdout == ""
+
+
+# Through the trainers
+
+
+@pytest.fixture(scope="session")
+def lightning(tmp_path_factory):
+    """What runs with Lightning left behind."""
+    folder = tmp_path_factory.mktemp("lightning")
+    runs = [
+        {"name": "ddp", "strategy": "ddp"},
+        {"name": "ddp-plain", "strategy": "ddp", "merging": False},
+        {"name": "ddp-resumed", "strategy": "ddp", "resume": "ddp"},
+        {"name": "fsdp2", "strategy": "fsdp2"},
+        {"name": "fsdp2-plain", "strategy": "fsdp2", "merging": False},
+        {"name": "fsdp2-resumed", "strategy": "fsdp2", "resume": "fsdp2"},
+        {"name": "fsdp1", "strategy": "fsdp1"},
+        {"name": "fsdp1-plain", "strategy": "fsdp1", "merging": False},
+    ]
+    launch("trainers.py", 2, str(folder), json.dumps([{"trainer": "lightning", **run} for run in runs]))
+    return folder
+
+
+@pytest.mark.parametrize("run", ["ddp", "fsdp2", "fsdp1"])
+def test_lightning_trains_bit_identically_and_merges_alike(lightning, run):
+    assert same_weights(lightning / run, lightning / f"{run}-plain")
+    ours, theirs = records(lightning, run), records(lightning, "ddp")
+    assert [record["step"] for record in ours] == [6, 12]
+    for record, expected in zip(ours, theirs, strict=True):
+        assert record["merged_loss"] == pytest.approx(expected["merged_loss"], abs=1e-5)
+        assert record["gain"] > 0.1
+    assert load_merged(lightning / run / "merged" / "best", LightningModule())["step"] == 12
+    logged = (lightning / run / "lightning_logs" / "version_0" / "metrics.csv").read_text()
+    assert logged.splitlines()[0].count("merge/loss") == 1
+
+
+class LightningModule(torch.nn.Module):
+    """The modules of the Lightning module in tests/distributed/trainers.py."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = tiny_llama(tie_word_embeddings=False)
+
+
+def test_lightning_resumes_the_window_of_every_process(lightning):
+    for run in ("ddp", "fsdp2"):
+        (record,) = records(lightning, f"{run}-resumed")
+        assert record["checkpoint_steps"] == [6, 8, 10, 12]
+        checkpoints = {path.name.removesuffix(".merge") for path in (lightning / run / "ckpt").glob("*.merge")}
+        assert checkpoints == {f"epoch=0-step={step}.ckpt" for step in (4, 8, 12)}
+    ours, theirs = (records(lightning, f"{run}-resumed")[0]["merged_loss"] for run in ("ddp", "fsdp2"))
+    assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_transformers_trains_bit_identically_merges_and_resumes(tmp_path, strategy):
+    runs = [{"name": "run"}, {"name": "plain", "merging": False}, {"name": "resumed", "resume": "run"}]
+    runs = [{"trainer": "transformers", "strategy": strategy, **run} for run in runs]
+    launch("trainers.py", 2, str(tmp_path), json.dumps(runs))
+    assert same_weights(tmp_path / "run", tmp_path / "plain")
+    ours, (resumed,) = records(tmp_path, "run"), records(tmp_path, "resumed")
+    assert [record["step"] for record in ours] == [6, 12]
+    assert min(record["gain"] for record in ours) > 0.1
+    assert resumed["checkpoint_steps"] == ours[-1]["checkpoint_steps"]
+    assert resumed["merged_loss"] == ours[-1]["merged_loss"]
+    state = json.loads((tmp_path / "run" / "checkpoint-12" / "trainer_state.json").read_text())
+    assert [entry["merge/step"] for entry in state["log_history"] if "merge/loss" in entry] == [6, 12]
+    assert type(LlamaForCausalLM.from_pretrained(tmp_path / "run" / "merged" / "best")) is LlamaForCausalLM
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_transformers_with_deepspeed(tmp_path, stage):
+    pytest.importorskip("deepspeed")
+    runs = [{"name": "run"}, {"name": "plain", "merging": False}]
+    runs = [{"trainer": "transformers", "strategy": f"zero{stage}", **run} for run in runs]
+    output = launch("trainers.py", 2, str(tmp_path), json.dumps(runs), check=stage < 3)
+    if stage == 3:
+        assert "DeepSpeed ZeRO stage 3, which is not supported: use FSDP, or ZeRO stage 1 or 2" in output
+        return
+    assert same_weights(tmp_path / "run", tmp_path / "plain")
+    assert [record["step"] for record in records(tmp_path, "run")] == [6, 12]
+    assert min(record["gain"] for record in records(tmp_path, "run")) > 0.1
+
+
+def test_accelerate_launch(tmp_path):
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    options = ["--steps", "40", "--width", "32", "--capture-every", "5", "--merge-every", "20"]
+    output = launch("../../examples/accelerate_loop.py", 2, *options, "--output-dir", str(tmp_path), launcher=launcher)
+    lines = (tmp_path / "merged" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [20, 40]
+    assert output.count("best snapshot:") == 1
+    assert json.loads(lines[-1])["gain"] > 0

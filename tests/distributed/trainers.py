@@ -1,6 +1,6 @@
-"""Run in several processes by test_distributed: a trainer under DDP or FSDP, with or without merging.
+"""Run in several processes by test_distributed: trainers under DDP or FSDP, one after the other.
 
-Arguments: the trainer and its strategy, the folder for results, and options as JSON.
+Arguments: the folder for results, and a JSON list of runs, each a mapping with a "name" and options of :func:`run`.
 """
 
 import json
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from conftest import AT_ONCE, LENGTH, tiny_llama
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.utils.data import DataLoader
@@ -23,32 +24,22 @@ import realtext
 from traj_merge_callback.lightning import TrajMergeCallback as LightningCallback
 from traj_merge_callback.transformers import TrajMergeCallback as TransformersCallback
 
-kind, folder, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-merging, resume, steps = options.pop("merging", True), options.pop("resume", None), options.pop("steps", 12)
 text = realtext.split_blocks(realtext.python_source()[:60], LENGTH)
 train, heldout = realtext.Blocks(text[0][:400]), realtext.Blocks(text[1][:44])
-options = {
-    "window_size": 4,
-    "capture_every": 2,
-    "merge_every": 6,
-    "heldout_batches": 12,
-    "output_dir": str(folder / "merged"),
-    "on_error": "raise",
-    "progress": False,
-    **AT_ONCE,
-    **options,
-}
+OPTIONS = {"window_size": 4, "capture_every": 2, "merge_every": 6, "heldout_batches": 12, "progress": False}
+OPTIONS |= {"on_error": "raise", **AT_ONCE}
 
 
 class Module(pl.LightningModule):
     """A Llama whose layers, and then the whole, are sharded by ModelParallelStrategy."""
 
-    def __init__(self):
+    def __init__(self, sharded):
         super().__init__()
+        self.sharded = sharded
         self.model = tiny_llama(tie_word_embeddings=False)
 
     def configure_model(self):
-        if kind == "lightning-fsdp2":
+        if self.sharded:
             mesh = self.device_mesh["data_parallel"]
             for layer in self.model.model.layers:
                 fully_shard(layer, mesh=mesh)
@@ -76,13 +67,13 @@ class OnCPU(FSDPStrategy):
         )
 
 
-def lightning_strategy():
-    if kind == "lightning-fsdp1":
+def lightning_strategy(strategy):
+    if strategy == "fsdp1":
         policy = ModuleWrapPolicy({LlamaDecoderLayer})
         return OnCPU(auto_wrap_policy=policy, use_orig_params=True, state_dict_type="sharded")
-    if kind == "lightning-fsdp2":
+    if strategy == "fsdp2":
         return ModelParallelStrategy(data_parallel_size=int(os.environ["WORLD_SIZE"]), tensor_parallel_size=1)
-    return "ddp"
+    return strategy
 
 
 def zero(stage):
@@ -96,7 +87,6 @@ def zero(stage):
 
 
 def full_state(model):
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model, writeback=False):
@@ -104,18 +94,17 @@ def full_state(model):
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-if kind.startswith("lightning"):
+def with_lightning(folder, strategy, merging, steps, resume, options):
+    """Train with Lightning; the model and the records."""
     pl.seed_everything(1)
     callback = LightningCallback(**options)
+    checkpoint = pl.callbacks.ModelCheckpoint(folder / "ckpt", every_n_train_steps=4, save_top_k=-1)
     trainer = pl.Trainer(
         max_steps=steps,
         accelerator="cpu",
         devices=int(os.environ["WORLD_SIZE"]),
-        strategy=lightning_strategy(),
-        callbacks=[
-            *([callback] if merging else []),
-            pl.callbacks.ModelCheckpoint(folder / "ckpt", every_n_train_steps=4, save_top_k=-1),
-        ],
+        strategy=lightning_strategy(strategy),
+        callbacks=[*([callback] if merging else []), checkpoint],
         default_root_dir=folder,
         logger=pl.loggers.CSVLogger(folder),
         log_every_n_steps=1,
@@ -124,17 +113,21 @@ if kind.startswith("lightning"):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    module = Module()
+    module = Module(strategy == "fsdp2")
     loaders = DataLoader(train, batch_size=4, shuffle=True), DataLoader(heldout, batch_size=4)
-    trainer.fit(module, *loaders, ckpt_path=resume)
+    trainer.fit(module, *loaders, ckpt_path=resume and folder.parent / resume / "ckpt" / "epoch=0-step=8.ckpt")
     if merging:
         assert trainer.callback_metrics["merge/loss"] == callback.merger.records[-1].merged_loss
-    # The trainer has moved the wrapper away.
-    state = full_state(trainer.strategy.model if kind == "lightning-fsdp1" else module)
-else:
+    return trainer.strategy.model if strategy == "fsdp1" else module, callback.merger
+
+
+def with_transformers(folder, strategy, merging, steps, resume, options):
+    """Train with Hugging Face's trainer; the model and the records."""
     arguments = TrainingArguments(
         str(folder),
         max_steps=steps,
+        learning_rate=3e-3,
+        lr_scheduler_type="constant",
         per_device_train_batch_size=4,
         per_device_eval_batch_size=4,
         use_cpu=True,
@@ -144,12 +137,11 @@ else:
         eval_strategy="steps",
         logging_steps=1,
         seed=1,
-        deepspeed=zero(int(kind[-1])) if "zero" in kind else None,
-        bf16="zero" in kind,
+        deepspeed=zero(int(strategy[-1])) if strategy.startswith("zero") else None,
+        bf16=strategy.startswith("zero"),
     )
     trainer = Trainer(tiny_llama(), arguments, train_dataset=train, eval_dataset=heldout)
-    callback = TransformersCallback(**options)
-    if kind == "transformers-fsdp2":
+    if strategy == "fsdp2":
         from accelerate import FullyShardedDataParallelPlugin
         from accelerate.utils import DistributedType
 
@@ -162,13 +154,27 @@ else:
         trainer.accelerator.state.distributed_type = DistributedType.FSDP
         trainer.accelerator.state.fsdp_plugin = plugin
         trainer.is_fsdp_enabled = True
+    callback = TransformersCallback(**options)
     if merging:
         callback.attach(trainer)
-    trainer.train(resume_from_checkpoint=resume)
-    state = full_state(trainer.model)
-if dist.get_rank() == 0:
-    torch.save(state, folder / "weights.pt")
-    if merging:
-        (folder / "records.json").write_text(json.dumps([json.loads(r.to_json()) for r in callback.merger.records]))
-dist.barrier()
+    trainer.train(resume_from_checkpoint=resume and str(folder.parent / resume / "checkpoint-8"))
+    return trainer.model, callback.merger
+
+
+def run(folder, trainer, strategy, merging=True, steps=12, resume=None, **options):
+    """Train, and keep the weights and the records."""
+    folder.mkdir(parents=True, exist_ok=True)
+    train_with = with_lightning if trainer == "lightning" else with_transformers
+    options = {**OPTIONS, "output_dir": str(folder / "merged"), **options}
+    model, merger = train_with(folder, strategy, merging, steps, resume, options)
+    state = full_state(model)
+    if dist.get_rank() == 0:
+        torch.save(state, folder / "weights.pt")
+    records = [json.loads(record.to_json()) for record in merger.records] if merging else []
+    (folder / f"found-{dist.get_rank()}.json").write_text(json.dumps({"records": records}))
+    dist.barrier()
+
+
+for options in json.loads(sys.argv[2]):
+    run(Path(sys.argv[1]) / options.pop("name"), **options)
 dist.destroy_process_group()
