@@ -179,7 +179,7 @@ def heldout_of_runs(text):
 def test_snapshots_in_parts_become_model_folders(folder, run, tmp_path, heldout_of_runs):
     best = folder / run / "merged" / "best"
     assert len(list(best.glob("*.distcp"))) == 2
-    model = tiny_llama(hidden_size=36, intermediate_size=50)
+    model = tiny_llama(hidden_size=36, intermediate_size=9)
     with pytest.raises(ValueError, match="in parts"):
         load_merged(best, model)
     made = consolidate_snapshot(best, tmp_path / "model", shard_bytes=20_000)

@@ -175,10 +175,9 @@ class TrajMergeCallback(pl.Callback):
     ) -> None:
         """Let the state be written while the trainer writes the checkpoint."""
         if self.merger is not None and "callbacks" in checkpoint:
-            base = self.merger.processes.decide(lambda: _beside(filepath))
-            if base is not None:
-                folder = base / f"step-{checkpoint['global_step']:08d}"
-                self.merger.save_state(folder, written=lambda: _remove_others(folder))
+            base = _beside(filepath)
+            folder = None if base is None else base / f"step-{checkpoint['global_step']:08d}"
+            self.merger.save_state(folder, written=lambda: _remove_others(folder))
         save(checkpoint, filepath, *args, **kwargs)
 
     def _remove_checkpoint(self, remove: Callable[..., None], filepath: Any) -> None:
@@ -295,9 +294,9 @@ class _ValidationStep:
 # Resuming: the window beside the trainer's checkpoint
 
 
-def _remove_others(folder: Path) -> None:
+def _remove_others(folder: Path | None) -> None:
     """A checkpoint that is overwritten (last.ckpt) had a state of its own."""
-    for old in folder.parent.glob("step-*"):
+    for old in folder.parent.glob("step-*") if folder else []:
         if old != folder:
             shutil.rmtree(old, ignore_errors=True)
 

@@ -401,14 +401,14 @@ class TrajectoryMerger:
 
     # Resuming
 
-    def save_state(self, folder: str | Path, *, written: Callable[[], None] | None = None) -> None:
+    def save_state(self, folder: str | Path | None, *, written: Callable[[], None] | None = None) -> None:
         """Write the window and the search's memory into a folder, which then exists whole or not at all.
 
         They are written in a thread of their own, and until then nothing is captured; :meth:`wait` waits for it. A
         merge under way is begun again after resuming. Does nothing before the first step.
 
         Args:
-            folder: where to.
+            folder: where to, as the first process says; None: nowhere.
             written: is called, in that thread of the first process, when the folder is there.
         """
         if self.window is None or self._memory.last_step is None:
@@ -416,6 +416,9 @@ class TrajectoryMerger:
         started, step = time.perf_counter(), self._memory.last_step
         window = self.window
         with self._in_touch(step), self._failures.contained("saving the window", step), ExitStack() as stack:
+            target = self.processes.decide(lambda: None if folder is None else Path(folder))
+            if target is None:
+                return
             # More than one state is never on its way.
             self.wait()
             several = self.processes.size > 1
@@ -442,9 +445,9 @@ class TrajectoryMerger:
             def write() -> None:
                 with until_written:
                     if several:
-                        save_state_together(Path(folder), rows, window, document, self._files)
+                        save_state_together(target, rows, window, document, self._files)
                     else:
-                        save_state(Path(folder), state, document)
+                        save_state(target, state, document)
                 if written is not None and self.processes.is_first:
                     written()
 

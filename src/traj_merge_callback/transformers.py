@@ -167,9 +167,7 @@ class TrajMergeCallback(TrainerCallback):
         if self.merger is None or args.save_only_model:
             return
         folder = _checkpoint_folder(args, state)
-        # A network file system may not show it to every process yet.
-        if self.merger.processes.decide(folder.is_dir):
-            self.merger.save_state(folder / _STATE_FOLDER)
+        self.merger.save_state(folder / _STATE_FOLDER if folder.is_dir() else None)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
