@@ -124,10 +124,8 @@ def test_merges_are_those_of_one_process(folder, run, single):
         for name in ("live_loss", "merged_loss", "gain"):
             assert record[name] == pytest.approx(expected[name], abs=1e-5)
         assert record["weights"] == pytest.approx(expected["weights"], abs=1e-3)
-    assert max(record["gain"] for record in ours) > 0.01
-    # Shares of a loader are of other batches than the whole, so errors are of other units.
-    if run in ("ddp", "fsdp2"):
-        assert ours[-1]["gain_stderr"] == pytest.approx(theirs[-1]["gain_stderr"], rel=1e-3)
+        assert record["gain"] > 0.01
+        assert record["gain_stderr"] == pytest.approx(expected["gain_stderr"], rel=1e-3)
 
 
 @pytest.mark.parametrize(("run", "processes"), [("ddp", 2), ("ddp-4", 4), ("fsdp2", 2), ("fsdp2-4", 4)])

@@ -49,19 +49,23 @@ def select_sequences(batch: Any, indices: Sequence[int]) -> Any:
     return map_tensors(batch, select)
 
 
-def interleaved(batches: list[Any]) -> list[Any]:
+def interleaved(batches: list[Any], sequences: int) -> list[Any]:
     """Batches of which every process read one, with the sequences in turn: the first of each, the second of each, ...
 
     Batches whose tensors differ in shape are left as they are.
+
+    Args:
+        batches: of all processes.
+        sequences: in each batch that is returned, but the last.
     """
     columns = list(zip(*map(tensors_of, batches), strict=False))
     if any(tensor.shape != column[0].shape or tensor.dim() == 0 for column in columns for tensor in column):
         return batches
-    mixed = [torch.stack(column, dim=1).flatten(0, 1).split(len(column[0])) for column in columns]
+    mixed = [torch.stack(column, dim=1).flatten(0, 1).split(sequences) for column in columns]
     found = []
-    for turn in range(len(batches)):
-        parts = iter([column[turn] for column in mixed])
-        found.append(map_tensors(batches[0], lambda _: next(parts)))  # noqa: B023
+    for parts in zip(*mixed, strict=True):
+        tensors = iter(parts)
+        found.append(map_tensors(batches[0], lambda _: next(tensors)))  # noqa: B023
     return found
 
 

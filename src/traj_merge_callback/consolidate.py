@@ -10,6 +10,8 @@ import json
 import shutil
 from pathlib import Path
 
+import torch.distributed as dist
+
 from .files import whole_folder
 from .sharded_files import is_sharded, read_tensors, tensor_sizes
 from .snapshots import read_merge
@@ -35,7 +37,10 @@ def consolidate_snapshot(folder: str | Path, output: str | Path, *, shard_bytes:
     Raises:
         FileNotFoundError: ``folder`` is no snapshot.
         ValueError: it is not in parts.
+        RuntimeError: this process is one of several that train together, and would wait for the others.
     """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        raise RuntimeError("consolidate_snapshot works alone: run it in a process of its own")
     folder, output = Path(folder), Path(output)
     merge = read_merge(folder)
     if not merge.get("sharded") or not is_sharded(folder):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .distributed import Processes
 from .interrupts import delayed_interrupts
-from .sharding import Part, Sharding, find_sharding
+from .sharding import EqualShares, Part, Sharding, find_sharding
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.parallel.DataParallel)
 
@@ -135,6 +135,13 @@ class ParameterLayout:
                 "processes have different parameters (pipeline or tensor parallelism?), which is not supported: every "
                 f"process must have the same ones, whole or as shards of FSDP; they begin {sorted(layouts)[0][:100]}..."
             )
+        if isinstance(layout.sharding, EqualShares):
+            first = next(tensor for _, tensor, is_parameter in layout._walk(model) if is_parameter)
+            if len(set(processes.gather(tuple(first.detach().reshape(-1)[:64].tolist())))) > 1:
+                raise ValueError(
+                    "processes have different weights that are not shards of one model: merging together needs DDP or "
+                    "FSDP (its first step comes after the model is wrapped)"
+                )
         if layout.sharding.units:
             frozen = [name for name, p in model.named_parameters() if not _is_merged(p, trainable_only)]
             if frozen:

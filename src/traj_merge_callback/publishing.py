@@ -16,11 +16,10 @@ from .config import MergeConfig
 from .distributed import Processes
 from .failures import Failures
 from .gathering import ShardedWeights, Weights, WholeWeights
-from .parameters import unwrap
 from .pieces import PUBLISH, WAIT, Pieces
 from .sharded_files import describe_slots, write_rows
 from .snapshots import SnapshotStore
-from .weights import collect_description, collect_gathered, collect_weights, weights_format
+from .weights import class_name, collect_description, collect_gathered, collect_weights, weights_format
 from .window import CheckpointWindow
 from .writer import Writer
 
@@ -145,7 +144,7 @@ class Publisher:
             "search_split": {f"{name}_loss": loss for name, loss in choice.search_losses.items()},
             "report_split": losses,
             "row_dtype": self._window.dtype,
-            "model_class": type(unwrap(model)).__name__,
+            "model_class": class_name(model),
             "weights_format": weights_format(model),
             "merged_tensors": [slot.name for slot in self._window.layout.slots],
             "sharded": describe_slots(self._window.layout.slots) if in_parts else None,

@@ -42,7 +42,7 @@ def read_together(name: str, loader: Any, batches: int, seed: int, processes: Pr
     turns = [[batch for batch in turn if batch is not None] for turn in itertools.zip_longest(*shares)]
     loader = _plain(loader)
     if isinstance(getattr(loader, "sampler", None), DistributedSampler):
-        turns = [interleaved(turn) for turn in turns]
+        turns = [interleaved(turn, count_sequences(turns[0][0])) for turn in turns]
     found = [batch for turn in turns for batch in turn][:batches]
     dataset = getattr(loader, "dataset", None)
     return _first_sequences(found, len(dataset)) if isinstance(dataset, Sized) else found

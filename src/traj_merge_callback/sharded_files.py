@@ -116,14 +116,7 @@ def write_rows(
     planner = _Saving(slots, rows, dtypes)
     writer = dcp.FileSystemWriter(folder)
     with in_touch(processes.timeout):
-        _quietly(
-            dcp.save,
-            {},
-            storage_writer=writer,
-            planner=planner,
-            process_group=processes.group,
-            no_dist=processes.size == 1,
-        )
+        _quietly(dcp.save, {}, storage_writer=writer, planner=planner, process_group=processes.group)
 
 
 def read_row(folder: Path, slots: Sequence[Slot], row: str, target: Tensor, processes: Processes) -> None:
@@ -134,14 +127,7 @@ def read_row(folder: Path, slots: Sequence[Slot], row: str, target: Tensor, proc
     """
     planner = _Loading(slots, row, target)
     reader = dcp.FileSystemReader(folder)
-    _quietly(
-        dcp.load,
-        {},
-        storage_reader=reader,
-        planner=planner,
-        process_group=processes.group,
-        no_dist=processes.size == 1,
-    )
+    _quietly(dcp.load, {}, storage_reader=reader, planner=planner, process_group=processes.group)
 
 
 def describe_slots(slots: Sequence[Slot]) -> dict[str, Any]:
@@ -159,7 +145,7 @@ def read_tensors(folder: Path, described: Mapping[str, Any], names: Sequence[str
     """
     saved = _saved(folder)
     flat: dict[str, Any] = {name: torch.empty(saved[name].size, dtype=saved[name].properties.dtype) for name in names}
-    _quietly(dcp.load, flat, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    _quietly(dcp.load, flat, storage_reader=dcp.FileSystemReader(folder))
     found = {}
     for name in names:
         shape, front = list(described[name]["shape"]), described[name]["front"]

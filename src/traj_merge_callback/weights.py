@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .parameters import ParameterLayout, clean_name, persistent_buffers, unwrap
+from .sharding import is_fsdp
 from .snapshots import read_merge
 
 STATE_DICT, TRANSFORMERS, PEFT = "state_dict", "transformers", "peft"
@@ -22,13 +23,24 @@ _SHARD_BYTES = 5_000_000_000
 
 def weights_format(model: nn.Module) -> str:
     """How a snapshot of ``model`` is written: "transformers", "peft" or "state_dict"."""
-    model = unwrap(model)
-    model = getattr(model, "_fsdp_wrapped_module", model)
+    model = _under_fsdp(model)
     if hasattr(model, "peft_config") and hasattr(model, "save_pretrained"):
         return PEFT
     if hasattr(model, "save_pretrained") and hasattr(model, "config"):
         return TRANSFORMERS
     return STATE_DICT
+
+
+def class_name(model: nn.Module) -> str:
+    """The name of the class that the user wrote."""
+    # fully_shard gives a module a class of its own.
+    return type(_under_fsdp(model)).__name__.removeprefix("FSDP")
+
+
+def _under_fsdp(model: nn.Module) -> nn.Module:
+    """The model under wrappers, FSDP's first version included: it knows how the model is saved."""
+    model = unwrap(model)
+    return getattr(model, "_fsdp_wrapped_module", model)
 
 
 def collect_weights(model: nn.Module, layout: ParameterLayout) -> Callable[[Path], None]:
@@ -81,19 +93,17 @@ def collect_gathered(
     state = {
         clean_name(n): values[id(t)] if id(t) in values else t.detach().to("cpu", copy=True) for n, t in named.items()
     }
-    # FSDP's first version wraps the model that knows how it is saved.
-    model = getattr(model, "_fsdp_wrapped_module", model)
+    model = _under_fsdp(model)
     return lambda folder: _write(folder, model, state)
 
 
 def collect_description(model: nn.Module) -> Callable[[Path], None]:
     """Collect what a Hugging Face model's folder holds beside weights; the function returned writes it, later."""
-    model = unwrap(model)
-    model = getattr(model, "_fsdp_wrapped_module", model)
+    model = _under_fsdp(model)
     if weights_format(model) != TRANSFORMERS:
         return lambda folder: None
     config, generation = copy.deepcopy(model.config), copy.deepcopy(getattr(model, "generation_config", None))
-    config.architectures = [type(model).__name__.removeprefix("FSDP")]  # type: ignore[union-attr]
+    config.architectures = [class_name(model)]  # type: ignore[union-attr]
 
     def write(folder: Path) -> None:
         config.save_pretrained(folder)  # type: ignore[operator, union-attr]
@@ -206,6 +216,8 @@ def load_merged(folder: str | Path, model: nn.Module) -> dict[str, Any]:
     """
     folder, model = Path(folder), unwrap(model)
     merge = read_merge(folder)
+    if any(is_fsdp(module) for module in model.modules()):
+        raise ValueError("load_merged needs a whole model: load the snapshot before FSDP is applied")
     if merge.get("sharded"):
         raise ValueError(
             f"snapshot {folder} is in parts: make a model folder of it first, with traj_merge_callback.consolidate"

@@ -47,8 +47,8 @@ def wrapped(model, strategy):
         if strategy == "fsdp2-bf16":
             options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
         if strategy == "fsdp2-columns":
-            # Matrices are sharded by columns, and the last norm is not sharded at all.
-            options["shard_placement_fn"] = lambda parameter: Shard(parameter.dim() - 1)
+            # Matrices are sharded by columns where that is even, and the last norm is not sharded at all.
+            options["shard_placement_fn"] = lambda p: Shard(1) if p.dim() == 2 and p.shape[1] % size == 0 else None
             options["ignored_params"] = {model.model.norm.weight}
         for layer in model.model.layers:
             fully_shard(layer, **options)
