@@ -35,7 +35,8 @@ RUNS_OF_TWO = [
     {"name": "fsdp2-fails", "strategy": "fsdp2", "happens": "failure", "at": [3], "on_error": "warn"},
     {"name": "fsdp2-fails-first", "strategy": "fsdp2", "happens": "failure", "at": [1], "on_error": "warn"},
     {"name": "fsdp2-fails-backward", "strategy": "fsdp2", "happens": "failure", "at": [14]},
-    {"name": "fsdp1", "strategy": "fsdp1", "tied": False},
+    {"name": "fsdp1", "strategy": "fsdp1", "tied": False, **SAVED},
+    {"name": "fsdp1-2-2", "strategy": "fsdp1", "tied": False, "resume": "fsdp1", "snapshot_files": "sharded"},
     {"name": "fsdp1-plain", "strategy": "fsdp1", "tied": False, "merging": False},
 ]
 RUNS_OF_FOUR = [
@@ -173,11 +174,11 @@ def heldout_of_runs(text):
     return HeldOutLoss([{"input_ids": batch, "labels": batch} for batch in batches], batches=12)
 
 
-@pytest.mark.parametrize("run", ["fsdp2-parts", "fsdp2-columns"])
+@pytest.mark.parametrize("run", ["fsdp2-parts", "fsdp2-columns", "fsdp1-2-2"])
 def test_snapshots_in_parts_become_model_folders(folder, run, tmp_path, heldout_of_runs):
     best = folder / run / "merged" / "best"
     assert len(list(best.glob("*.distcp"))) == 2
-    model = tiny_llama(hidden_size=36, intermediate_size=9)
+    model = tiny_llama(hidden_size=36, intermediate_size=9, tie_word_embeddings=run != "fsdp1-2-2")
     with pytest.raises(ValueError, match="in parts"):
         load_merged(best, model)
     made = consolidate_snapshot(best, tmp_path / "model", shard_bytes=20_000)
@@ -214,6 +215,7 @@ def test_processes_with_disks_of_their_own_each_keep_their_part(folder, tmp_path
     [
         ("ddp-2-2", "ddp", True),
         ("fsdp2-2-2", "fsdp2", True),
+        ("fsdp1-2-2", "fsdp1", True),
         ("ddp-4-2", "ddp-4", False),
         ("fsdp2-4-2", "fsdp2-4", False),
     ],
@@ -289,6 +291,7 @@ def lightning(tmp_path_factory):
         {"name": "fsdp2-resumed", "strategy": "fsdp2", "resume": "fsdp2"},
         {"name": "fsdp1", "strategy": "fsdp1"},
         {"name": "fsdp1-plain", "strategy": "fsdp1", "merging": False},
+        {"name": "fsdp1-resumed", "strategy": "fsdp1", "resume": "fsdp1"},
     ]
     launch("trainers.py", 2, str(folder), json.dumps([{"trainer": "lightning", **run} for run in runs]))
     return folder
@@ -316,16 +319,16 @@ class LightningModule(torch.nn.Module):
 
 
 def test_lightning_resumes_the_window_of_every_process(lightning):
-    for run in ("ddp", "fsdp2"):
+    for run in ("ddp", "fsdp2", "fsdp1"):
         (record,) = records(lightning, f"{run}-resumed")
         assert record["checkpoint_steps"] == [6, 8, 10, 12]
         checkpoints = {path.name.removesuffix(".merge") for path in (lightning / run / "ckpt").glob("*.merge")}
         assert checkpoints == {f"epoch=0-step={step}.ckpt" for step in (4, 8, 12)}
-    ours, theirs = (records(lightning, f"{run}-resumed")[0]["merged_loss"] for run in ("ddp", "fsdp2"))
-    assert ours == pytest.approx(theirs, abs=1e-5)
+    losses = [records(lightning, f"{run}-resumed")[0]["merged_loss"] for run in ("ddp", "fsdp2", "fsdp1")]
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp1"])
 def test_transformers_trains_bit_identically_merges_and_resumes(tmp_path, strategy):
     runs = [{"name": "run"}, {"name": "plain", "merging": False}, {"name": "resumed", "resume": "run"}]
     runs = [{"trainer": "transformers", "strategy": strategy, **run} for run in runs]
@@ -335,7 +338,8 @@ def test_transformers_trains_bit_identically_merges_and_resumes(tmp_path, strate
     assert [record["step"] for record in ours] == [6, 12]
     assert min(record["gain"] for record in ours) > 0.1
     assert resumed["checkpoint_steps"] == ours[-1]["checkpoint_steps"]
-    assert resumed["merged_loss"] == ours[-1]["merged_loss"]
+    if strategy != "fsdp1":  # where training itself does not resume exactly, with or without the callback
+        assert resumed["merged_loss"] == ours[-1]["merged_loss"]
     state = json.loads((tmp_path / "run" / "checkpoint-12" / "trainer_state.json").read_text())
     assert [entry["merge/step"] for entry in state["log_history"] if "merge/loss" in entry] == [6, 12]
     assert type(LlamaForCausalLM.from_pretrained(tmp_path / "run" / "merged" / "best")) is LlamaForCausalLM
@@ -344,7 +348,7 @@ def test_transformers_trains_bit_identically_merges_and_resumes(tmp_path, strate
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_transformers_with_deepspeed(tmp_path, stage):
     pytest.importorskip("deepspeed")
-    runs = [{"name": "run"}, {"name": "plain", "merging": False}]
+    runs = [{"name": "run"}, {"name": "plain", "merging": False}, {"name": "resumed", "resume": "run"}]
     runs = [{"trainer": "transformers", "strategy": f"zero{stage}", **run} for run in runs]
     output = launch("trainers.py", 2, str(tmp_path), json.dumps(runs), check=stage < 3)
     if stage == 3:
@@ -353,6 +357,7 @@ def test_transformers_with_deepspeed(tmp_path, stage):
     assert same_weights(tmp_path / "run", tmp_path / "plain")
     assert [record["step"] for record in records(tmp_path, "run")] == [6, 12]
     assert min(record["gain"] for record in records(tmp_path, "run")) > 0.1
+    assert records(tmp_path, "resumed")[0]["checkpoint_steps"] == [6, 8, 10, 12]
 
 
 def test_accelerate_launch(tmp_path):

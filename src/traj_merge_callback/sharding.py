@@ -160,7 +160,10 @@ class FullyShardedParts(Sharding):
         """FSDP1: where this process's shard of a flat parameter lies in the original ones."""
         flat = handle.flat_param  # type: ignore[attr-defined]
         if not handle._use_orig_params:  # type: ignore[attr-defined]
-            raise ValueError("FSDP's flat parameters cannot be merged: construct FSDP with use_orig_params=True")
+            raise ValueError(
+                "FSDP's flat parameters cannot be merged: construct FSDP with use_orig_params=True "
+                "(Accelerate: fsdp_use_orig_params: true)"
+            )
         if not handle.uses_sharded_strategy:  # type: ignore[attr-defined]
             return
         ranks = tuple(dist.get_process_group_ranks(handle.process_group))  # type: ignore[attr-defined]

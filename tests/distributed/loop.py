@@ -155,7 +155,11 @@ def run(
     first = 0
     if resume:
         first, weights = torch.load(folder.parent / resume / "saved.pt")
-        set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
+        if strategy == "fsdp1":
+            with FullyShardedDataParallel.summon_full_params(model):
+                model.module.load_state_dict(weights)
+        else:
+            set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
         merger.load_state(folder.parent / resume / "state", model, first)
     for step in range(first + 1, steps + 1):
         generator = torch.Generator().manual_seed(step)

@@ -141,18 +141,21 @@ def with_transformers(folder, strategy, merging, steps, resume, options):
         bf16=strategy.startswith("zero"),
     )
     trainer = Trainer(tiny_llama(), arguments, train_dataset=train, eval_dataset=heldout)
-    if strategy == "fsdp2":
+    if strategy.startswith("fsdp"):
         from accelerate import FullyShardedDataParallelPlugin
         from accelerate.utils import DistributedType
 
         # Accelerate turns FSDP on for GPUs; everything behind this switch runs on any device.
         plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
+            fsdp_version=int(strategy[-1]),
+            use_orig_params=True if strategy == "fsdp1" else None,
+            state_dict_type="SHARDED_STATE_DICT",  # the other one crashes on the CPU
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
         )
         trainer.accelerator.state.distributed_type = DistributedType.FSDP
         trainer.accelerator.state.fsdp_plugin = plugin
+        trainer.accelerator.state.device = torch.device("cpu")
         trainer.is_fsdp_enabled = True
     callback = TransformersCallback(**options)
     if merging:
