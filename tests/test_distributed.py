@@ -21,6 +21,7 @@ RUNS_OF_TWO = [
     {"name": "ddp", "strategy": "ddp", **SAVED},
     {"name": "ddp-plain", "strategy": "ddp", "merging": False},
     {"name": "ddp-2-2", "strategy": "ddp", "resume": "ddp"},
+    {"name": "ddp-frozen", "strategy": "ddp", "frozen": True},
     {"name": "ddp-interleaved", "strategy": "ddp", "schedule": "interleaved", "steps": 40, "max_overhead": 0.5},
     {"name": "ddp-interleaved-plain", "strategy": "ddp", "merging": False, "steps": 40},
     {"name": "fsdp2", "strategy": "fsdp2", **SAVED},
@@ -40,6 +41,7 @@ RUNS_OF_TWO = [
     {"name": "fsdp1-plain", "strategy": "fsdp1", "tied": False, "merging": False},
 ]
 RUNS_OF_FOUR = [
+    {"name": "fsdp1-4", "strategy": "fsdp1", "tied": False, **SAVED},
     {"name": "ddp-4", "strategy": "ddp", **SAVED},
     {"name": "fsdp2-4", "strategy": "fsdp2", **SAVED},
     {"name": "fsdp2-hybrid", "strategy": "fsdp2-hybrid", "shares": True},
@@ -47,10 +49,12 @@ RUNS_OF_FOUR = [
 RUNS_OF_TWO_AFTER_FOUR = [
     {"name": "ddp-4-2", "strategy": "ddp", "resume": "ddp-4"},
     {"name": "fsdp2-4-2", "strategy": "fsdp2", "resume": "fsdp2-4"},
+    {"name": "fsdp1-4-2", "strategy": "fsdp1", "tied": False, "resume": "fsdp1-4"},
 ]
 RUNS_OF_ONE = [
     {"name": "one", "strategy": "none"},
     {"name": "one-untied", "strategy": "none", "tied": False},
+    {"name": "one-frozen", "strategy": "none", "frozen": True},
     {"name": "one-groups", "strategy": "none", "groups": "blocks", "evaluations": 14, "row": "mean"},
 ]
 
@@ -108,6 +112,7 @@ def test_training_is_bit_identical(folder, run):
     [
         ("ddp", "one"),
         ("ddp-4", "one"),
+        ("ddp-frozen", "one-frozen"),
         ("fsdp2", "one"),
         ("fsdp2-4", "one"),
         ("fsdp2-hybrid", "one"),
@@ -218,6 +223,7 @@ def test_processes_with_disks_of_their_own_each_keep_their_part(folder, tmp_path
         ("fsdp1-2-2", "fsdp1", True),
         ("ddp-4-2", "ddp-4", False),
         ("fsdp2-4-2", "fsdp2-4", False),
+        ("fsdp1-4-2", "fsdp1-4", False),
     ],
 )
 def test_resuming_at_the_same_and_at_another_number_of_processes(folder, resumed, run, exactly):
@@ -283,7 +289,7 @@ def lightning(tmp_path_factory):
     """What runs with Lightning left behind."""
     folder = tmp_path_factory.mktemp("lightning")
     runs = [
-        {"name": "ddp", "strategy": "ddp"},
+        {"name": "ddp", "strategy": "ddp", "save_ckpt": True},
         {"name": "ddp-plain", "strategy": "ddp", "merging": False},
         {"name": "ddp-resumed", "strategy": "ddp", "resume": "ddp"},
         {"name": "fsdp2", "strategy": "fsdp2"},
@@ -305,7 +311,11 @@ def test_lightning_trains_bit_identically_and_merges_alike(lightning, run):
     for record, expected in zip(ours, theirs, strict=True):
         assert record["merged_loss"] == pytest.approx(expected["merged_loss"], abs=1e-5)
         assert record["gain"] > 0.1
-    assert load_merged(lightning / run / "merged" / "best", LightningModule())["step"] == 12
+    best = LightningModule()
+    assert load_merged(lightning / run / "merged" / "best", best)["step"] == 12
+    if run == "ddp":
+        saved = torch.load(lightning / run / "merged" / "best" / "merged.ckpt", weights_only=False)["state_dict"]
+        assert all(torch.equal(value, saved[name]) for name, value in best.state_dict().items())
     logged = (lightning / run / "lightning_logs" / "version_0" / "metrics.csv").read_text()
     assert logged.splitlines()[0].count("merge/loss") == 1
 

@@ -6,8 +6,8 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,10 +24,12 @@ from .failures import Failures
 from .heldout import HeldOutLoss, device_of
 from .losses import Nll
 from .merge import Merging
-from .metrics import MergeRecord, MetricsFile
+from .metrics import MergeRecord
 from .publishing import Extra, Publisher
-from .resume import Memory, load_state, save_state, save_state_together
+from .recording import Recorder
+from .resume import Memory
 from .runs import Finished, MergeRuns
+from .saving import Saving
 from .search import resolve_search
 from .snapshots import SnapshotStore
 from .storage import in_memory, on_disk
@@ -85,17 +87,21 @@ class TrajectoryMerger:
         self.config = MergeConfig(**config)
         self.output_dir = Path(self.config.output_dir or "merged")
         self.window: CheckpointWindow | None = None
-        self.records: list[MergeRecord] = []
         self._active = True
         self.processes = Processes(self.config.process_timeout)
         # For the thread that writes files, whose exchanges must not get between those of merges.
         self._files = Processes(self.config.process_timeout)
         if self.processes.size > 1:
             self._check_for_processes()
-        self._log = log if log_everywhere or self.processes.is_first else None
         self._extra = extra
-        self._metrics = MetricsFile(self.output_dir / "metrics.jsonl")
         self._failures = Failures(self.config.on_error, self.processes.is_first)
+        self._recorder = Recorder(
+            self.config.search,
+            self.output_dir / "metrics.jsonl",
+            log if log_everywhere or self.processes.is_first else None,
+            self._failures,
+            writes=self.processes.is_first,
+        )
         self._store = SnapshotStore(self.output_dir, keep_last=self.config.keep_last, keep_best=self.config.keep_best)
         self.heldout = HeldOutLoss(
             heldout,
@@ -161,6 +167,7 @@ class TrajectoryMerger:
             processes=self.processes,
         )
         self._writer = Writer()
+        self._saving = Saving(self.window, self.heldout, self._store, self._writer, self._files)
         publisher = Publisher(
             self.config, self.window, self._store, self._writer, self._failures, self._files, self._extra
         )
@@ -307,6 +314,11 @@ class TrajectoryMerger:
         self.close()
 
     @property
+    def records(self) -> list[MergeRecord]:
+        """The records of all merges made here, in every process."""
+        return self._recorder.records
+
+    @property
     def _window_folder(self) -> Path:
         return self.output_dir / ".window"
 
@@ -366,38 +378,8 @@ class TrajectoryMerger:
         """Record a merge that was done at this step."""
         if finished is None or self.window is None:
             return None
-        merged = finished.merged
-        history = self._memory.history
-        live_loss, merged_loss = merged.losses["live_loss"], merged.losses["merged_loss"]
-        steps_saved = None
-        if live_loss is not None:
-            history.append((merged.step, merged_loss))
-            steps_saved = max((merged.step - past for past, loss in history if loss <= live_loss), default=0)
-        record = MergeRecord(
-            step=merged.step,
-            search=self.config.search,
-            checkpoint_steps=merged.checkpoint_steps,
-            **merged.choice.described,
-            **merged.losses,
-            steps_saved=steps_saved,
-            evaluations=merged.choice.evaluations,
-            forward_equivalents=float(merged.choice.forward_equivalents),
-            allowed={"evaluations": merged.plan.evaluations, "heldout_share": merged.plan.share},
-            finished_step=step,
-            seconds=finished.seconds,
-            longest_pause=finished.longest_pause,
-            overhead=self._overhead.share,
-            window_bytes=self.window.nbytes,
-            search_losses=merged.choice.search_losses,
-            snapshot=str(merged.snapshot) if merged.snapshot else None,
-        )
-        self.records.append(record)
-        if self.processes.is_first:
-            self._writer.leave(lambda: self._metrics.append(record))
-        with self._failures.contained("logging", step):
-            if self._log is not None:
-                self._log(record)
-        return record
+        overhead, window_bytes = self._overhead.share, self.window.nbytes
+        return self._recorder.record(finished, step, self._memory.history, overhead, window_bytes, self._writer)
 
     # Resuming
 
@@ -415,43 +397,20 @@ class TrajectoryMerger:
             return
         started, step = time.perf_counter(), self._memory.last_step
         window = self.window
-        with self._in_touch(step), self._failures.contained("saving the window", step), ExitStack() as stack:
+        with self._in_touch(step), self._failures.contained("saving the window", step):
             target = self.processes.decide(lambda: None if folder is None else Path(folder))
             if target is None:
                 return
             # More than one state is never on its way.
             self.wait()
-            several = self.processes.size > 1
             with self.processes.together():
-                state = window.state_dict()
-            rows = window.kept() if several else {}
+                window.settle()
             # What was known when the merge under way began, if it can still be made again: live is its newest row.
             before = self._runs.before if window.steps[-1:] == (self._memory.last_merge_step,) else None
             memory = replace(
                 before or self._memory, last_step=step, busy_s=self._overhead.busy_s, wall_s=self._overhead.wall_s
             )
-            described = {name: state[name] for name in ("steps", "dtype", "pushed", "sampled")}
-            document = {
-                "window": {**described, "shared": list(state["shared"])},
-                "names": [slot.name for slot in window.layout.slots],
-                "memory": asdict(memory),
-                "merging": None if before is None else window.steps[-1],
-                "heldout": self.heldout.digest,
-                "snapshots": [vars(entry) for entry in self._store.entries],
-            }
-            stack.enter_context(window.in_use())
-            until_written = stack.pop_all()
-
-            def write() -> None:
-                with until_written:
-                    if several:
-                        save_state_together(target, rows, window, document, self._files)
-                    else:
-                        save_state(target, state, document)
-                if written is not None and self.processes.is_first:
-                    written()
-
-            self._writer.leave(write)
+            self._saving.save(target, memory, None if before is None else window.steps[-1], written)
         self._overhead.take(time.perf_counter() - started)
 
     def wait(self) -> None:
@@ -461,11 +420,11 @@ class TrajectoryMerger:
 
     def resume_from(self, folder: Path | None, model: nn.Module, step: int) -> None:
         """:meth:`load_state` for a trainer's resume: if nothing usable is found, say so and start an empty window."""
-        self._metrics.resumed = True
-        with self._failures.contained("restoring the window", step):
-            if folder is None:
+        self._recorder.resumed()
+        with self._in_touch(step), self._failures.contained("restoring the window", step):
+            if (found := self.processes.decide(lambda: folder)) is None:
                 raise FileNotFoundError("the checkpoint has no saved window beside it; the window starts empty")
-            self.load_state(folder, model, step)
+            self.load_state(found, model, step)
 
     def load_state(self, folder: str | Path, model: nn.Module, step: int) -> None:
         """Continue from :meth:`save_state`; a merge that was under way is begun again.
@@ -486,17 +445,11 @@ class TrajectoryMerger:
             return
         self.prepare(model)
         assert self.window is not None
-        document = load_state(Path(folder), self.window, step)
-        self._memory = Memory.from_json(document["memory"])
+        self._memory, merging = self._saving.load(Path(folder), step)
         self._overhead.begin(self._memory.busy_s, self._memory.wall_s)
-        if document["heldout"] == self.heldout.digest:
-            self._store.restore(document["snapshots"])
-        else:
-            logger.info("the held-out data changed since %s was saved: losses measured before are forgotten", folder)
-            self._memory.row_losses, self._memory.search, self._memory.history = {}, {}, []
-        self._metrics.resumed = True
-        if document["merging"] is not None:
-            self._runs.begin(model, self.window, self._memory, document["merging"], Plan(self.config.evaluations))
+        self._recorder.resumed()
+        if merging is not None:
+            self._runs.begin(model, self.window, self._memory, merging, Plan(self.config.evaluations))
 
 
 def _passed(every: int, previous: int, step: int) -> bool:

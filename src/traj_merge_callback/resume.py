@@ -76,7 +76,7 @@ def save_state_together(
 
     Args:
         folder: on a file system that all processes share.
-        rows: see :meth:`CheckpointWindow.kept`.
+        rows: see :meth:`CheckpointWindow.numbers`.
         window: whose rows they are.
         document: as for :func:`save_state`, with the window's own under "window".
         files: the processes.
@@ -106,7 +106,7 @@ def load_state(folder: Path, window: CheckpointWindow, step: int) -> dict[str, A
     saved = document["window"]
     if is_sharded(folder):
         processes, slots = window.processes, window.layout.slots
-        window.restore(saved, lambda row, target: read_row(folder, slots, row, target, processes))
+        window.load_numbers(saved, lambda row, target: read_row(folder, slots, row, target, processes))
         return document
     if window.processes.size > 1:
         raise ValueError(f"{folder} was saved by one process; several can read what several have saved")

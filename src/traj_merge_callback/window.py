@@ -6,7 +6,6 @@ gradient of a loss in the parameters it is the gradient of that loss in the merg
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Capture
+from .columns import Columns
 from .distributed import Processes
 from .groups import ParameterGroups, parameter_groups
-from .parameters import ParameterLayout, Slot
-from .pieces import COMBINE, EXCHANGE, PROJECT, Pieces, finish
-from .products import Chunk, Matrix, Span, pieces_of
-from .storage import CHUNK, DTYPES, Allocate, DenseRows, Rows, in_memory, make_rows
+from .parameters import ParameterLayout
+from .pieces import COMBINE, PROJECT, Pieces, finish
+from .products import Matrix
+from .ring import Ring
+from .storage import CHUNK, DTYPES, Allocate, DenseRows, in_memory
 
 
 class CheckpointWindow:
@@ -86,66 +87,69 @@ class CheckpointWindow:
             dtype = "bfloat16" if all_bfloat16 else "float32"
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not one of {['auto', *DTYPES]}")
-        self.dtype = dtype
-        self.size = size
         self.groups: ParameterGroups | None = None if groups is None else parameter_groups(self.layout, groups)
         pinned = in_memory(pinned=any(tensor.is_cuda for tensor in self.layout.tensors(model)))
-        columns = self.layout.numel
-        self._rows = make_rows(size, columns, dtype, allocate or pinned)
+        exact = not mean_rows and (dtype == "float32" or (dtype == "bfloat16" and all_bfloat16)) and not buffered
+        self._ring = Ring(
+            size,
+            self.layout.numel,
+            dtype,
+            live=None if exact else torch.bfloat16 if all_bfloat16 else torch.float32,
+            running_sums=average_rate is not None,
+            mean=mean_rows,
+            allocate=allocate or pinned,
+            beside=pinned,
+        )
+        self._columns = Columns(self.layout, self.groups, self.processes)
         self._average_rate = average_rate
-        self._sums = DenseRows(2, columns, torch.float32, pinned) if average_rate else None
-        self._mean = pinned("mean", (columns,), torch.float32) if mean_rows else None
-        exact = not mean_rows and (dtype == "float32" or (dtype == "bfloat16" and all_bfloat16))
-        self._arrival = None
-        if not exact or buffered:
-            self._arrival = pinned("arrival", (columns,), torch.bfloat16 if all_bfloat16 else torch.float32)
-        self._staging = pinned("staging", (columns,), torch.float32)
         self._capture = Capture(asynchronous=asynchronous)
         self._readers = 0
         self._lock = threading.Lock()
-        self._sampled = 0
-        self._steps: list[int] = []
-        self._pushed = 0
         self._pushing = False
-        self._num_pieces: dict[tuple[bool, bool], int] = {}
-        for kind in (False, True):
-            for device in (torch.device("cpu"), torch.device("meta")):
-                list(self._pieces(kind, device))
+
+    @property
+    def size(self) -> int:
+        """k, the number of rows there can be."""
+        return self._ring.size
+
+    @property
+    def dtype(self) -> str:
+        """How rows are kept."""
+        return self._ring.dtype
 
     def __len__(self) -> int:
         """The number of checkpoints held now, at most ``size``."""
-        return len(self._steps)
+        return len(self._ring.steps)
 
     @property
     def steps(self) -> tuple[int, ...]:
         """The optimizer steps of the checkpoints held, oldest first."""
-        return tuple(self._steps)
+        return tuple(self._ring.steps)
 
     @property
     def num_weights(self) -> int:
         """How many merge weights ``combine`` takes: ``len(self)``, and two more in front for BEMA's running sums."""
-        return (2 if self._sums is not None and self._steps else 0) + len(self)
+        return (2 if self._ring.sums is not None and self._ring.steps else 0) + len(self)
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything that was allocated at construction."""
-        kept = [self._rows.nbytes, 0 if self._sums is None else self._sums.nbytes]
-        return sum(kept) + sum(row.nbytes for row in (self._mean, self._arrival, self._staging) if row is not None)
+        return self._ring.nbytes
 
     @property
     def row_nbytes(self) -> int:
         """Bytes that one row takes, without what the rows share."""
-        return sum(tensor.nbytes for tensor in self._rows.state(0).values())
+        return sum(tensor.nbytes for tensor in self._ring.rows.state(0).values())
 
     @property
     def num_pieces(self) -> int:
         """How many pieces a product has."""
-        return self._num_pieces[False, True]
+        return self._columns.num_pieces
 
     @property
     def newest_is_live(self) -> bool:
         """Whether the newest row is a checkpoint as it was pushed, and not a mean."""
-        return self._mean is None
+        return self._ring.mean is None
 
     @property
     def waited_s(self) -> float:
@@ -161,7 +165,7 @@ class CheckpointWindow:
         Raises:
             ValueError: the rows of this window are no means, or the model's parameters changed names or shapes.
         """
-        if self._mean is None:
+        if self._ring.mean is None:
             raise ValueError("this window's rows are single checkpoints: construct it with mean_rows=True")
         self._take(model, self._accumulate)
 
@@ -173,20 +177,21 @@ class CheckpointWindow:
         Raises:
             ValueError: ``step`` is not after the newest row's, or the model's parameters changed names or shapes.
         """
-        if self._steps and step <= self._steps[-1]:
-            raise ValueError(f"step={step} is not after the newest checkpoint's step {self._steps[-1]}")
-        index, first, renew = self._pushed % self.size, not self._steps, self._pushed % self.size == 0
+        ring = self._ring
+        if ring.steps and step <= ring.steps[-1]:
+            raise ValueError(f"step={step} is not after the newest checkpoint's step {ring.steps[-1]}")
+        index, first = ring.next, not ring.steps
 
         def settle() -> None:
-            if self._mean is not None:
+            if ring.mean is not None:
                 self._accumulate()
-                self._sampled = 0
-            values = self._arrival if self._mean is None else self._mean
+                ring.sampled = 0
+            values = ring.arrival if ring.mean is None else ring.mean
             if values is not None:
-                self._rows.write(index, values, renew=renew)
-            if self._sums is not None and self._average_rate is not None:
-                start, average = self._sums.row(0), self._sums.row(1)
-                row = self._arrival if self._arrival is not None else self._rows.state(index)["row"]
+                ring.rows.write(index, values, renew=index == 0)
+            if ring.sums is not None and self._average_rate is not None:
+                start, average = ring.sums.row(0), ring.sums.row(1)
+                row = ring.arrival if ring.arrival is not None else ring.rows.state(index)["row"]
                 if first:
                     start.copy_(row)
                     average.copy_(row)
@@ -195,17 +200,16 @@ class CheckpointWindow:
 
         self._take(model, settle, index)
         self._pushing = True
-        self._pushed += 1
-        self._steps = [*self._steps, step][-self.size :]
+        ring.add(step)
 
     def _take(self, model: nn.Module, settle: Callable[[], None], index: int | None = None) -> None:
         """Copy live weights to where they arrive: the row itself if it is an exact copy."""
         self.settle()
-        target = self._arrival
+        target = self._ring.arrival
         if target is None:
-            assert isinstance(self._rows, DenseRows)
+            assert isinstance(self._ring.rows, DenseRows)
             assert index is not None
-            target = self._rows.row(index)
+            target = self._ring.rows.row(index)
         tensors = self.layout.tensors(model)
         pairs = list(zip(self.layout.views(target).values(), self.layout.locals(tensors), strict=True))
         volatile = self.layout.volatile(model, tensors)
@@ -215,16 +219,17 @@ class CheckpointWindow:
         self._capture.begin([pair for pair, at_once in zip(pairs, volatile, strict=True) if not at_once], settle)
 
     def _accumulate(self) -> None:
-        assert self._mean is not None
-        assert self._arrival is not None
-        self._sampled += 1
-        if self._sampled == 1:
+        mean, arrival = self._ring.mean, self._ring.arrival
+        assert mean is not None
+        assert arrival is not None
+        self._ring.sampled += 1
+        if self._ring.sampled == 1:
             # Not as a mean with what was there: a checkpoint that is not finite spoils its own row and no other.
-            self._mean.copy_(self._arrival)
+            mean.copy_(arrival)
             return
         for start in range(0, self.layout.numel, CHUNK):
             part = slice(start, start + CHUNK)
-            self._mean[part].lerp_(self._arrival[part].float(), 1.0 / self._sampled)
+            mean[part].lerp_(arrival[part].float(), 1.0 / self._ring.sampled)
 
     def settle(self) -> None:
         """Wait until the last capture is complete.
@@ -237,8 +242,7 @@ class CheckpointWindow:
             self._capture.settle()
         except BaseException:
             if pushing:
-                self._steps = self._steps[:-1]
-                self._pushed -= 1
+                self._ring.drop_newest()
             raise
 
     def close(self) -> None:
@@ -263,7 +267,7 @@ class CheckpointWindow:
 
     def staging_on(self, device: torch.device) -> Tensor:
         """A float32 row on a device for the merge at hand: the window's own on the CPU, elsewhere a new one."""
-        return self._staging if device.type == "cpu" else torch.empty(self.layout.numel, device=device)
+        return self._ring.staging if device.type == "cpu" else torch.empty(self.layout.numel, device=device)
 
     # Products
 
@@ -287,19 +291,20 @@ class CheckpointWindow:
         rows = self.num_weights
         values = np.eye(rows)[-1] if weights is None else np.asarray(weights, dtype=np.float64)
         grouped = values.ndim == 2 and self.groups is not None
-        if values.shape != ((self._groups(True), rows) if grouped else (rows,)):
+        if values.shape != ((self._columns.groups(True), rows) if grouped else (rows,)):
             raise ValueError(f"weights has shape {values.shape}; the window has {rows} rows")
         if not np.isfinite(values).all():
             raise ValueError(f"weights={values.tolist()} are not all finite")
-        values = np.atleast_2d(values)[[group for group, _ in self._regions(grouped)]]
-        for piece in self._pieces(grouped, out.device):
+        values = np.atleast_2d(values)[[group for group, _ in self._columns.regions(grouped)]]
+        for piece in self._columns.pieces(grouped, out.device):
             yield COMBINE
             matrix = self._matrix()
-            if weights is not None or self._arrival is None:
+            live = self._ring.arrival
+            if weights is not None or live is None:
                 matrix.combine(values, piece, out)
                 continue
             for _, part in piece:
-                out[part].copy_(self._arrival[part])
+                out[part].copy_(live[part])
         return out
 
     def project(self, vector: Tensor, *, grouped: bool = False) -> np.ndarray:
@@ -328,13 +333,13 @@ class CheckpointWindow:
         """
         if tuple(vector.shape) != (self.layout.numel,):
             raise ValueError(f"vector has shape {tuple(vector.shape)}; rows have shape ({self.layout.numel},)")
-        regions = self._regions(grouped)
+        regions = self._columns.regions(grouped)
         products = torch.zeros(len(regions), self.num_weights, dtype=torch.float64, device=vector.device)
-        for piece in self._pieces(grouped, vector.device):
+        for piece in self._columns.pieces(grouped, vector.device):
             yield PROJECT
             self._matrix().project(piece, vector, products)
         products[:, :-1] += products[:, -1:]
-        return (yield from self._summed(products, grouped, summands))
+        return (yield from self._columns.sum(products, grouped=grouped, summands=summands))
 
     def gram(self, *, grouped: bool = False) -> np.ndarray:
         """Inner products of the rows' deltas to the newest row, shape ``(num_weights, num_weights)``, in float64.
@@ -349,132 +354,23 @@ class CheckpointWindow:
     def multiplying(self, *, grouped: bool = False) -> Pieces[np.ndarray]:
         """:meth:`gram` in pieces."""
         rows = self.num_weights
-        products = torch.zeros(len(self._regions(grouped)), rows, rows, dtype=torch.float64)
-        for piece in self._pieces(grouped, products.device):
+        products = torch.zeros(len(self._columns.regions(grouped)), rows, rows, dtype=torch.float64)
+        for piece in self._columns.pieces(grouped, products.device):
             yield PROJECT
             self._matrix().gram(piece, products)
-        return (yield from self._summed(products, grouped, False))
-
-    def _summed(self, products: Tensor, grouped: bool, summands: bool) -> Pieces[np.ndarray]:
-        """Sum the products of each region over regions and processes; columns that several hold count once."""
-        found = np.zeros((self._groups(grouped), *products.shape[1:]))
-        for (group, copies), product in zip(self._regions(grouped), products.cpu().numpy(), strict=True):
-            found[group] += product if summands else product / copies
-        if self.processes.size > 1:
-            yield EXCHANGE
-            found = self.processes.collect(found).sum(axis=0)
-        return found if grouped else found[0]
+        return (yield from self._columns.sum(products, grouped=grouped, summands=False))
 
     def _matrix(self) -> Matrix:
         """The rows as they are, when the last capture is complete."""
         self.settle()
-        rows: list[tuple[Rows, int]] = [(self._rows, self._place(index)) for index in range(len(self))]
-        if self._sums is None:
-            return Matrix(rows, 0)
-        return Matrix([(self._sums, 0), (self._sums, 1), *rows], 2)
-
-    def _place(self, index: int) -> int:
-        """Where in the ring the row is that stands at ``index``, oldest first."""
-        return (self._pushed - len(self) + index) % self.size
-
-    def _groups(self, grouped: bool) -> int:
-        return len(self.groups) if grouped and self.groups is not None else 1
-
-    def _regions(self, grouped: bool) -> list[tuple[int, int]]:
-        """The kinds of columns there are: their parameter group, and how many processes hold them."""
-        return sorted({(group, slot.part.copies) for group, slot in self._grouped_slots(grouped)})
-
-    def _grouped_slots(self, grouped: bool) -> list[tuple[int, Slot]]:
-        members = self.groups.members if grouped and self.groups is not None else [0] * len(self.layout.slots)
-        return list(zip(members, self.layout.slots, strict=True))
-
-    def _spans(self, grouped: bool) -> list[Span]:
-        regions = self._regions(grouped)
-        spans: list[Span] = []
-        for group, slot in self._grouped_slots(grouped):
-            region, end = regions.index((group, slot.part.copies)), slot.offset + slot.numel
-            if spans and spans[-1][0] == region:
-                spans[-1] = (region, spans[-1][1], end)
-            else:
-                spans.append((region, slot.offset, end))
-        return spans
-
-    def _pieces(self, grouped: bool, device: torch.device) -> Iterator[list[Chunk]]:
-        """The columns in pieces; as many of them in every process, so that all are at the same piece."""
-        pieces = list(pieces_of(self._spans(grouped), device))
-        key = (grouped, device.type == "cpu")
-        if key not in self._num_pieces:
-            # Asked for at construction, where all processes are at the same place.
-            self._num_pieces[key] = int(self.processes.largest(len(pieces))[0])
-        yield from pieces
-        yield from [[]] * (self._num_pieces[key] - len(pieces))
+        return self._ring.matrix()
 
     # Keeping and restoring
 
     def state_dict(self) -> dict[str, Any]:
         """The steps, the rows as stored and what belongs to them, as tensors that share the window's memory."""
         self.settle()
-        return {
-            "steps": list(self._steps),
-            "dtype": self.dtype,
-            "pushed": self._pushed,
-            "sampled": self._sampled,
-            "rows": [self._rows.state(self._place(index)) for index in range(len(self))],
-            "shared": self._shared(),
-        }
-
-    def _shared(self) -> dict[str, Tensor]:
-        """Everything beside the rows that later rows and merges depend on."""
-        tensors = dict(self._rows.shared_state())
-        if self._sums is not None:
-            tensors |= {"start": self._sums.row(0), "average": self._sums.row(1)}
-        if self._mean is not None:
-            tensors["mean"] = self._mean
-        if self._arrival is not None:
-            tensors["arrival"] = self._arrival
-        return tensors
-
-    def kept(self) -> dict[str, Callable[[slice], Tensor]]:
-        """What :meth:`state_dict` holds, as functions that read some columns of a row as plain numbers."""
-        self.settle()
-        found: dict[str, Callable[[slice], Tensor]] = {name: row.__getitem__ for name, row in self._shared().items()}
-        for index in range(len(self)):
-            found[_row_name(index)] = functools.partial(self._rows.numbers, self._place(index))
-        return found
-
-    @torch.no_grad()
-    def restore(self, state: dict[str, Any], read: Callable[[str, Tensor], None]) -> None:
-        """Take over what :meth:`kept` gave, the newest rows if there are more than fit.
-
-        Args:
-            state: of a ``state_dict``, "shared" being names, and without "rows".
-            read: fills a row with the one of a name.
-
-        Raises:
-            ValueError: see :meth:`load_state_dict`.
-        """
-        self.settle()
-        self._check_kind(state)
-        for name, row in self._shared().items():
-            read(name, row)
-        steps = list(state["steps"])
-        kept = min(len(steps), self.size)
-        for index in range(len(steps) - kept, len(steps)):
-            read(_row_name(index), self._staging)
-            self._rows.write((state["pushed"] - len(steps) + index) % self.size, self._staging)
-        self._steps = steps[len(steps) - kept :]
-        self._pushed, self._sampled = state["pushed"], state["sampled"]
-
-    def _check_kind(self, state: dict[str, Any]) -> None:
-        mine, theirs = self._shared(), state["shared"]
-        if ("mean" in theirs) is not ("mean" in mine):
-            raise ValueError("the saved window's rows are means and this one's are not, or the other way round")
-        if ("average" in theirs) is not ("average" in mine):
-            raise ValueError(
-                "the saved window has running sums and this one has not, or the other way round: the search differs"
-            )
-        if state["dtype"] != self.dtype:
-            raise ValueError(f"the saved window's rows are {state['dtype']}; this one's dtype={self.dtype!r}")
+        return self._ring.state_dict()
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -485,23 +381,15 @@ class CheckpointWindow:
                 way round), or the running sums of BEMA are missing or left over.
         """
         self.settle()
-        rows, steps = list(state["rows"]), list(state["steps"])
-        self._check_kind(state)
-        mine, theirs = self._shared(), state["shared"]
-        pairs = [(mine[name], theirs[name]) for name in mine]
-        kept = min(len(steps), self.size)
-        for index, row in enumerate(rows[len(rows) - kept :]):
-            target = self._rows.state((state["pushed"] - kept + index) % self.size)
-            pairs += [(target[name], row[name]) for name in target]
-        wrong = [tuple(value.shape) for kept_tensor, value in pairs if kept_tensor.shape != value.shape]
-        if wrong:
-            raise ValueError(f"a saved row has shape {wrong[0]}; this model's rows have shape ({self.layout.numel},)")
-        for kept_tensor, value in pairs:
-            kept_tensor.copy_(value)
-        self._steps = steps[len(steps) - kept :]
-        self._pushed, self._sampled = state["pushed"], state["sampled"]
+        self._ring.load_state_dict(state)
 
+    def numbers(self) -> dict[str, Callable[[slice], Tensor]]:
+        """What :meth:`state_dict` holds, as functions that read some columns of a row as plain numbers."""
+        self.settle()
+        return self._ring.numbers()
 
-def _row_name(index: int) -> str:
-    """The name of the row that stands at ``index``, oldest first."""
-    return f"row-{index:02d}"
+    @torch.no_grad()
+    def load_numbers(self, state: dict[str, Any], read: Callable[[str, Tensor], None]) -> None:
+        """Take over what :meth:`numbers` gave; see :meth:`Ring.load_numbers`."""
+        self.settle()
+        self._ring.load_numbers(state, read)

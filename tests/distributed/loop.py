@@ -110,6 +110,7 @@ def run(
     merging=True,
     steps=12,
     tied=True,
+    frozen=False,
     shares=False,
     node_local=False,
     save_at=None,
@@ -126,6 +127,7 @@ def run(
         merging: whether there is a merger.
         steps: optimizer steps.
         tied: whether the model's embeddings are.
+        frozen: whether its first layer is.
         shares: whether each process's held-out loader reads a share of its own.
         node_local: whether processes see different output folders.
         save_at: save weights and merging state at this step.
@@ -135,6 +137,7 @@ def run(
     """
     # Sizes that four processes cannot share equally; of nine rows the last one gets none.
     model = tiny_llama(dropout=0.0, hidden_size=36, intermediate_size=9, tie_word_embeddings=tied)
+    model.model.layers[0].requires_grad_(not frozen)
     model = wrapped(model, strategy)
     # Without a state of its own, so that a resumed run needs none.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
