@@ -137,7 +137,7 @@ def test_a_capture_that_fails_is_no_business_of_the_optimizer(window):
     def broken(*args, **kwargs):
         raise OSError("disk full")
 
-    window._rows.row = lambda index: torch.zeros(3)  # copies into a row of the wrong length fail
+    window._ring.rows.row = lambda index: torch.zeros(3)  # copies into a row of the wrong length fail
     with pytest.raises(RuntimeError):
         window.push(window.model, 2)
     window._capture.begin([], broken)
@@ -159,7 +159,7 @@ def test_a_row_that_could_not_be_captured_is_not_in_the_window(monkeypatch, push
     for step in range(1, pushes + 1):
         push(step)
     before = window.steps
-    monkeypatch.setattr(window._rows, "write", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr(window._ring.rows, "write", lambda *args, **options: 1 / 0)
     window.push(model, 9)
     with pytest.raises(ZeroDivisionError):
         window.settle()

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from traj_merge_callback import CheckpointWindow, HeldOutLoss
+from traj_merge_callback.batches import interleaved
 from traj_merge_callback.gathering import weights_in
 from traj_merge_callback.isolation import isolated
 from traj_merge_callback.pieces import finish
@@ -309,3 +310,13 @@ def test_the_gradient_is_that_of_the_token_weighted_loss_and_leaves_no_trace(hel
     slope = parts.of(frozenset(["heldout"]))
     assert slope[1] - slope[0] == pytest.approx((merged(0.51) - merged(0.49)) / 0.02, rel=2e-2)
     np.testing.assert_allclose(window.gram()[0, 0], float((3.0 / 4.0 * parameter.detach()).square().sum()), rtol=1e-4)
+
+
+def test_shares_of_processes_become_the_batches_of_one():
+    sequences = torch.arange(46).view(23, 2)
+    shares = [list(sequences[rank::3].split(4)) for rank in range(3)]
+    mixed = interleaved([[{"ids": batch} for batch in share] for share in shares], 4)
+    assert [batch["ids"].tolist() for batch in mixed] == [batch.tolist() for batch in sequences.split(4)]
+    # Padded to different lengths they cannot be one batch: they come in turn.
+    ragged = [[torch.zeros(2, 5)], [torch.zeros(2, 7)], []]
+    assert [tuple(batch.shape) for batch in interleaved(ragged, 2)] == [(2, 5), (2, 7)]

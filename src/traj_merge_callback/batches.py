@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -49,24 +50,38 @@ def select_sequences(batch: Any, indices: Sequence[int]) -> Any:
     return map_tensors(batch, select)
 
 
-def interleaved(batches: list[Any], sequences: int) -> list[Any]:
-    """Batches of which every process read one, with the sequences in turn: the first of each, the second of each, ...
+def interleaved(shares: list[list[Any]], sequences: int) -> list[Any]:
+    """Batches in which the sequences of several processes come in turn: the first of each, the second of each, ...
 
-    Batches whose tensors differ in shape are left as they are.
+    If tensors differ in more than the number of sequences, batches are left as they are, and come in turn.
 
     Args:
-        batches: of all processes.
+        shares: the batches of each process.
         sequences: in each batch that is returned, but the last.
     """
-    columns = list(zip(*map(tensors_of, batches), strict=False))
-    if any(tensor.shape != column[0].shape or tensor.dim() == 0 for column in columns for tensor in column):
-        return batches
-    mixed = [torch.stack(column, dim=1).flatten(0, 1).split(sequences) for column in columns]
+    kept = [share for share in shares if share]
+    columns = [
+        [torch.cat(parts) for parts in zip(*map(tensors_of, share), strict=True)] for share in kept if _alike(share)
+    ]
+    if len(columns) < len(kept) or not _alike(columns):
+        return [batch for turn in itertools.zip_longest(*kept) for batch in turn if batch is not None]
+    counts = [len(tensors[0]) for tensors in columns]
+    starts = list(itertools.accumulate(counts, initial=0))
+    turns = itertools.product(range(max(counts)), range(len(counts)))
+    order = torch.tensor([starts[share] + index for index, share in turns if index < counts[share]])
+    mixed = [torch.cat(column)[order].split(sequences) for column in zip(*columns, strict=True)]
     found = []
     for parts in zip(*mixed, strict=True):
         tensors = iter(parts)
-        found.append(map_tensors(batches[0], lambda _: next(tensors)))  # noqa: B023
+        found.append(map_tensors(kept[0][0], lambda _: next(tensors)))  # noqa: B023
     return found
+
+
+def _alike(batches: list[Any]) -> bool:
+    """Whether batches have the same tensors, but for the number of sequences."""
+    if any(tensor.dim() == 0 for batch in batches for tensor in tensors_of(batch)):
+        return False
+    return len({tuple((t.dtype, t.dim(), tuple(t.shape[1:])) for t in tensors_of(batch)) for batch in batches}) == 1
 
 
 def fingerprint(batch: Any, index: int) -> bytes:

@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+# Groups of some processes, by all processes and their ranks.
+_subgroups: dict[tuple[Any, tuple[int, ...]], Any] = {}
 
 
 class ProcessFailed(RuntimeError):
@@ -44,11 +46,10 @@ class Processes:
     def __init__(self, timeout: float = 600.0, *, alone: bool = False) -> None:
         self.timeout = timeout
         self._group: Any = None  # of all processes
-        self._others: list[Any] = []
         self.rank, self.size = 0, 1
         if not alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
-            self._group = self._new_group(None, "gloo")
+            self._group = dist.new_group(timeout=datetime.timedelta(seconds=timeout), backend="gloo")
 
     @property
     def group(self) -> Any:
@@ -59,9 +60,6 @@ class Processes:
     def is_first(self) -> bool:
         """Whether this process decides, logs and writes what is written once."""
         return self.rank == 0
-
-    def _new_group(self, ranks: list[int] | None, backend: str | None) -> Any:
-        return dist.new_group(ranks, timeout=datetime.timedelta(seconds=self.timeout), backend=backend)
 
     # What all tell each other
 
@@ -151,11 +149,16 @@ class Processes:
     # Groups of some
 
     def subgroup(self, ranks: Sequence[int]) -> Any:
-        """A group of the processes that pass the same ranks as this one, on training's own devices."""
-        wanted = sorted({tuple(each) for each in self.gather(list(ranks))})
-        groups = {each: self._new_group(list(each), None) for each in wanted}
-        self._others += groups.values()
-        return groups[tuple(ranks)]
+        """A group of some processes, on training's own devices; all of them call this, and no others have to.
+
+        It stays for as long as the process: torch gives groups that are made this way the same name each time, and what
+        a first one left in the store would confuse the second.
+        """
+        key = (dist.group.WORLD, tuple(ranks))
+        if key not in _subgroups:
+            limit = datetime.timedelta(seconds=self.timeout)
+            _subgroups[key] = dist.new_group(list(ranks), timeout=limit, use_local_synchronization=True)
+        return _subgroups[key]
 
     def neighbours(self) -> list[int]:
         """The ranks of the processes on this machine."""
@@ -182,11 +185,10 @@ class Processes:
         return first == self.rank
 
     def close(self) -> None:
-        """Give the groups back; whoever still waits in one of them gets an error."""
-        for group in [*self._others, self._group]:
-            if group is not None and group is not dist.GroupMember.NON_GROUP_MEMBER and dist.is_initialized():
-                dist.destroy_process_group(group)
-        self._group, self._others = None, []
+        """Give the group of all back; whoever still waits in it gets an error."""
+        if self._group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._group)
+        self._group = None
 
     @contextmanager
     def _in_touch(self) -> Iterator[None]:

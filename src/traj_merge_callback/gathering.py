@@ -161,6 +161,7 @@ class ShardedWeights:
         with self._layout.installed(model, self.row), self._isolated(gradients=gradients):
             pairs = zip(self._layout.slots, self._layout.tensors(model), strict=True)
             self._plain = [(slot, tensor) for slot, tensor in pairs if slot.part.unit is None]
+            self._leaves = {}
             for module in model.modules():
                 vars(module)["_parameters"] = dict(module._parameters)
                 for kind in ("_forward_pre_hooks", "_forward_hooks"):
@@ -216,9 +217,9 @@ class ShardedWeights:
     def whole(self) -> Pieces[dict[int, Tensor]]:
         """The candidate's tensors that units gather, on the CPU of the first process, by the live ones' ``id``."""
         found = {}
-        with self._units.one_pass("whole"):
-            for index in range(len(self._units)):
-                yield EXCHANGE
+        for index in range(len(self._units)):
+            yield EXCHANGE
+            with self._units.one_pass(f"unit {index}"):
                 for key, tensor in self._gathered(index, None, False).items():
                     if self._units.processes.is_first:
                         found[key] = tensor.to("cpu", copy=True)

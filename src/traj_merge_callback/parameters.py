@@ -7,6 +7,7 @@ floating-point buffers of the ``state_dict``. With several processes each holds 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -128,12 +129,11 @@ class ParameterLayout:
         model = unwrap(model)
         columns = sum(p.numel() for p in model.parameters() if _is_merged(p, trainable_only))
         layout = cls(model, trainable_only=trainable_only, sharding=find_sharding(model, processes, columns))
-        described = [(slot.name, slot.shape, str(slot.dtype)) for slot in layout.slots]
-        # Text, because a digest would not tell which one differs.
-        if len(layouts := {str(each) for each in processes.gather(described)}) > 1:
+        described = repr([(slot.name, slot.shape, slot.dtype) for slot in layout.slots])
+        if len(set(processes.gather(hashlib.sha256(described.encode()).digest()))) > 1:
             raise ValueError(
                 "processes have different parameters (pipeline or tensor parallelism?), which is not supported: every "
-                f"process must have the same ones, whole or as shards of FSDP; they begin {sorted(layouts)[0][:100]}..."
+                f"process must have the same ones, whole or as shards of FSDP; here they begin {described[:100]}..."
             )
         if isinstance(layout.sharding, EqualShares):
             first = next(tensor for _, tensor, is_parameter in layout._walk(model) if is_parameter)

@@ -38,14 +38,22 @@ def read_together(name: str, loader: Any, batches: int, seed: int, processes: Pr
         mine = _read(name, loader, batches, seed)
     if processes.size == 1 or len(set(processes.gather(_digest(mine)))) == 1:
         return mine
-    shares = processes.gather(mine[: -(-batches // processes.size)])
-    turns = [[batch for batch in turn if batch is not None] for turn in itertools.zip_longest(*shares)]
     loader = _plain(loader)
     if isinstance(getattr(loader, "sampler", None), DistributedSampler):
-        turns = [interleaved(turn, count_sequences(turns[0][0])) for turn in turns]
-    found = [batch for turn in turns for batch in turn][:batches]
+        sequences = processes.decide(lambda: count_sequences(mine[0]))
+        shares = processes.gather(_first_sequences(mine, _share(batches * sequences, processes)))
+        found = interleaved(shares, sequences)
+    else:
+        shares = processes.gather(mine[: _share(batches, processes)])
+        found = [batch for turn in itertools.zip_longest(*shares) for batch in turn if batch is not None]
+    found = found[:batches]
     dataset = getattr(loader, "dataset", None)
     return _first_sequences(found, len(dataset)) if isinstance(dataset, Sized) else found
+
+
+def _share(count: int, processes: Processes) -> int:
+    """How many of so many things this process has, if they are dealt out in turn."""
+    return max(0, -(-(count - processes.rank) // processes.size))
 
 
 def _digest(batches: list[Any]) -> bytes:

@@ -129,6 +129,7 @@ class FullyShardedParts(Sharding):
         for module in model.modules():
             _reshard(module)
         self._unit_of: dict[int, int] = {}
+        self._visited: set[int] = set()
         self._flat: dict[int, tuple[tuple[int, ...], int, int, tuple[int, ...]]] = {}
         self._walk(model, None)
         for unit in self.units:
@@ -138,6 +139,9 @@ class FullyShardedParts(Sharding):
 
     def _walk(self, module: nn.Module, current: int | None) -> None:
         """Find the units, and which of them each parameter belongs to: that of the nearest FSDP module above."""
+        if id(module) in self._visited:
+            return
+        self._visited.add(id(module))
         if is_fsdp(module):
             if current is not None:
                 self.units[current].has_units = True

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .distributed import OutOfTouch, Processes, gather_into, in_touch, scatter_sums
 from .parameters import ParameterLayout, unwrap
+from .pieces import is_known, make_known
 from .sharding import Unit
 
 
@@ -79,6 +80,8 @@ class Units:
             raise
         except Exception as raised:
             error = raised
+        if error is not None and is_known(error):
+            raise error
         if self._expected is None:
             self._in_step(error, ended=True)
             self._orders[kind] = self._done
@@ -90,9 +93,13 @@ class Units:
             raise error
 
     def _in_step(self, error: Exception | None, *, ended: bool) -> None:
-        at_end, not_at_end = self.processes.agree(error, float(ended), -float(ended))
-        if at_end and not not_at_end:
-            raise RuntimeError("processes do not gather the same modules in a forward pass")
+        try:
+            at_end, not_at_end = self.processes.agree(error, float(ended), -float(ended))
+            if at_end != -not_at_end:
+                raise RuntimeError("processes do not gather the same modules in a forward pass")
+        except BaseException as agreed:
+            make_known(agreed)
+            raise
 
     def gather(self, index: int, part: Tensor, dtype: torch.dtype | None) -> list[Tensor]:
         """The whole tensors of a unit.
@@ -139,21 +146,24 @@ class Units:
 
     def _exchange(self, kind: str, index: int, values: Tensor) -> Tensor:
         """Gather columns, as many times the longest as there are processes, or scatter so many."""
+        ranks, longest = self._units[index].ranks, self._longest(index)
+        # Before anything that others wait for: there may not be enough memory.
+        part, whole = values.new_zeros(longest), values
+        if kind == "gather":
+            whole = values.new_empty(longest * len(ranks))
+            part[: len(values)].copy_(values)
         if self._expected is None:
             self._in_step(None, ended=False)
+        if len(ranks) > 1:
+            with in_touch(self.processes.timeout):
+                if kind == "gather":
+                    gather_into(whole, part, self._groups[ranks])
+                else:
+                    scatter_sums(part, whole, self._groups[ranks])
         self._done.append(_Exchange(kind, index, values.dtype, values.device))
-        ranks, longest = self._units[index].ranks, self._longest(index)
         if len(ranks) == 1:
             return values
-        with in_touch(self.processes.timeout):
-            if kind == "gather":
-                part, whole = values.new_zeros(longest), values.new_empty(longest * len(ranks))
-                part[: len(values)].copy_(values)
-                gather_into(whole, part, self._groups[ranks])
-                return whole
-            part = values.new_empty(longest)
-            scatter_sums(part, values, self._groups[ranks])
-            return part
+        return whole if kind == "gather" else part
 
     def _take_part(self, exchange: _Exchange) -> None:
         """Be there for an exchange of the others."""
