@@ -49,14 +49,17 @@ RUNS_OF_FOUR = [
 RUNS_OF_TWO_AFTER_FOUR = [
     {"name": "ddp-4-2", "strategy": "ddp", "resume": "ddp-4"},
     {"name": "fsdp2-4-2", "strategy": "fsdp2", "resume": "fsdp2-4"},
+    {"name": "ddp-1-2", "strategy": "ddp", "resume": "one"},
+    {"name": "fsdp2-1-2", "strategy": "fsdp2", "resume": "one"},
     {"name": "fsdp1-4-2", "strategy": "fsdp1", "tied": False, "resume": "fsdp1-4"},
 ]
 RUNS_OF_ONE = [
-    {"name": "one", "strategy": "none"},
+    {"name": "one", "strategy": "none", **SAVED},
     {"name": "one-untied", "strategy": "none", "tied": False},
     {"name": "one-frozen", "strategy": "none", "frozen": True},
     {"name": "one-groups", "strategy": "none", "groups": "blocks", "evaluations": 14, "row": "mean"},
 ]
+RUN_OF_ONE_AFTER_TWO = [{"name": "fsdp2-2-1", "strategy": "none", "resume": "fsdp2"}]
 
 
 def launch(program: str, processes: int, *arguments: str, launcher: list[str] | None = None, check: bool = True):
@@ -85,6 +88,7 @@ def folder(tmp_path_factory):
     output = launch("loop.py", 2, str(folder), json.dumps(RUNS_OF_TWO))
     launch("loop.py", 4, str(folder), json.dumps(RUNS_OF_FOUR))
     launch("loop.py", 2, str(folder), json.dumps(RUNS_OF_TWO_AFTER_FOUR))
+    launch("loop.py", 1, str(folder), json.dumps(RUN_OF_ONE_AFTER_TWO))
     (folder / "output.txt").write_text(output)
     return folder
 
@@ -224,6 +228,9 @@ def test_processes_with_disks_of_their_own_each_keep_their_part(folder, tmp_path
         ("ddp-4-2", "ddp-4", False),
         ("fsdp2-4-2", "fsdp2-4", False),
         ("fsdp1-4-2", "fsdp1-4", False),
+        ("ddp-1-2", "one", False),
+        ("fsdp2-1-2", "one", False),
+        ("fsdp2-2-1", "fsdp2", False),
     ],
 )
 def test_resuming_at_the_same_and_at_another_number_of_processes(folder, resumed, run, exactly):

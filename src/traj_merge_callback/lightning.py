@@ -89,6 +89,7 @@ class TrajMergeCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let the merging state be written and removed together with the trainer's checkpoints."""
+        self.teardown(trainer, pl_module, stage)  # which a fit that failed has not come to
         if stage == "fit":
             # Strategies that save in parts have no plugin to ask; they all have these methods, in every process.
             strategy = vars(trainer.strategy)

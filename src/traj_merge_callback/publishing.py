@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .choice import Choice
 from .config import MergeConfig
-from .distributed import Processes
+from .distributed import Processes, ProcessFailed
 from .failures import Failures
 from .gathering import ShardedWeights, Weights, WholeWeights
 from .pieces import PUBLISH, WAIT, Pieces
@@ -79,17 +79,24 @@ class Publisher:
         if isinstance(weights, ShardedWeights) and together is None:
             gathered = yield from weights.whole()
         yield PUBLISH
-        writing: Future[Path | None] = Future()
-        if together is None and not self._processes.is_first:
-            writing.set_result(None)
-        else:
-            try:
+        publish: Callable[[], Path] | None = None
+        error: Exception | None = None
+        try:
+            if together is not None or self._processes.is_first:
                 write = self._collected(weights, gathered) if together is None else self._part(weights)
                 described = self._described(weights, step, steps, choice, losses, in_parts=together is not None)
-                publish = functools.partial(self._store.publish, step, losses["merged_loss"], write, described)
-                writing = self._writer.submit(functools.partial(publish, together))
-            except Exception as error:
-                writing.set_exception(error)
+                merged_loss = losses["merged_loss"]
+                publish = functools.partial(self._store.publish, step, merged_loss, write, described, together)
+        except Exception as raised:
+            error = raised
+        writing: Future[Path | None] = Future()
+        if self._processes.largest(float(error is not None))[0]:
+            # Nobody begins what the others would wait for.
+            writing.set_exception(error or ProcessFailed("another process could not collect its part of a snapshot"))
+        elif publish is None:
+            writing.set_result(None)
+        else:
+            writing = self._writer.submit(publish)
         # The weights that are written stay where they are until they are on disk.
         while self._processes.largest(float(not writing.done()))[0]:
             yield WAIT

@@ -7,13 +7,16 @@ processes write files of ``torch.distributed.checkpoint`` instead of the former,
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from .distributed import Processes
 from .files import shared_folder, whole_folder
@@ -58,15 +61,16 @@ class Memory:
 
 
 def save_state(folder: Path, state: dict[str, Any], document: dict[str, Any]) -> None:
-    """Write a window's ``state_dict`` and a document of plain JSON types into a folder, which then exists whole."""
+    """Write a window's ``state_dict`` into a folder, which then exists whole, and a document of plain JSON types.
+
+    In the document is the rest of the ``state_dict`` under "window", with the names of what rows share.
+    """
     with whole_folder(folder) as temporary:
         for index, row in enumerate(state["rows"]):
             save_file(row, temporary / f"row-{index:02d}.safetensors")
         if state["shared"]:
             save_file(state["shared"], temporary / "shared.safetensors")
-        window = {name: value for name, value in state.items() if name not in ("rows", "shared")}
-        text = json.dumps({"version": FORMAT_VERSION, **document, "window": window})
-        (temporary / "state.json").write_text(text, encoding="utf-8")
+        _write_document(temporary, document)
 
 
 def save_state_together(
@@ -78,7 +82,7 @@ def save_state_together(
         folder: on a file system that all processes share.
         rows: see :meth:`CheckpointWindow.numbers`.
         window: whose rows they are.
-        document: as for :func:`save_state`, with the window's own under "window".
+        document: as for :func:`save_state`.
         files: the processes.
 
     Raises:
@@ -91,8 +95,12 @@ def save_state_together(
         slots = window.layout.slots
         write_rows(temporary, slots, rows, files, lambda row, slot: rows[row](slice(0, 0)).dtype)
         if files.is_first:
-            text = json.dumps({"version": FORMAT_VERSION, **document})
-            (temporary / "state.json").write_text(text, encoding="utf-8")
+            _write_document(temporary, document)
+
+
+def _write_document(folder: Path, document: dict[str, Any]) -> None:
+    text = json.dumps({"version": FORMAT_VERSION, **document})
+    (folder / "state.json").write_text(text, encoding="utf-8")
 
 
 def load_state(folder: Path, window: CheckpointWindow, step: int) -> dict[str, Any]:
@@ -102,18 +110,41 @@ def load_state(folder: Path, window: CheckpointWindow, step: int) -> dict[str, A
         FileNotFoundError: there is no such folder.
         ValueError: it is of a newer format, of a model with other parameters, or holds checkpoints after ``step``.
     """
-    document = window.processes.decide(lambda: _read_document(folder, window, step))
+    processes = window.processes
+    document = processes.decide(lambda: _read_document(folder, window, step))
     saved = document["window"]
     if is_sharded(folder):
-        processes, slots = window.processes, window.layout.slots
+        slots = window.layout.slots
         window.load_numbers(saved, lambda row, target: read_row(folder, slots, row, target, processes))
-        return document
-    if window.processes.size > 1:
-        raise ValueError(f"{folder} was saved by one process; several can read what several have saved")
-    rows = [load_file(folder / f"row-{index:02d}.safetensors") for index in range(len(saved["steps"]))]
-    shared = folder / "shared.safetensors"
-    window.load_state_dict({**saved, "rows": rows, "shared": load_file(shared) if shared.is_file() else {}})
+    elif processes.size > 1:
+        with processes.together():
+            window.load_numbers(saved, _columns_of_whole_rows(folder, document, window))
+    else:
+        rows = [load_file(folder / f"row-{index:02d}.safetensors") for index in range(len(saved["steps"]))]
+        shared = folder / "shared.safetensors"
+        window.load_state_dict({**saved, "rows": rows, "shared": load_file(shared) if shared.is_file() else {}})
     return document
+
+
+def _columns_of_whole_rows(
+    folder: Path, document: dict[str, Any], window: CheckpointWindow
+) -> Callable[[str, Tensor], None]:
+    """Reads this process's columns of the rows that one process has saved, by the row's name."""
+    slots = {slot.name: slot for slot in window.layout.slots}
+    if document["window"]["dtype"] == "int8" or any(slot.part.dim for slot in slots.values()):
+        raise ValueError(f"{folder} was saved by one process: several cannot divide int8 rows, nor shard by columns")
+    sizes = [slots[name].whole_numel for name in document["names"]]
+    begins = dict(zip(document["names"], itertools.accumulate(sizes, initial=0), strict=False))
+
+    def read(row: str, target: Tensor) -> None:
+        is_row = row.startswith("row-")
+        with safe_open(folder / f"{row if is_row else 'shared'}.safetensors", framework="pt") as opened:
+            values = opened.get_slice("row" if is_row else row)
+            for slot in slots.values():
+                begin = begins[slot.name] + slot.part.start
+                target[slot.offset : slot.offset + slot.numel].copy_(values[begin : begin + slot.numel])
+
+    return read
 
 
 def _read_document(folder: Path, window: CheckpointWindow, step: int) -> dict[str, Any]:

@@ -61,6 +61,8 @@ def wrapped(model, strategy):
 
 
 def full_state(model):
+    if not several:
+        return model.state_dict()
     if isinstance(model, FullyShardedDataParallel):  # whose state_dict crashes on the CPU
         with FullyShardedDataParallel.summon_full_params(model, writeback=False):
             return {name: value.clone() for name, value in model.module.state_dict().items()}
@@ -158,7 +160,9 @@ def run(
     first = 0
     if resume:
         first, weights = torch.load(folder.parent / resume / "saved.pt")
-        if strategy == "fsdp1":
+        if not several:
+            model.load_state_dict(weights)
+        elif strategy == "fsdp1":
             with FullyShardedDataParallel.summon_full_params(model):
                 model.module.load_state_dict(weights)
         else:
