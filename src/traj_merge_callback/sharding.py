@@ -93,6 +93,9 @@ class EqualShares(Sharding):
     def __init__(self, processes: Processes, columns: int) -> None:
         super().__init__(processes)
         self.ranks = processes.neighbours()
+        if len(set(processes.gather(len(self.ranks)))) > 1:
+            # Machines with unlike numbers of processes have no columns in common: each process holds all of them.
+            self.ranks = [processes.rank]
         self.group = processes.subgroup(self.ranks)
         self.share = -(-columns // len(self.ranks))
         self._first = self.ranks.index(processes.rank) * self.share
