@@ -172,7 +172,7 @@ class Processes:
         """
         if self._group is None:
             return True
-        name = self.decide(lambda: f".probe-{uuid.uuid4().hex}")
+        name = self.decide(lambda: f".tmp-probe-{uuid.uuid4().hex}")
         with self.together():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{name}-{self.rank}").touch()

@@ -298,9 +298,7 @@ def device_of(model: nn.Module) -> torch.device:
     if parameter is None:
         return torch.device("cpu")
     computing = getattr(getattr(parameter, "device_mesh", None), "device_type", parameter.device.type)
-    if computing != parameter.device.type:
-        return torch.device(computing, torch.accelerator.current_device_index())
-    return parameter.device
+    return parameter.device if computing == parameter.device.type else torch.device(computing)
 
 
 def _to_device_of(model: nn.Module, batch: Any) -> Any:

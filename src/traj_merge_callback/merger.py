@@ -266,7 +266,8 @@ class TrajectoryMerger:
         if wanted and step > self._memory.last_merge_step:
             with self._failures.contained("the merge at the end", step):
                 self._writer.wait()  # for the rows, which may be on their way to a checkpoint
-                self.window.settle()
+                with self.processes.together():
+                    self.window.settle()
                 if self.processes.largest(float(self.window.steps[-1:] != (step,)))[0]:
                     with self.processes.together():
                         self.window.push(model, step)
