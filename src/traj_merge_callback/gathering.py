@@ -204,10 +204,9 @@ class ShardedWeights:
 
     def _gathered(self, index: int, dtype: torch.dtype | None, gradients: bool) -> dict[int, Tensor]:
         """The whole tensors of a unit, by the ``id`` of the live parameter they stand for."""
-        slots = self._units.slots[index]
-        if not slots:
+        if not self._units.slots[index]:
             return {}
-        part = self.row[slots[0].offset : slots[-1].offset + slots[-1].numel]
+        part = self.row[self._units.columns(index)]
         if gradients:
             # Unit and columns are the same when they are gathered again: so is the leaf.
             part = self._leaves.setdefault(index, part.detach().requires_grad_())
@@ -233,9 +232,8 @@ class ShardedWeights:
         """See :class:`Weights`."""
         assert self._gradient is not None
         for index, leaf in self._leaves.items():
-            slots = self._units.slots[index]
             if leaf.grad is not None:
-                self._gradient[slots[0].offset : slots[-1].offset + slots[-1].numel].add_(leaf.grad)
+                self._gradient[self._units.columns(index)].add_(leaf.grad)
         self._leaves = {}
         _add_gradients([slot for slot, _ in self._plain], self._gradient, [tensor for _, tensor in self._plain])
 

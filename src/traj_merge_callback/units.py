@@ -48,10 +48,10 @@ class Units:
         places = [[n for n, slot in enumerate(layout.slots) if slot.part.unit == index] for index in range(len(self))]
         self.slots = [[layout.slots[place] for place in chosen] for chosen in places]
         self.keys = [[id(tensors[place]) for place in chosen] for chosen in places]
-        self._numels = [
-            [counts[rank, chosen].tolist() for rank in unit.ranks]
-            for unit, chosen in zip(self._units, places, strict=True)
-        ]
+        held = [counts[list(unit.ranks)][:, chosen] for unit, chosen in zip(self, places, strict=True)]
+        self._ranges = [_ranges(numels) for numels in held]
+        # Columns of a unit in the process that has most of them.
+        self._longest = [int(numels.sum(axis=1).max(initial=0)) for numels in held]
         self._orders: dict[str, list[_Exchange]] = {}
         self._expected: list[_Exchange] | None = None
         self._done: list[_Exchange] = []
@@ -64,6 +64,11 @@ class Units:
 
     def __iter__(self) -> Iterator[Unit]:
         return iter(self._units)
+
+    def columns(self, index: int) -> slice:
+        """The columns of a unit that has slots, in this process's rows."""
+        slots = self.slots[index]
+        return slice(slots[0].offset, slots[-1].offset + slots[-1].numel)
 
     @contextmanager
     def one_pass(self, kind: str) -> Iterator[None]:
@@ -109,44 +114,33 @@ class Units:
             part: its columns in this process.
             dtype: that it computes in; None: each tensor's own.
         """
-        unit, slots, numels = self._units[index], self.slots[index], self._numels[index]
+        slots = self.slots[index]
         own = {slot.dtype for slot in slots}
         sent = dtype or (own.pop() if len(own) == 1 else torch.float32)
-        flat = self._exchange("gather", index, part.to(sent)).view(len(unit.ranks), -1)
+        flat = self._exchange("gather", index, part.to(sent)).view(len(self._units[index].ranks), -1)
         found = []
-        begins = [0] * len(unit.ranks)
-        for place, slot in enumerate(slots):
-            pieces = []
-            for row, counts in enumerate(numels):
-                pieces.append(flat[row, begins[row] : begins[row] + counts[place]])
-                begins[row] += counts[place]
+        for slot, ranges in zip(slots, self._ranges[index], strict=True):
             shape = list(slot.shape)
             front = [shape.pop(slot.part.dim)] if shape else []
-            whole = torch.cat(pieces).view(*front, *shape)
+            whole = torch.cat([values[part] for values, part in zip(flat, ranges, strict=True)]).view(*front, *shape)
             found.append((whole.movedim(0, slot.part.dim) if front else whole).to(dtype or slot.dtype))
         return found
 
     def scatter(self, index: int, gradients: Sequence[Tensor | None], part: Tensor) -> Tensor:
         """Gradients of a unit's tensors, summed over processes, as its columns in this process, like ``part``."""
-        slots, numels = self.slots[index], self._numels[index]
-        flat = torch.zeros(len(numels), self._longest(index), device=part.device)
-        begins = [0] * len(numels)
-        for place, (slot, gradient) in enumerate(zip(slots, gradients, strict=True)):
-            moved = None if gradient is None else gradient.movedim(slot.part.dim, 0) if slot.shape else gradient
-            values = None if moved is None else moved.reshape(-1).split([counts[place] for counts in numels])
-            for row, counts in enumerate(numels):
-                if values is not None:
-                    flat[row, begins[row] : begins[row] + counts[place]].copy_(values[row])
-                begins[row] += counts[place]
+        flat = torch.zeros(len(self._units[index].ranks), self._longest[index], device=part.device)
+        for slot, gradient, ranges in zip(self.slots[index], gradients, self._ranges[index], strict=True):
+            if gradient is None:
+                continue
+            moved = gradient.movedim(slot.part.dim, 0) if slot.shape else gradient
+            pieces = moved.reshape(-1).split([columns.stop - columns.start for columns in ranges])
+            for target, columns, values in zip(flat, ranges, pieces, strict=True):
+                target[columns].copy_(values)
         return self._exchange("scatter", index, flat.view(-1))[: len(part)]
-
-    def _longest(self, index: int) -> int:
-        """Columns of a unit in the process that has most of them."""
-        return max(sum(counts) for counts in self._numels[index])
 
     def _exchange(self, kind: str, index: int, values: Tensor) -> Tensor:
         """Gather columns, as many times the longest as there are processes, or scatter so many."""
-        ranks, longest = self._units[index].ranks, self._longest(index)
+        ranks, longest = self._units[index].ranks, self._longest[index]
         # Before anything that others wait for: there may not be enough memory.
         part, whole = values.new_zeros(longest), values
         if kind == "gather":
@@ -167,7 +161,14 @@ class Units:
 
     def _take_part(self, exchange: _Exchange) -> None:
         """Be there for an exchange of the others."""
-        longest = self._longest(exchange.index)
+        longest = self._longest[exchange.index]
         columns = 0 if exchange.kind == "gather" else longest * len(self._units[exchange.index].ranks)
         values = torch.zeros(columns, dtype=exchange.dtype, device=exchange.device)
         self._exchange(exchange.kind, exchange.index, values)
+
+
+def _ranges(numels: np.ndarray) -> list[list[slice]]:
+    """For each tensor, which of each process's columns are its own; ``numels`` has shape ``(processes, tensors)``."""
+    ends = numels.cumsum(axis=1)
+    pairs = zip((ends - numels).T.tolist(), ends.T.tolist(), strict=True)
+    return [[slice(*ends) for ends in zip(first, last, strict=True)] for first, last in pairs]
