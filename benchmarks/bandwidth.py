@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from traj_merge_callback import CheckpointWindow
-from traj_merge_callback.schedule import Stopwatch
-from traj_merge_callback.storage import DTYPES, in_memory
+from traj_merge_callback.engine.schedule import Stopwatch
+from traj_merge_callback.window.storage import DTYPES, in_memory
 
 SIZE = 8
 

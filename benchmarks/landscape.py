@@ -17,11 +17,11 @@ from search_quality import SPECS, Case, windows
 from trajectories import load
 
 from traj_merge_callback import Problem
+from traj_merge_callback.engine.selection import select
 from traj_merge_callback.pieces import finish
 from traj_merge_callback.search import Observed
 from traj_merge_callback.search.axes import PrincipalAxes
 from traj_merge_callback.search.surrogate import SurrogateSearch
-from traj_merge_callback.selection import select
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -43,7 +43,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from realtext import VOCABULARY, Blocks, python_source, split_blocks
 from traj_merge_callback import CheckpointWindow, TrajectoryMerger
-from traj_merge_callback.storage import DTYPES
+from traj_merge_callback.window.storage import DTYPES
 
 TURN = 10
 MEMORY_WIDTH = 768

@@ -31,17 +31,17 @@ from torch import nn
 from trajectories import BATCH, Spec, Trajectory, blocks_of, load, prose_blocks, put
 
 from traj_merge_callback import CheckpointWindow, Evaluation, HeldOutLoss, Problem
-from traj_merge_callback.candidates import Candidates
-from traj_merge_callback.evaluation import Gradient
-from traj_merge_callback.gathering import weights_in
-from traj_merge_callback.heldout import Split
-from traj_merge_callback.objective import Objective
+from traj_merge_callback.engine.selection import Selection, select
+from traj_merge_callback.evaluate.candidate import Candidates
+from traj_merge_callback.evaluate.gathering import weights_in
+from traj_merge_callback.evaluate.heldout import Split
 from traj_merge_callback.pieces import finish
 from traj_merge_callback.search import Observed, resolve_search
 from traj_merge_callback.search.axes import PrincipalAxes
+from traj_merge_callback.search.evaluation import Gradient
 from traj_merge_callback.search.grouped import GroupedSearch
+from traj_merge_callback.search.objective import Objective
 from traj_merge_callback.search.surrogate import SurrogateSearch
-from traj_merge_callback.selection import Selection, select
 
 SPECS = (Spec("llama", "python", 3e-3), Spec("gpt2", "cpp", 1.5e-3), Spec("llama", "cpp", 1e-3))
 QUICK = Spec("llama", "python", 1e-2, steps=240, points=(240,), sample_every=5, width=32, layers=1)

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 import realtext
-from traj_merge_callback import selection
+from traj_merge_callback.engine import selection
 from traj_merge_callback.pieces import finish
 
 torch.set_num_threads(1)

@@ -6,14 +6,14 @@ of your own. :func:`load_merged` puts a published snapshot into a model.
 """
 
 from .config import MergeConfig
-from .evaluation import Evaluation
-from .heldout import HeldOutLoss
+from .disk.model_files import load_merged
+from .disk.snapshots import find_snapshot, read_merge
+from .evaluate.heldout import HeldOutLoss
 from .merger import TrajectoryMerger
 from .metrics import MergeRecord
 from .search import Problem, Search, available_searches, register_search
-from .snapshots import find_snapshot, read_merge
-from .weights import load_merged
-from .window import CheckpointWindow
+from .search.evaluation import Evaluation
+from .window.window import CheckpointWindow
 
 __all__ = [
     "CheckpointWindow",

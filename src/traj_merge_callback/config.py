@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .groups import check_groups
-from .objective import KINDS
 from .search import resolve_search
 from .search.grouped import GroupedSearch
-from .storage import DTYPES
+from .search.objective import KINDS
+from .window.groups import check_groups
+from .window.storage import DTYPES
 
 # Samples that a row is made of, where that is not said.
 _MOST_SAMPLES = 8

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from .files import whole_folder
-from .sharded_files import is_sharded, read_tensors, tensor_sizes
-from .snapshots import read_merge
-from .weights import write_shards
+from .disk.atomic import whole_folder
+from .disk.model_files import write_shards
+from .disk.sharded_files import is_sharded, read_tensors, tensor_sizes
+from .disk.snapshots import read_merge
 
 # The files of the parts.
 _PARTS = (".metadata", ".distcp")

@@ -21,14 +21,14 @@ except ImportError as error:
         "traj_merge_callback.lightning needs Lightning: pip install 'traj-merge-callback[lightning]'"
     ) from error
 
-from .amp import LossScaleWatch
-from .batches import count_sequences
 from .config import MergeConfig
-from .losses import count_targets
+from .evaluate.batches import count_sequences
+from .evaluate.losses import count_targets
 from .merger import TrajectoryMerger
 from .metrics import PREFIX, MergeRecord
-from .parameters import unwrap
-from .sharding import is_fsdp
+from .window.amp import LossScaleWatch
+from .window.layout import unwrap
+from .window.sharding import is_fsdp
 
 __all__ = ["TrajMergeCallback"]
 

@@ -15,27 +15,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from .budget import Overhead, Plan
-from .choice import Chooser
 from .config import MergeConfig
+from .disk.model_files import load_merged
+from .disk.saving import Saving
+from .disk.snapshots import SnapshotStore
+from .disk.state import Memory
+from .disk.writer import Writer
 from .distributed import OutOfTouch, Processes
-from .evaluation import Evaluation
+from .engine.budget import Overhead, Plan
+from .engine.choose import Chooser
+from .engine.merge import Merging
+from .engine.publishing import Extra, Publisher
+from .engine.recording import Recorder
+from .engine.runs import Finished, MergeRuns
+from .evaluate.heldout import HeldOutLoss, device_of
+from .evaluate.losses import Nll
 from .failures import Failures
-from .heldout import HeldOutLoss, device_of
-from .losses import Nll
-from .merge import Merging
 from .metrics import MergeRecord
-from .publishing import Extra, Publisher
-from .recording import Recorder
-from .resume import Memory
-from .runs import Finished, MergeRuns
-from .saving import Saving
 from .search import resolve_search
-from .snapshots import SnapshotStore
-from .storage import in_memory, on_disk
-from .weights import load_merged
-from .window import CheckpointWindow
-from .writer import Writer
+from .search.evaluation import Evaluation
+from .window.storage import in_memory, on_disk
+from .window.window import CheckpointWindow
 
 logger = logging.getLogger("traj_merge_callback")
 

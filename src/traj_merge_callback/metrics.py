@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .evaluation import Evaluation
-from .files import write_whole
+from .disk.atomic import write_whole
+from .search.evaluation import Evaluation
 
 logger = logging.getLogger("traj_merge_callback")
 

@@ -21,10 +21,10 @@ except ImportError as error:
 
 from tqdm.auto import tqdm
 
-from .amp import LossScaleWatch
 from .config import MergeConfig
 from .merger import TrajectoryMerger
 from .metrics import MergeRecord
+from .window.amp import LossScaleWatch
 
 __all__ = ["TrajMergeCallback"]
 

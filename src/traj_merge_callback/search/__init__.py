@@ -27,8 +27,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..evaluation import Gradient
-from ..objective import Objective
+from .evaluation import Gradient
+from .objective import Objective
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 import numpy as np
 from skopt import Optimizer
 
-from ..recipes import ema, lawa
 from . import Problem
+from .recipes import ema, lawa
 
 
 class _BayesianSearch(ABC):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from scipy.optimize import minimize
 
-from ..objective import Objective
 from .axes import PrincipalAxes
+from .objective import Objective
 from .quadratic import Quadratic
 
 _PRECISION = 1e-12

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import recipes
-from ..objective import Objective
-from . import Problem
+from . import Problem, recipes
+from .objective import Objective
 
 WeightsOf = Callable[..., np.ndarray]
 
@@ -66,7 +65,7 @@ perplexity = _as_search(lambda _, losses, **options: recipes.perplexity(losses, 
 
 
 class Bema:
-    """BEMA (arXiv 2508.00180), with the paper's symbols as options; see :func:`traj_merge_callback.recipes.bema`.
+    """BEMA (arXiv 2508.00180), with the paper's symbols as options; see :func:`.recipes.bema`.
 
     Args:
         problem: the merge's problem, whose first two weights belong to theta_0 and EMA_t.

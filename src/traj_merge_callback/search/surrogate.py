@@ -7,11 +7,11 @@ import math
 
 import numpy as np
 
-from ..recipes import ema
 from . import Observed, Problem
 from .axes import PrincipalAxes
 from .program import best_point, check_space
 from .quadratic import NOISE_PER_TOKEN, Observation, Posterior, Prior, Quadratic, design, posterior, quadratic
+from .recipes import ema
 
 # Hyperparameters and their priors: the curvature, as the loss in nats it gives between the newest row and the mean of
 # all rows (log-normal), and alpha (normal).

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..objective import Objective
 from . import Observed, Problem
 from .axes import PrincipalAxes
+from .objective import Objective
 from .program import best_point, check_space
 from .quadratic import Quadratic
 

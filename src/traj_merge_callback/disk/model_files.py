@@ -1,0 +1,252 @@
+"""A model's weights as files: written by ``save_pretrained`` where a model has it, as a plain state dict elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..window.layout import ParameterLayout, clean_name, persistent_buffers, unwrap
+from ..window.sharding import is_fsdp
+from .snapshots import read_merge
+
+STATE_DICT, TRANSFORMERS, PEFT = "state_dict", "transformers", "peft"
+_SHARD_BYTES = 5_000_000_000
+
+
+def weights_format(model: nn.Module) -> str:
+    """How a snapshot of ``model`` is written: "transformers", "peft" or "state_dict"."""
+    model = _under_fsdp(model)
+    if hasattr(model, "peft_config") and hasattr(model, "save_pretrained"):
+        return PEFT
+    if hasattr(model, "save_pretrained") and hasattr(model, "config"):
+        return TRANSFORMERS
+    return STATE_DICT
+
+
+def class_name(model: nn.Module) -> str:
+    """The name of the class that the user wrote."""
+    # fully_shard gives a module a class of its own.
+    return type(_under_fsdp(model)).__name__.removeprefix("FSDP")
+
+
+def _under_fsdp(model: nn.Module) -> nn.Module:
+    """The model under wrappers, FSDP's first version included: it knows how the model is saved."""
+    model = unwrap(model)
+    return getattr(model, "_fsdp_wrapped_module", model)
+
+
+def collect_weights(model: nn.Module, layout: ParameterLayout) -> Callable[[Path], None]:
+    """Collect the weights that ``model`` holds now; the function returned writes them into an existing folder, later.
+
+    Until then the merged row must stay as it is. Of what is not merged, buffers are copied, because training goes on,
+    and frozen parameters are not, because they do not change. A plain module's file holds the merged tensors and every
+    other buffer of the state dict; frozen parameters are left out.
+    """
+    model = unwrap(model)
+    merged = {slot.name for slot in layout.slots}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    frozen = {name for name, value in parameters.items() if not value.requires_grad and clean_name(name) not in merged}
+    state = {name: value.detach() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    for name in state.keys() - parameters.keys():
+        state[name] = state[name].clone()
+    devices = {state[name].device for name in state.keys() - frozen if state[name].is_cuda}
+    ready = {device: torch.cuda.current_stream(device).record_event() for device in devices}
+
+    def write(folder: Path) -> None:
+        kept = state | _on_cpu({name: state[name] for name in state.keys() - frozen}, ready)
+        if weights_format(model) == STATE_DICT:
+            names = {clean_name(name) for name in parameters}
+            kept = {clean_name(name): value for name, value in kept.items()}
+            kept = {name: value for name, value in kept.items() if name in merged or name not in names}
+        _write(folder, model, kept)
+
+    return write
+
+
+def collect_gathered(
+    model: nn.Module, layout: ParameterLayout, gathered: dict[int, Tensor], row: Tensor
+) -> Callable[[Path], None]:
+    """:func:`collect_weights` for a model sharded by FSDP.
+
+    Args:
+        model: the model, with its own weights.
+        layout: of this process's columns.
+        gathered: whole merged tensors on the CPU, by the ``id`` of the live parameter.
+        row: this process's columns of the merge, for what is not gathered.
+    """
+    model = unwrap(model)
+    views = layout.views(row)
+    values = {}
+    for slot, tensor in zip(layout.slots, layout.tensors(model), strict=True):
+        view = views[slot.name]
+        values[id(tensor)] = gathered[id(tensor)] if id(tensor) in gathered else view.to("cpu", slot.dtype, copy=True)
+    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    named |= {name: places[0].tensor for name, places in persistent_buffers(model).items()}
+    state = {
+        clean_name(n): values[id(t)] if id(t) in values else t.detach().to("cpu", copy=True) for n, t in named.items()
+    }
+    model = _under_fsdp(model)
+    return lambda folder: _write(folder, model, state)
+
+
+def collect_description(model: nn.Module) -> Callable[[Path], None]:
+    """Collect what a Hugging Face model's folder holds beside weights; the function returned writes it, later."""
+    model = _under_fsdp(model)
+    if weights_format(model) != TRANSFORMERS:
+        return lambda folder: None
+    config, generation = copy.deepcopy(model.config), copy.deepcopy(getattr(model, "generation_config", None))
+    config.architectures = [class_name(model)]  # type: ignore[union-attr]
+
+    def write(folder: Path) -> None:
+        config.save_pretrained(folder)  # type: ignore[operator, union-attr]
+        if generation is not None:
+            generation.save_pretrained(folder)
+
+    return write
+
+
+def _write(folder: Path, model: nn.Module, state: dict[str, Tensor]) -> None:
+    if weights_format(model) == STATE_DICT:
+        _write_shards(folder, {name: value.contiguous() for name, value in state.items()}, _SHARD_BYTES)
+        return
+    with _quiet_transformers():
+        model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+
+
+def _on_cpu(state: dict[str, Tensor], ready: dict[torch.device, torch.cuda.Event]) -> dict[str, Tensor]:
+    """Copies of a GPU's tensors, made beside what the GPU does otherwise; tensors that share memory still do."""
+    moved: dict[tuple[int, torch.Size], Tensor] = {}
+    for device, event in ready.items():
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            torch.cuda.current_stream(device).wait_event(event)
+            for tensor in state.values():
+                if tensor.device == device:
+                    moved[tensor.data_ptr(), tensor.shape] = tensor.cpu()
+    return {name: moved.get((tensor.data_ptr(), tensor.shape), tensor) for name, tensor in state.items()}
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Writing a snapshot must not draw over the trainer's progress bar."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
+def _write_shards(folder: Path, state: dict[str, Tensor], shard_bytes: int) -> None:
+    sizes = {name: tensor.nbytes for name, tensor in state.items()}
+    write_shards(folder, sizes, lambda names: {name: state[name] for name in names}, shard_bytes)
+
+
+def write_shards(
+    folder: Path, sizes: dict[str, int], read: Callable[[list[str]], dict[str, Tensor]], shard_bytes: int = _SHARD_BYTES
+) -> None:
+    """One ``model.safetensors``, or several with ``model.safetensors.index.json`` like Hugging Face's.
+
+    Args:
+        folder: where to.
+        sizes: bytes of each tensor.
+        read: gives the tensors of a shard.
+        shard_bytes: of a shard at most, unless it is one tensor.
+    """
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, nbytes in sizes.items():
+        if shards[-1] and size + nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    if len(shards) == 1:
+        save_file(read(shards[0]), folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(read(names), folder / file_name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file_name)
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _read_shards(folder: Path) -> dict[str, Tensor]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    state: dict[str, Tensor] = {}
+    for name in names:
+        state |= load_file(folder / name)
+    return state
+
+
+@torch.no_grad()
+def load_merged(folder: str | Path, model: nn.Module) -> dict[str, Any]:
+    """Put a merged snapshot's weights into ``model``, in place.
+
+    Args:
+        folder: a snapshot's folder, or the ``best`` or ``latest`` link beside it.
+        model: a model of the same architecture; wrappers (compile, DDP) are looked through.
+
+    Returns:
+        The snapshot's merge.json.
+
+    Raises:
+        FileNotFoundError: ``folder`` is no snapshot.
+        ValueError: the snapshot does not fit the model; the message names the tensors, and the model is unchanged.
+
+    Example::
+
+        load_merged("merged/best", model)
+    """
+    folder, model = Path(folder), unwrap(model)
+    merge = read_merge(folder)
+    if any(is_fsdp(module) for module in model.modules()):
+        raise ValueError("load_merged needs a whole model: load the snapshot before FSDP is applied")
+    if merge.get("sharded"):
+        raise ValueError(
+            f"snapshot {folder} is in parts: make a model folder of it first, with traj_merge_callback.consolidate"
+        )
+    if merge["weights_format"] == PEFT:
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+        return merge
+    state = _read_shards(folder)
+    targets = {clean_name(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    if merge["weights_format"] == TRANSFORMERS and not state.keys() <= targets.keys():
+        # save_pretrained stores some architectures under other names than the module's; only transformers knows them.
+        state = type(model).from_pretrained(folder).state_dict()  # type: ignore[attr-defined]
+    wrong = [f"{name} is not in the model" for name in state.keys() - targets.keys()]
+    wrong += [
+        f"{name} is {tuple(value.shape)} in the snapshot, {tuple(targets[name].shape)} in the model"
+        for name, value in state.items()
+        if name in targets and value.shape != targets[name].shape
+    ]
+    wrong += [f"{name} is not in the snapshot" for name in set(merge["merged_tensors"]) - _names_of(state, targets)]
+    if wrong:
+        raise ValueError(f"snapshot {folder} does not fit {type(model).__name__}: {'; '.join(sorted(wrong)[:5])}")
+    for name, value in state.items():
+        targets[name].copy_(value)
+    return merge
+
+
+def _names_of(state: dict[str, Tensor], targets: dict[str, Tensor]) -> set[str]:
+    """Every name of the model whose storage a tensor of ``state`` fills, tied names included."""
+    filled = {targets[name].data_ptr() for name in state if name in targets}
+    return {name for name, target in targets.items() if target.data_ptr() in filled}

@@ -1,0 +1,1 @@
+"""When a merge happens, how much it may cost, and what it does."""

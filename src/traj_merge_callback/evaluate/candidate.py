@@ -1,0 +1,69 @@
+"""Merge weights in, held-out losses out: where the k-world's candidates meet the model (N-world)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ..pieces import Pieces
+from ..search.evaluation import Evaluation, Gradient
+from ..window.window import CheckpointWindow
+from .gathering import Weights
+from .heldout import HeldOutLoss, Split
+
+
+class Candidates:
+    """Evaluates merges of a window, with a model as the skeleton whose own weights are never written.
+
+    All methods work in pieces, and between two of them the model has its own weights.
+
+    Args:
+        weights: of the candidate at hand, in the model.
+        window: the checkpoints.
+        heldout: the held-out loss.
+    """
+
+    def __init__(self, weights: Weights, window: CheckpointWindow, heldout: HeldOutLoss) -> None:
+        self.weights = weights
+        self._window = window
+        self._heldout = heldout
+
+    def take(self, weights: np.ndarray | None) -> Pieces[None]:
+        """Make the merge with these weights the candidate at hand; None: live as it was at the last capture."""
+        yield from self._window.combining(weights, self.weights.row)
+        yield from self.weights.gather()
+
+    def evaluate(self, split: Split) -> Pieces[Evaluation]:
+        """Evaluate the candidate at hand."""
+        return (yield from self._heldout.evaluating(self.weights.model, split, self.weights.ready))
+
+    def sample(self) -> Pieces[Evaluation]:
+        """Evaluate the candidate at hand on one batch."""
+        return (yield from self._heldout.sampling(self.weights.model, self.weights.ready))
+
+    def measure(
+        self, weights: np.ndarray, with_gradient: bool, parts: Sequence[int], abandon: Callable[[Evaluation], bool]
+    ) -> Pieces[tuple[Evaluation, Gradient | None]]:
+        """Evaluate a merge on parts of the search split and, if asked for, take the gradient in its merge weights."""
+        yield from self.take(weights)
+        gradient = _InMergeWeights(self.weights, self._window, weights.ndim == 2) if with_gradient else None
+        found = self._heldout.searching(
+            self.weights.model, self.weights.ready, parts, abandon=abandon, gradient=gradient
+        )
+        return (yield from found)
+
+
+class _InMergeWeights:
+    """The gradient with respect to merge weights: the window times that in the candidate's weights."""
+
+    def __init__(self, weights: Weights, window: CheckpointWindow, grouped: bool) -> None:
+        self._weights = weights
+        self._window = window
+        self._grouped = grouped
+        self.clear_gradient, self.add_gradient = weights.clear_gradient, weights.add_gradient
+
+    def projected(self) -> Pieces[np.ndarray]:
+        """See :class:`GradientOf`."""
+        columns = yield from self._weights.gradient()
+        return (yield from self._window.projecting(columns, grouped=self._grouped, summands=True))

@@ -1,0 +1,305 @@
+"""Held-out loss: cached batches in two splits that share no sequence, evaluated without a trace."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..distributed import Processes
+from ..pieces import BACKWARD, EXCHANGE, FORWARD, Pieces, finish
+from ..search.evaluation import PARTS, Evaluation, Gradient
+from ..window.layout import unwrap
+from .batches import count_sequences, fingerprint, map_tensors, select_sequences
+from .data import read_together
+from .isolation import isolated
+from .losses import Nll, language_model_nll
+
+Split = Literal["search", "report"]
+# Given whether gradients are wanted, a context in which the model can be evaluated without a trace.
+Ready = Callable[[bool], AbstractContextManager[Any]]
+
+
+class GradientOf(Protocol):
+    """The gradient of a candidate's loss with respect to the merge weights, piece by piece."""
+
+    def clear_gradient(self) -> None:
+        """Begin a new one."""
+
+    def add_gradient(self) -> None:
+        """Add what a backward pass has left."""
+
+    def projected(self) -> Pieces[np.ndarray]:
+        """The gradient in the merge weights, summed over processes."""
+
+
+# A standard error needs several independent units, so large batches are cut until each split has about this many.
+_MIN_UNITS = 8
+
+
+@dataclass(frozen=True)
+class _Unit:
+    domain: str
+    batch: Any
+
+
+class HeldOutLoss:
+    """Token-weighted held-out loss with its standard error, on a search split and a report split.
+
+    The first ``batches`` batches of each loader are read once, under a random state of their own, and kept on the CPU.
+    Their sequences are dealt to the two splits; equal sequences always go to the same split, so the splits share none.
+
+    Args:
+        heldout: a DataLoader or any iterable of batches, or a mapping from domain names to such.
+        nll: ``nll(model, batch) -> (summed NLL in nats, number of target tokens)``; by default
+            :func:`language_model_nll`, for models whose output has ``.loss``.
+        batches: batches to read of each loader.
+        search_fraction: share of the sequences in the search split, strictly between 0 and 1.
+        report_only: domains that are reported but never searched on, nor part of the overall loss.
+        precision: returns a context for the forward pass, for instance the trainer's autocast.
+        to_device: moves a batch to the training device; by default every tensor goes to the model's device.
+        seed: seed for reading shuffled loaders, and for any randomness in an evaluation.
+        processes: those that train the model together. They hold the same batches, whatever each one's loader reads,
+            and divide them among themselves at every evaluation; its result is that of one process.
+
+    Raises:
+        ValueError: a loader without batches, fewer than two different sequences, or unknown ``report_only`` names.
+        TypeError: something that is no loader (a Dataset, say), or an ``nll`` that cannot be called.
+    """
+
+    def __init__(
+        self,
+        heldout: Iterable[Any] | Mapping[str, Iterable[Any]],
+        *,
+        nll: Nll | None = None,
+        batches: int = 16,
+        search_fraction: float = 0.5,
+        report_only: Iterable[str] = (),
+        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        to_device: Callable[[Any], Any] | None = None,
+        seed: int = 0,
+        processes: Processes | None = None,
+    ) -> None:
+        self._processes = Processes(alone=True) if processes is None else processes
+        if nll is not None and not callable(nll):
+            raise TypeError(f"nll={nll!r}: must be a function (model, batch) -> (summed NLL, tokens)")
+        self._nll = language_model_nll if nll is None else nll
+        self._precision = precision
+        self._to_device = to_device
+        self.seed = seed
+        named = heldout if isinstance(heldout, Mapping) else {"heldout": heldout}
+        loaders = {str(name): loader for name, loader in named.items()}
+        self.report_only = frozenset(report_only)
+        if unknown := self.report_only - loaders.keys():
+            raise ValueError(f"report_only={sorted(unknown)} are not among the held-out domains {sorted(loaders)}")
+        self.searched = frozenset(loaders) - self.report_only
+        if not self.searched:
+            raise ValueError(f"report_only={sorted(self.report_only)} leaves no domain to search on")
+        self._units: dict[Split, list[_Unit]] = {"search": [], "report": []}
+        self._share = 1.0
+        self._digest = hashlib.sha256()
+        for name, loader in loaders.items():
+            fraction = 0.0 if name in self.report_only else search_fraction
+            self._deal(name, read_together(name, loader, batches, seed, self._processes), fraction)
+        for split, units in self._units.items():
+            if not any(unit.domain in self.searched for unit in units):
+                raise ValueError(
+                    f"heldout leaves no sequence for the {split} split: give at least 2 different sequences "
+                    f"(and more for a useful standard error), or raise heldout_batches={batches}"
+                )
+        self._parts = self._divide()
+
+    def _deal(self, domain: str, batches: list[Any], search_fraction: float) -> None:
+        """Deal the sequences of one domain to the two splits, spreading both evenly over the batches."""
+        owner: dict[bytes, Split] = {}
+        pieces = -(-_MIN_UNITS // len(batches))
+        for batch in batches:
+            dealt: dict[Split, list[int]] = {"search": [], "report": []}
+            for index in range(count_sequences(batch)):
+                digest = fingerprint(batch, index)
+                if digest not in owner:
+                    count = len(owner)
+                    to_search = int((count + 1) * search_fraction) > int(count * search_fraction)
+                    owner[digest] = "search" if to_search else "report"
+                dealt[owner[digest]].append(index)
+                self._digest.update(digest + owner[digest].encode())
+            for split, indices in dealt.items():
+                self._units[split] += _cut(_Unit(domain, batch), indices, pieces)
+
+    def _divide(self) -> list[list[int]]:
+        """The batches of each part of the search split, a like share of every domain's, those of a domain together."""
+        domains = sorted(self.searched)
+        used = [[index for index, unit in enumerate(self._units["search"]) if unit.domain == name] for name in domains]
+        used = [indices[: math.ceil(self._share * len(indices))] for indices in used]
+        parts: list[list[int]] = [[] for _ in range(max(1, min(PARTS, *map(len, used))))]
+        for indices in used:
+            for part, share in zip(parts, np.array_split(indices, len(parts)), strict=True):
+                part += share.tolist()
+        return parts
+
+    @property
+    def parts(self) -> int:
+        """How many parts the search split has: 4, or fewer if a domain has fewer batches."""
+        return len(self._parts)
+
+    @property
+    def digest(self) -> str:
+        """A digest of the sequences and their splits: losses are comparable where it is equal."""
+        return self._digest.hexdigest()
+
+    def num_batches(self, split: Split) -> int:
+        """How many batches one evaluation on the split takes."""
+        return len(self._units["report"]) if split == "report" else sum(map(len, self._parts))
+
+    def use(self, share: float) -> None:
+        """Let the search split be a share of itself, at least one batch of each domain, until said otherwise."""
+        self._share = share
+        self._parts = self._divide()
+
+    def cut(self, pieces: int) -> None:
+        """Cut every batch into so many, by sequences, where it has as many: each is evaluated in that less time."""
+        for split, units in self._units.items():
+            cut = [_cut(unit, list(range(count_sequences(unit.batch))), pieces) for unit in units]
+            self._units[split] = list(itertools.chain(*cut))
+        self._parts = self._divide()
+
+    @property
+    def searchable(self) -> int:
+        """How many batches the whole search split has."""
+        return sum(unit.domain in self.searched for unit in self._units["search"])
+
+    @property
+    def longest(self) -> int:
+        """Sequences in the largest batch."""
+        return max(count_sequences(unit.batch) for units in self._units.values() for unit in units)
+
+    def evaluate(self, model: nn.Module, split: Split) -> Evaluation:
+        """Evaluate ``model`` as it stands, in eval mode and without gradients, leaving no trace (see ``isolated``).
+
+        Args:
+            model: the model; wrappers (compile, DDP) are looked through.
+            split: "search" to choose merge weights, "report" for every number that is shown.
+
+        Returns:
+            Sums per batch in float64. Non-finite losses are returned as they are.
+        """
+        ready = functools.partial(isolated, unwrap(model), self.seed)
+        return finish(self.evaluating(model, split, lambda gradients: ready(gradients=gradients)))
+
+    def evaluating(self, model: nn.Module, split: Split, ready: Ready) -> Pieces[Evaluation]:
+        """:meth:`evaluate` in pieces of a batch, each inside ``ready(False)``, which may give it other weights."""
+        indices = range(len(self._units["report"])) if split == "report" else sorted(itertools.chain(*self._parts))
+        return (yield from self._evaluating(model, split, indices, ready))
+
+    def sampling(self, model: nn.Module, ready: Ready) -> Pieces[Evaluation]:
+        """Evaluate one batch of the report split, in a piece."""
+        return (yield from self._evaluating(model, "report", [0], ready))
+
+    def searching(
+        self,
+        model: nn.Module,
+        ready: Ready,
+        parts: Sequence[int],
+        *,
+        abandon: Callable[[Evaluation], bool] = lambda _: False,
+        gradient: GradientOf | None = None,
+    ) -> Pieces[tuple[Evaluation, Gradient | None]]:
+        """Evaluate on some parts of the search split, with the gradient of the loss if asked for, in pieces of a batch.
+
+        Like :meth:`evaluate` it runs in eval mode and leaves no trace; the live gradients are put back untouched. A
+        gradient costs about two forward passes more.
+
+        Args:
+            model: the model; wrappers (compile, DDP) are looked through.
+            ready: each batch is evaluated inside ``ready(gradients)``, which may give the model other weights.
+            parts: which of the split's parts, each with a like share of every domain, and in which order.
+            abandon: asked after each part, with the evaluation so far, whether that is enough.
+            gradient: what makes a gradient in the merge weights of what backward passes leave, for each domain of each
+                part; None: no gradient is wanted.
+
+        Returns:
+            The evaluation, of fewer batches if it was abandoned, and the gradient.
+
+        Raises:
+            RuntimeError: the loss does not depend on the parameters (an ``nll`` that detaches it, say).
+        """
+        done = Evaluation(np.zeros(0), np.zeros(0), ())
+        sums: list[np.ndarray] = []
+        tokens: list[float] = []
+        domains: list[str] = []
+        for part in parts:
+            units = self._parts[part]
+            for domain, group in itertools.groupby(units, key=lambda index: self._units["search"][index].domain):
+                if gradient is not None:
+                    gradient.clear_gradient()
+                found = yield from self._evaluating(model, "search", group, ready, gradient)
+                if gradient is not None:
+                    sums.append((yield from gradient.projected()))
+                    tokens.append(found.tokens.sum())
+                    domains.append(domain)
+                done = done.joined(found)
+            if abandon(done):
+                break
+        return done, Gradient(np.array(sums), np.array(tokens), tuple(domains)) if gradient is not None else None
+
+    def _evaluating(
+        self,
+        model: nn.Module,
+        split: Split,
+        chosen: Iterable[int],
+        ready: Ready,
+        gradient: GradientOf | None = None,
+    ) -> Pieces[Evaluation]:
+        """Evaluate batches of a split, as many at a time as there are processes."""
+        model = unwrap(model)
+        indices = tuple(chosen)
+        units = [self._units[split][index] for index in indices]
+        turns = range(0, len(units), self._processes.size)
+        values = np.zeros((len(turns), 2))
+        for turn, first in enumerate(turns):
+            yield FORWARD if gradient is None else BACKWARD
+            mine = first + self._processes.rank
+            # Where there is no batch left for a process it still takes part, because a forward pass may need all.
+            share = float(mine < len(units))
+            unit = units[mine if share else first]
+            with ready(gradient is not None):
+                batch = self._to_device(unit.batch) if self._to_device else _to_device_of(model, unit.batch)
+                with self._precision():
+                    nll, tokens = self._nll(model, batch)
+                if gradient is not None and float(tokens):
+                    (share * torch.as_tensor(nll)).backward()
+                    gradient.add_gradient()
+                values[turn] = float(torch.as_tensor(nll).detach()), float(tokens)
+        found: np.ndarray = values
+        if self._processes.size > 1:
+            yield EXCHANGE
+            found = self._processes.collect(values).swapaxes(0, 1).reshape(-1, 2)[: len(units)]
+        return Evaluation(found[:, 0], found[:, 1], tuple(unit.domain for unit in units), indices)
+
+
+def _cut(unit: _Unit, indices: list[int], pieces: int) -> list[_Unit]:
+    """Some sequences of a batch as so many batches, or fewer if there are not as many sequences."""
+    parts = np.array_split(indices, min(pieces, len(indices))) if indices else []
+    return [_Unit(unit.domain, select_sequences(unit.batch, part.tolist())) for part in parts]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes: where its first parameter is, or the device that FSDP brings offloaded parameters to."""
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        return torch.device("cpu")
+    computing = getattr(getattr(parameter, "device_mesh", None), "device_type", parameter.device.type)
+    return parameter.device if computing == parameter.device.type else torch.device(computing)
+
+
+def _to_device_of(model: nn.Module, batch: Any) -> Any:
+    return map_tensors(batch, lambda tensor: tensor.to(device_of(model), non_blocking=True))
