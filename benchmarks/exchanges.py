@@ -26,9 +26,9 @@ def measure(rank: int, size: int, folder: str, rounds: int) -> None:
     seconds = []
     for _ in range(rounds):
         began = time.perf_counter()
-        processes.agree(None, 1.0)
+        processes.all_reduce_error(None, 1.0)
         seconds.append(time.perf_counter() - began)
-    if processes.is_first:
+    if processes.is_rank_zero:
         (Path(folder) / f"{size}.json").write_text(json.dumps(statistics.median(seconds[rounds // 10 :])))
     processes.close()
     dist.destroy_process_group()

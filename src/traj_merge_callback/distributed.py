@@ -24,11 +24,11 @@ T = TypeVar("T")
 _subgroups: dict[tuple[Any, tuple[int, ...]], Any] = {}
 
 
-class ProcessFailed(RuntimeError):
+class FailedOnAllRanks(RuntimeError):
     """Another process failed at what all of them were doing; nothing is out of step."""
 
 
-class OutOfTouch(RuntimeError):
+class CollectiveTimeout(RuntimeError):
     """Processes no longer answer one another in time; they cannot merge together any more."""
 
 
@@ -57,94 +57,94 @@ class Processes:
         return self._group
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this process decides, logs and writes what is written once."""
         return self.rank == 0
 
     # What all tell each other
 
-    def largest(self, *values: float) -> list[float]:
+    def all_reduce_max(self, *values: float) -> list[float]:
         """The largest of each value over all processes."""
         if self._group is None:
             return list(values)
         found = torch.tensor(values, dtype=torch.float64)
-        with self._in_touch():
+        with self._timeout():
             dist.all_reduce(found, dist.ReduceOp.MAX, group=self._group)
         return found.tolist()
 
-    def collect(self, values: np.ndarray) -> np.ndarray:
+    def all_gather_array(self, values: np.ndarray) -> np.ndarray:
         """The float64 arrays of all processes, which have the same shape, as ``(processes, *shape)``."""
         mine = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64))
         if self._group is None:
             return mine[None].numpy()
         found = [torch.empty_like(mine) for _ in range(self.size)]
-        with self._in_touch():
+        with self._timeout():
             dist.all_gather(found, mine, group=self._group)
         return torch.stack(found).numpy()
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """The small objects of all processes."""
         found: list[Any] = [value]
         if self._group is not None:
             found = [None] * self.size
-            with self._in_touch():
+            with self._timeout():
                 dist.all_gather_object(found, value, group=self._group)
         return found
 
-    def decide(self, make: Callable[[], T]) -> T:
+    def from_rank0(self, make: Callable[[], T]) -> T:
         """What ``make`` returns in the first process, in all of them.
 
         Raises:
             Exception: in the first process what ``make`` raised.
-            ProcessFailed: in the others, that it did.
+            FailedOnAllRanks: in the others, that it did.
         """
         if self._group is None:
             return make()
         made: list[Any] = [None, None]
         error: Exception | None = None
-        if self.is_first:
+        if self.is_rank_zero:
             try:
                 made[0] = make()
             except Exception as raised:
                 error, made[1] = raised, _described(raised)
-        with self._in_touch():
+        with self._timeout():
             dist.broadcast_object_list(made, src=0, group=self._group)
         if error is not None:
             raise error
         if made[1] is not None:
-            raise ProcessFailed(f"process 0 failed: {made[1]}")
+            raise FailedOnAllRanks(f"process 0 failed: {made[1]}")
         return made[0]
 
-    def agree(self, error: BaseException | None, *values: float) -> list[float]:
+    def all_reduce_error(self, error: BaseException | None, *values: float) -> list[float]:
         """The largest of each value, if no process has an error.
 
         Raises:
             BaseException: in the processes that had one, their own error.
-            ProcessFailed: in the others.
-            OutOfTouch: a process does not answer; an own error comes first.
+            FailedOnAllRanks: in the others.
+            CollectiveTimeout: a process does not answer; an own error comes first.
         """
-        if self._group is None or isinstance(error, OutOfTouch):
+        if self._group is None or isinstance(error, CollectiveTimeout):
             if error is not None:
                 raise error
             return list(values)
-        failed, *found = self.largest(float(error is not None), *values)
+        failed, *found = self.all_reduce_max(float(error is not None), *values)
         if not failed:
             return found
-        described = self.gather(None if error is None else _described(error))
+        described = self.all_gather_object(None if error is None else _described(error))
         if error is not None:
             raise error
         failures = [f"process {rank} failed: {text}" for rank, text in enumerate(described) if text is not None]
-        raise ProcessFailed("; ".join(failures[:3]))
+        raise FailedOnAllRanks("; ".join(failures[:3]))
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """The block, which exchanges nothing, succeeds in all processes, or raises in all (see :meth:`agree`)."""
+    def raise_on_all(self) -> Iterator[None]:
+        """Run a block that contains no collective; afterwards every rank continues, or every rank raises."""
         error: Exception | None = None
         try:
             yield
         except Exception as raised:
             error = raised
-        self.agree(error)
+        self.all_reduce_error(error)
 
     # Groups of some
 
@@ -160,9 +160,9 @@ class Processes:
             _subgroups[key] = dist.new_group(list(ranks), timeout=limit, use_local_synchronization=True)
         return _subgroups[key]
 
-    def neighbours(self) -> list[int]:
+    def local_ranks(self) -> list[int]:
         """The ranks of the processes on this machine."""
-        hosts = self.gather(socket.gethostname())
+        hosts = self.all_gather_object(socket.gethostname())
         return [rank for rank, host in enumerate(hosts) if host == hosts[self.rank]]
 
     def leads(self, folder: Path) -> bool:
@@ -172,12 +172,12 @@ class Processes:
         """
         if self._group is None:
             return True
-        name = self.decide(lambda: f".tmp-probe-{uuid.uuid4().hex}")
-        with self.together():
+        name = self.from_rank0(lambda: f".tmp-probe-{uuid.uuid4().hex}")
+        with self.raise_on_all():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{name}-{self.rank}").touch()
         try:
-            with self.together():
+            with self.raise_on_all():
                 # By name: a network file system may show an old list of the folder, but it looks up a new name.
                 first = next(rank for rank in range(self.size) if (folder / f"{name}-{rank}").exists())
         finally:
@@ -191,30 +191,30 @@ class Processes:
         self._group = None
 
     @contextmanager
-    def _in_touch(self) -> Iterator[None]:
-        with in_touch(self.timeout):
+    def _timeout(self) -> Iterator[None]:
+        with collective_timeout(self.timeout):
             yield
 
 
 @contextmanager
-def in_touch(timeout: float) -> Iterator[None]:
-    """Let what a collective raises be an :class:`OutOfTouch`."""
+def collective_timeout(timeout: float) -> Iterator[None]:
+    """Let what a collective raises be an :class:`CollectiveTimeout`."""
     try:
         yield
     except RuntimeError as error:
-        raise OutOfTouch(
+        raise CollectiveTimeout(
             f"a process failed, ended, or did not answer within {timeout:g} s (process_timeout): {error}"
         ) from error
 
 
-def gather_into(out: Tensor, part: Tensor, group: Any) -> None:
+def all_gather_into(out: Tensor, part: Tensor, group: Any) -> None:
     """``out`` becomes the parts, all of one shape, of a group's processes, in their order."""
     # Where there is a newer name the older one warns.
     gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
     gather(out, part, group=group)
 
 
-def scatter_sums(out: Tensor, whole: Tensor, group: Any) -> None:
+def reduce_scatter_sum(out: Tensor, whole: Tensor, group: Any) -> None:
     """``out`` becomes this process's part of the sum of ``whole`` over a group's processes."""
     scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
     scatter(out, whole, group=group)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .distributed import OutOfTouch, ProcessFailed
+from .distributed import CollectiveTimeout, FailedOnAllRanks
 
 logger = logging.getLogger("traj_merge_callback")
 
@@ -17,26 +17,26 @@ class Failures:
 
     Args:
         on_error: "warn" logs the first failure of each kind with its traceback and goes on; "raise" lets it through.
-        is_first: whether this is the first process, which alone logs what failed in others.
+        is_rank_zero: whether this is the first process, which alone logs what failed in others.
     """
 
-    def __init__(self, on_error: str, is_first: bool = True) -> None:
-        self._is_first = is_first
+    def __init__(self, on_error: str, is_rank_zero: bool = True) -> None:
+        self._is_first = is_rank_zero
         self._raise = on_error == "raise"
         self.counts: Counter[str] = Counter()
 
     @contextmanager
     def contained(self, what: str, step: int) -> Iterator[None]:
-        """Contain any ``Exception`` of the block but :class:`OutOfTouch`; Ctrl-C and exits always pass."""
+        """Contain any ``Exception`` of the block but :class:`CollectiveTimeout`; Ctrl-C and exits always pass."""
         try:
             yield
         except Exception as error:
-            if self._raise or isinstance(error, OutOfTouch):
+            if self._raise or isinstance(error, CollectiveTimeout):
                 raise
             kind = f"{what} failed: {type(error).__name__}: {error}"
             first = not any(known.startswith(f"{what} failed: {type(error).__name__}") for known in self.counts)
             self.counts[kind] += 1
-            if first and (self._is_first or not isinstance(error, ProcessFailed)):
+            if first and (self._is_first or not isinstance(error, FailedOnAllRanks)):
                 message = "%s (step %d). Training goes on; further failures of this kind are only counted."
                 logger.warning(message, kind, step, exc_info=True)
 

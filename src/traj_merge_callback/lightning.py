@@ -184,7 +184,7 @@ class TrajMergeCallback(pl.Callback):
     def _remove_checkpoint(self, remove: Callable[..., None], filepath: Any) -> None:
         """Remove the checkpoint and the state beside it."""
         remove(filepath)
-        if (folder := _beside(filepath)) is not None and (self.merger is None or self.merger.processes.is_first):
+        if (folder := _beside(filepath)) is not None and (self.merger is None or self.merger.processes.is_rank_zero):
             shutil.rmtree(folder, ignore_errors=True)
 
     def state_dict(self) -> dict[str, Any]:

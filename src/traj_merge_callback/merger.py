@@ -19,9 +19,9 @@ from .config import MergeConfig
 from .disk.model_files import load_merged
 from .disk.saving import Saving
 from .disk.snapshots import SnapshotStore
-from .disk.state import Memory
+from .disk.state import RunState
 from .disk.writer import Writer
-from .distributed import OutOfTouch, Processes
+from .distributed import CollectiveTimeout, Processes
 from .engine.budget import Overhead, Plan
 from .engine.choose import Chooser
 from .engine.merge import Merging
@@ -94,13 +94,13 @@ class TrajectoryMerger:
         if self.processes.size > 1:
             self._check_for_processes()
         self._extra = extra
-        self._failures = Failures(self.config.on_error, self.processes.is_first)
+        self._failures = Failures(self.config.on_error, self.processes.is_rank_zero)
         self._recorder = Recorder(
             self.config.search,
             self.output_dir / "metrics.jsonl",
-            log if log_everywhere or self.processes.is_first else None,
+            log if log_everywhere or self.processes.is_rank_zero else None,
             self._failures,
-            writes=self.processes.is_first,
+            writes=self.processes.is_rank_zero,
         )
         self._store = SnapshotStore(self.output_dir, keep_last=self.config.keep_last, keep_best=self.config.keep_best)
         self.heldout = HeldOutLoss(
@@ -119,7 +119,7 @@ class TrajectoryMerger:
                 f"domain_weights={self.config.domain_weights}: {sorted(unknown)} are not among the domains "
                 f"searched on, {sorted(self.heldout.searched)}"
             )
-        self._memory = Memory()
+        self._memory = RunState()
         self._overhead = Overhead(self.config.max_overhead, self.config.max_pause)
         self._owed = False
 
@@ -194,7 +194,7 @@ class TrajectoryMerger:
         """
         if not self._active:
             return None
-        with self._in_touch(step):
+        with self._timeout(step):
             return self._step(model, step, skipped)
         return None
 
@@ -202,7 +202,7 @@ class TrajectoryMerger:
         started = time.perf_counter()
         record = None
         if self.window is None:
-            with self._failures.contained("preparing the window", step), self.processes.together():
+            with self._failures.contained("preparing the window", step), self.processes.raise_on_all():
                 self.prepare(model)
             if self.window is None:
                 self._active = False
@@ -223,11 +223,11 @@ class TrajectoryMerger:
         return record
 
     @contextmanager
-    def _in_touch(self, step: int) -> Iterator[None]:
+    def _timeout(self, step: int) -> Iterator[None]:
         """Within the context, merging ends for good where the processes can no longer do it together."""
         try:
             yield
-        except OutOfTouch as error:
+        except CollectiveTimeout as error:
             self._active = False
             logger.warning("trajectory merging is off from step %d on, training goes on: %s", step, error)
             self.close()
@@ -253,7 +253,7 @@ class TrajectoryMerger:
         """
         step = self._memory.last_step
         if self.window is not None and step is not None:
-            with self._in_touch(step):
+            with self._timeout(step):
                 return self._merge_at_end(model, step)
         return None
 
@@ -266,10 +266,10 @@ class TrajectoryMerger:
         if wanted and step > self._memory.last_merge_step:
             with self._failures.contained("the merge at the end", step):
                 self._writer.wait()  # for the rows, which may be on their way to a checkpoint
-                with self.processes.together():
+                with self.processes.raise_on_all():
                     self.window.settle()
-                if self.processes.largest(float(self.window.steps[-1:] != (step,)))[0]:
-                    with self.processes.together():
+                if self.processes.all_reduce_max(float(self.window.steps[-1:] != (step,)))[0]:
+                    with self.processes.raise_on_all():
                         self.window.push(model, step)
                 self._begin(model, step, Plan(self.config.evaluations))
                 record = self._record(self._runs.complete(), step) or record
@@ -346,7 +346,7 @@ class TrajectoryMerger:
         # Rows that a merge or a checkpoint of the trainer still reads are not overwritten.
         if window.is_in_use and config.schedule == "blocking":
             self.wait()
-        was_skipped, in_use = self.processes.largest(float(skipped()), float(window.is_in_use))
+        was_skipped, in_use = self.processes.all_reduce_max(float(skipped()), float(window.is_in_use))
         if was_skipped:
             return False
         memory.last_step = step
@@ -354,7 +354,7 @@ class TrajectoryMerger:
         if in_use:
             return False
         is_row = _passed(config.capture_every, previous, step)
-        with self.processes.together():
+        with self.processes.raise_on_all():
             if is_row:
                 window.push(model, step)
             else:
@@ -398,13 +398,13 @@ class TrajectoryMerger:
             return
         started, step = time.perf_counter(), self._memory.last_step
         window = self.window
-        with self._in_touch(step), self._failures.contained("saving the window", step):
-            target = self.processes.decide(lambda: None if folder is None else Path(folder))
+        with self._timeout(step), self._failures.contained("saving the window", step):
+            target = self.processes.from_rank0(lambda: None if folder is None else Path(folder))
             if target is None:
                 return
             # More than one state is never on its way.
             self.wait()
-            with self.processes.together():
+            with self.processes.raise_on_all():
                 window.settle()
             # What was known when the merge under way began, if it can still be made again: live is its newest row.
             before = self._runs.before if window.steps[-1:] == (self._memory.last_merge_step,) else None
@@ -422,8 +422,8 @@ class TrajectoryMerger:
     def resume_from(self, folder: Path | None, model: nn.Module, step: int) -> None:
         """:meth:`load_state` for a trainer's resume: if nothing usable is found, say so and start an empty window."""
         self._recorder.resumed()
-        with self._in_touch(step), self._failures.contained("restoring the window", step):
-            if (found := self.processes.decide(lambda: folder)) is None:
+        with self._timeout(step), self._failures.contained("restoring the window", step):
+            if (found := self.processes.from_rank0(lambda: folder)) is None:
                 raise FileNotFoundError("the checkpoint has no saved window beside it; the window starts empty")
             self.load_state(found, model, step)
 

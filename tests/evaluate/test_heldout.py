@@ -252,7 +252,7 @@ def gradient_of(loss, model, window, project):
     def ready(gradients):
         return isolated(model, gradients=gradients)
 
-    return finish(loss.searching(model, ready, range(loss.parts), gradient=gradient))
+    return finish(loss.search_pieces(model, ready, range(loss.parts), gradient=gradient))
 
 
 def test_the_gradient_is_that_of_the_token_weighted_loss_and_leaves_no_trace(heldout):

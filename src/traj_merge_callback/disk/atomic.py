@@ -54,17 +54,17 @@ def shared_folder(target: Path, processes: Processes, *, leads: bool) -> Iterato
     Raises:
         Exception: what went wrong here, or that something did in another process.
     """
-    tag = processes.decide(lambda: f"{os.getpid()}-shared")
+    tag = processes.from_rank0(lambda: f"{os.getpid()}-shared")
     with ExitStack() as stack:
-        with processes.together():
+        with processes.raise_on_all():
             if leads:
                 stack.enter_context(whole_folder(target, tag))
-        with processes.together():
+        with processes.raise_on_all():
             yield _temporary(target, tag)
-        with processes.together():
-            if not processes.is_first:
+        with processes.raise_on_all():
+            if not processes.is_rank_zero:
                 stack.close()
-        processes.decide(stack.close)
+        processes.from_rank0(stack.close)
 
 
 def _temporary(target: Path, tag: str) -> Path:

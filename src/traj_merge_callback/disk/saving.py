@@ -12,7 +12,7 @@ from ..distributed import Processes
 from ..evaluate.heldout import HeldOutLoss
 from ..window.window import CheckpointWindow
 from .snapshots import SnapshotStore
-from .state import Memory, load_state, save_state, save_state_together
+from .state import RunState, load_state, save_state, save_state_together
 from .writer import Writer
 
 logger = logging.getLogger("traj_merge_callback")
@@ -39,7 +39,7 @@ class Saving:
         self._writer = writer
         self._files = files
 
-    def save(self, folder: Path, memory: Memory, merging: int | None, written: Callable[[], None] | None) -> None:
+    def save(self, folder: Path, memory: RunState, merging: int | None, written: Callable[[], None] | None) -> None:
         """Let a state be written, which exists whole or not at all; until then nothing is captured.
 
         Args:
@@ -72,19 +72,19 @@ class Saving:
                     save_state_together(folder, numbers, window, document, self._files)
                 else:
                     save_state(folder, state, document)
-            if written is not None and self._processes.is_first:
+            if written is not None and self._processes.is_rank_zero:
                 written()
 
         self._writer.leave(write)
 
-    def load(self, folder: Path, step: int) -> tuple[Memory, int | None]:
+    def load(self, folder: Path, step: int) -> tuple[RunState, int | None]:
         """Fill the window from a folder; the memory, and the step of a merge that was under way.
 
         Raises:
             FileNotFoundError, ValueError: see :func:`load_state`.
         """
         document = load_state(folder, self._window, step)
-        memory = Memory.from_json(document["memory"])
+        memory = RunState.from_json(document["memory"])
         if document["heldout"] == self._heldout.digest:
             self._store.restore(document["snapshots"])
         else:

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from ..distributed import Processes, in_touch
+from ..distributed import Processes, collective_timeout
 from ..window.layout import Slot
 
 # Reads some columns of a row: those of one tensor.
@@ -57,7 +57,7 @@ class _Saving(DefaultSavePlanner):
         return self.plan
 
     def _item(self, key: str, row: str, slot: Slot) -> WriteItem:
-        offsets, sizes = torch.Size([slot.part.start]), torch.Size([slot.numel])
+        offsets, sizes = torch.Size([slot.shard.start]), torch.Size([slot.numel])
         data = TensorWriteData(
             ChunkStorageMetadata(offsets, sizes),
             TensorProperties(dtype=self._dtypes(row, slot)),
@@ -85,7 +85,7 @@ class _Loading(DefaultLoadPlanner):
             saved = self.metadata.state_dict_metadata.get(key)
             if not isinstance(saved, TensorStorageMetadata) or saved.size != torch.Size([slot.whole_numel]):
                 raise ValueError(f"the files hold no {key!r} of {slot.whole_numel} numbers")
-            chunk = ChunkStorageMetadata(torch.Size([slot.part.start]), torch.Size([slot.numel]))
+            chunk = ChunkStorageMetadata(torch.Size([slot.shard.start]), torch.Size([slot.numel]))
             items += create_read_items_for_chunk_list(key, saved, [chunk])
         return LoadPlan(items)
 
@@ -115,7 +115,7 @@ def write_rows(
     """
     planner = _Saving(slots, rows, dtypes)
     writer = dcp.FileSystemWriter(folder)
-    with in_touch(processes.timeout):
+    with collective_timeout(processes.timeout):
         _quietly(dcp.save, {}, storage_writer=writer, planner=planner, process_group=processes.group)
 
 
@@ -132,7 +132,7 @@ def read_row(folder: Path, slots: Sequence[Slot], row: str, target: Tensor, proc
 
 def describe_slots(slots: Sequence[Slot]) -> dict[str, Any]:
     """What a reader must know to make tensors of the flat ones in the files: their shapes, and dimensions in front."""
-    return {slot.name: {"shape": list(slot.shape), "front": slot.part.dim} for slot in slots}
+    return {slot.name: {"shape": list(slot.shape), "front": slot.shard.dim} for slot in slots}
 
 
 def read_tensors(folder: Path, described: Mapping[str, Any], names: Sequence[str]) -> dict[str, Tensor]:

@@ -102,15 +102,15 @@ class SnapshotStore:
                 remove_leftovers(self.folder)
         with shared_folder(self.folder / name, processes, leads=self._leads) as temporary:
             write(temporary)
-            if processes.is_first:
+            if processes.is_rank_zero:
                 text = json.dumps({"version": FORMAT_VERSION, **merge, "packages": _versions()}, indent=2)
                 (temporary / "merge.json").write_text(text + "\n", encoding="utf-8")
         kept = [entry for entry in self.entries if entry.name != name]
         self.entries = [*kept, SnapshotEntry(name, step, merged_loss)]
-        self._prune(processes.is_first)
+        self._prune(processes.is_rank_zero)
         return self.folder / name
 
-    def _prune(self, is_first: bool) -> None:
+    def _prune(self, is_rank_zero: bool) -> None:
         newest = sorted(self.entries, key=lambda entry: entry.step)[len(self.entries) - self._keep_last :]
         kept = set(newest if self._keep_last else [])
         if self._keep_best and self.best is not None:
@@ -118,7 +118,7 @@ class SnapshotStore:
         doomed = [entry for entry in self.entries if entry not in kept]
         self.entries = [entry for entry in self.entries if entry in kept]
         # The index stops naming a snapshot before its folder goes, so that a reader never follows it into nothing.
-        if is_first:
+        if is_rank_zero:
             self._write_index()
         for entry in doomed:
             if self._leads and (self.folder / entry.name).is_dir():

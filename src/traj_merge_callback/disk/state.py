@@ -27,7 +27,7 @@ FORMAT_VERSION = 1
 
 
 @dataclass
-class Memory:
+class RunState:
     """What merges depend on beside the window's rows, and what their records are computed from.
 
     Args:
@@ -53,7 +53,7 @@ class Memory:
     wall_s: float = 0.0
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Memory:
+    def from_json(cls, values: dict[str, Any]) -> RunState:
         """The memory that ``dataclasses.asdict`` gave and JSON has kept: keys were strings, pairs lists."""
         row_losses = {int(step): loss for step, loss in values["row_losses"].items()}
         history = [(step, loss) for step, loss in values["history"]]
@@ -89,12 +89,12 @@ def save_state_together(
         OSError: the folder is not the same for all.
     """
     leads = files.leads(folder.parent)
-    if sum(files.gather(leads)) > 1:
+    if sum(files.all_gather_object(leads)) > 1:
         raise OSError(f"{folder} is on a disk that not all processes share, so the window cannot be saved there")
     with shared_folder(folder, files, leads=leads) as temporary:
         slots = window.layout.slots
         write_rows(temporary, slots, rows, files, lambda row, slot: rows[row](slice(0, 0)).dtype)
-        if files.is_first:
+        if files.is_rank_zero:
             _write_document(temporary, document)
 
 
@@ -111,13 +111,13 @@ def load_state(folder: Path, window: CheckpointWindow, step: int) -> dict[str, A
         ValueError: it is of a newer format, of a model with other parameters, or holds checkpoints after ``step``.
     """
     processes = window.processes
-    document = processes.decide(lambda: _read_document(folder, window, step))
+    document = processes.from_rank0(lambda: _read_document(folder, window, step))
     saved = document["window"]
     if is_sharded(folder):
         slots = window.layout.slots
         window.load_numbers(saved, lambda row, target: read_row(folder, slots, row, target, processes))
     elif processes.size > 1:
-        with processes.together():
+        with processes.raise_on_all():
             window.load_numbers(saved, _columns_of_whole_rows(folder, document, window))
     else:
         rows = [load_file(folder / f"row-{index:02d}.safetensors") for index in range(len(saved["steps"]))]
@@ -131,7 +131,7 @@ def _columns_of_whole_rows(
 ) -> Callable[[str, Tensor], None]:
     """Reads this process's columns of the rows that one process has saved, by the row's name."""
     slots = {slot.name: slot for slot in window.layout.slots}
-    if document["window"]["dtype"] == "int8" or any(slot.part.dim for slot in slots.values()):
+    if document["window"]["dtype"] == "int8" or any(slot.shard.dim for slot in slots.values()):
         raise ValueError(f"{folder} was saved by one process: several cannot divide int8 rows, nor shard by columns")
     sizes = [slots[name].whole_numel for name in document["names"]]
     begins = dict(zip(document["names"], itertools.accumulate(sizes, initial=0), strict=False))
@@ -141,7 +141,7 @@ def _columns_of_whole_rows(
         with safe_open(folder / f"{row if is_row else 'shared'}.safetensors", framework="pt") as opened:
             values = opened.get_slice("row" if is_row else row)
             for slot in slots.values():
-                begin = begins[slot.name] + slot.part.start
+                begin = begins[slot.name] + slot.shard.start
                 target[slot.offset : slot.offset + slot.numel].copy_(values[begin : begin + slot.numel])
 
     return read

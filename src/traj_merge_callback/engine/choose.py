@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..config import MergeConfig
-from ..disk.state import Memory
+from ..disk.state import RunState
 from ..distributed import Processes
 from ..evaluate.candidate import Candidates
 from ..evaluate.heldout import HeldOutLoss
@@ -65,7 +65,7 @@ class Chooser:
         candidates: Candidates,
         window: CheckpointWindow,
         live: Evaluation,
-        memory: Memory,
+        memory: RunState,
         step: int,
         evaluations: int,
     ) -> Pieces[Choice]:
@@ -128,7 +128,7 @@ class Chooser:
         )
 
     def _problem(
-        self, window: CheckpointWindow, live: Evaluation, memory: Memory, step: int, evaluations: int
+        self, window: CheckpointWindow, live: Evaluation, memory: RunState, step: int, evaluations: int
     ) -> Pieces[Problem]:
         config, size = self._config, window.num_weights
         previous = None
@@ -150,7 +150,7 @@ class Chooser:
             seed=config.seed + step,
             running_sums=size - len(window),
             live_is_row=window.newest_is_live,
-            gram=(yield from window.multiplying()) if takes_gradients else None,
+            gram=(yield from window.gram_pieces()) if takes_gradients else None,
             objective=objective,
             batches=self._heldout.num_batches("search"),
             parts=self._heldout.parts,
@@ -189,7 +189,7 @@ class Chooser:
         left: int,
     ) -> Pieces[Selection]:
         """Go on from the best weights of the whole model to those of each parameter group."""
-        gram = yield from window.multiplying(grouped=True)
+        gram = yield from window.gram_pieces(grouped=True)
         grouped = replace(problem, evaluations=left, gram=gram)
         search = Decided(GroupedSearch, grouped, {"start": shared}, self._processes)
         try:

@@ -33,7 +33,7 @@ class Decided:
 
     def ask(self) -> np.ndarray | None:
         """The search's next candidate, and how it wants it evaluated."""
-        candidate, self.wants_gradient, self.wants_parts = self._processes.decide(self._ask)
+        candidate, self.wants_gradient, self.wants_parts = self._processes.from_rank0(self._ask)
         return candidate
 
     def _ask(self) -> tuple[np.ndarray | None, bool, int]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..config import MergeConfig
-from ..disk.state import Memory
+from ..disk.state import RunState
 from ..evaluate.candidate import Candidates
 from ..evaluate.gathering import weights_in
 from ..evaluate.heldout import HeldOutLoss, Split
@@ -100,7 +100,7 @@ class Merging:
         for view, values in zip(layout.views(weights.row).values(), layout.locals(layout.tensors(model)), strict=True):
             view.copy_(values)
         yield from weights.gather()
-        return (yield from self._heldout.evaluating(model, split, weights.ready))
+        return (yield from self._heldout.evaluate_pieces(model, split, weights.ready))
 
     def check_spare(self, model: nn.Module, spare: nn.Module, window: CheckpointWindow) -> None:
         """Let a spare model evaluate live, and compare with the model itself.
@@ -120,7 +120,7 @@ class Merging:
             raise ValueError(f"a copy of the model's modules has loss {losses[1]}, the model itself {losses[0]}")
 
     def merge(
-        self, model: nn.Module, window: CheckpointWindow, memory: Memory, step: int, plan: Plan
+        self, model: nn.Module, window: CheckpointWindow, memory: RunState, step: int, plan: Plan
     ) -> Pieces[Merged]:
         """Merge the window as it is now; its rows are in use from now on until the merged weights are there.
 
@@ -139,7 +139,7 @@ class Merging:
         self,
         model: nn.Module,
         window: CheckpointWindow,
-        memory: Memory,
+        memory: RunState,
         step: int,
         plan: Plan,
         in_use: ExitStack,
@@ -162,7 +162,7 @@ class Merging:
         return Candidates(weights, window, self._heldout)
 
     def _search(
-        self, candidates: Candidates, window: CheckpointWindow, memory: Memory, step: int, plan: Plan
+        self, candidates: Candidates, window: CheckpointWindow, memory: RunState, step: int, plan: Plan
     ) -> Pieces[tuple[Choice, dict[str, Any]]]:
         self._heldout.use(plan.share)
         if plan.share != memory.share:

@@ -16,7 +16,7 @@ from ..disk.model_files import class_name, collect_description, collect_gathered
 from ..disk.sharded_files import describe_slots, write_rows
 from ..disk.snapshots import SnapshotStore
 from ..disk.writer import Writer
-from ..distributed import Processes, ProcessFailed
+from ..distributed import FailedOnAllRanks, Processes
 from ..evaluate.gathering import ShardedWeights, Weights, WholeWeights
 from ..failures import Failures
 from ..pieces import PUBLISH, WAIT, Pieces
@@ -82,7 +82,7 @@ class Publisher:
         publish: Callable[[], Path] | None = None
         error: Exception | None = None
         try:
-            if together is not None or self._processes.is_first:
+            if together is not None or self._processes.is_rank_zero:
                 write = self._collected(weights, gathered) if together is None else self._part(weights)
                 described = self._described(weights, step, steps, choice, losses, in_parts=together is not None)
                 merged_loss = losses["merged_loss"]
@@ -90,15 +90,15 @@ class Publisher:
         except Exception as raised:
             error = raised
         writing: Future[Path | None] = Future()
-        if self._processes.largest(float(error is not None))[0]:
+        if self._processes.all_reduce_max(float(error is not None))[0]:
             # Nobody begins what the others would wait for.
-            writing.set_exception(error or ProcessFailed("another process could not collect its part of a snapshot"))
+            writing.set_exception(error or FailedOnAllRanks("another process could not collect its part of a snapshot"))
         elif publish is None:
             writing.set_result(None)
         else:
             writing = self._writer.submit(publish)
         # The weights that are written stay where they are until they are on disk.
-        while self._processes.largest(float(not writing.done()))[0]:
+        while self._processes.all_reduce_max(float(not writing.done()))[0]:
             yield WAIT
         with self._failures.contained("publishing a snapshot", step):
             return writing.result()
@@ -125,7 +125,7 @@ class Publisher:
         row, slots = weights.row, self._window.layout.slots
         if row.is_cuda:
             torch.cuda.current_stream(row.device).synchronize()
-        others = [collect_description(weights.model), *self._extra_parts()] if self._processes.is_first else []
+        others = [collect_description(weights.model), *self._extra_parts()] if self._processes.is_rank_zero else []
 
         def write(folder: Path) -> None:
             write_rows(folder, slots, {"": row.__getitem__}, self._files, lambda _, slot: slot.dtype)

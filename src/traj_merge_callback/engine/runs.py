@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..config import MergeConfig
-from ..disk.state import Memory
+from ..disk.state import RunState
 from ..disk.writer import Writer
 from ..distributed import Processes
 from ..evaluate.heldout import HeldOutLoss, Split, device_of
@@ -78,7 +78,7 @@ class MergeRuns:
         self._background = config.schedule == "background"
         self._said: Plan | None = Plan(config.evaluations)
         # What was known when the merge under way began.
-        self.before: Memory | None = None
+        self.before: RunState | None = None
 
     @property
     def under_way(self) -> bool:
@@ -86,7 +86,7 @@ class MergeRuns:
         return self._run is not None
 
     def begin(
-        self, model: nn.Module, window: CheckpointWindow, memory: Memory, step: int, plan: Plan | None = None
+        self, model: nn.Module, window: CheckpointWindow, memory: RunState, step: int, plan: Plan | None = None
     ) -> bool:
         """Begin a merge of the window, whose newest row is of this step.
 
@@ -100,9 +100,9 @@ class MergeRuns:
         Returns:
             Whether one was begun; it was not if it cannot be paid for yet.
         """
-        if plan is None and (plan := self._processes.decide(lambda: self._affordable(window, step))) is None:
+        if plan is None and (plan := self._processes.from_rank0(lambda: self._affordable(window, step))) is None:
             return False
-        if len({tuple(steps) for steps in self._processes.gather(list(window.steps))}) > 1:
+        if len({tuple(steps) for steps in self._processes.all_gather_object(list(window.steps))}) > 1:
             raise RuntimeError("the windows of the processes differ, because a checkpoint was lost in one of them")
         self.before = copy.deepcopy(memory)
         memory.last_merge_step = step
@@ -131,7 +131,7 @@ class MergeRuns:
         """Do as many pieces as may be done between two training steps."""
         if self._run is None:
             return None
-        allowance, pause = self._processes.decide(lambda: (self._overhead.allowance, self._overhead.pause))
+        allowance, pause = self._processes.from_rank0(lambda: (self._overhead.allowance, self._overhead.pause))
         # A piece of a new kind has to be tried.
         if isinstance(self._run, Run) and (allowance <= 0 or allowance < self._run.next_piece < math.inf):
             return None
@@ -215,7 +215,7 @@ class MergeRuns:
         passes = GRADIENT_COST if self._merging.needs_evaluations else 1
         longest, pause = (
             passes * self._durations.expected(FORWARD),
-            self._processes.decide(lambda: self._overhead.pause),
+            self._processes.from_rank0(lambda: self._overhead.pause),
         )
         if longest > pause and self._heldout.longest > 1 and self._config.schedule != "blocking":
             pieces = math.ceil(longest / pause)

@@ -147,7 +147,7 @@ class Run(Generic[T]):
         error = self._step(lambda: next(self._pieces))
         while True:
             try:
-                return self._processes.agree(error, watch.lap())[0]
+                return self._processes.all_reduce_error(error, watch.lap())[0]
             except BaseException as agreed:
                 known = make_known(agreed)
             # The pieces may know what to do about it.

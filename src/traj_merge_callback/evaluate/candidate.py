@@ -31,16 +31,16 @@ class Candidates:
 
     def take(self, weights: np.ndarray | None) -> Pieces[None]:
         """Make the merge with these weights the candidate at hand; None: live as it was at the last capture."""
-        yield from self._window.combining(weights, self.weights.row)
+        yield from self._window.combine_pieces(weights, self.weights.row)
         yield from self.weights.gather()
 
     def evaluate(self, split: Split) -> Pieces[Evaluation]:
         """Evaluate the candidate at hand."""
-        return (yield from self._heldout.evaluating(self.weights.model, split, self.weights.ready))
+        return (yield from self._heldout.evaluate_pieces(self.weights.model, split, self.weights.ready))
 
     def sample(self) -> Pieces[Evaluation]:
         """Evaluate the candidate at hand on one batch."""
-        return (yield from self._heldout.sampling(self.weights.model, self.weights.ready))
+        return (yield from self._heldout.sample_pieces(self.weights.model, self.weights.ready))
 
     def measure(
         self, weights: np.ndarray, with_gradient: bool, parts: Sequence[int], abandon: Callable[[Evaluation], bool]
@@ -48,7 +48,7 @@ class Candidates:
         """Evaluate a merge on parts of the search split and, if asked for, take the gradient in its merge weights."""
         yield from self.take(weights)
         gradient = _InMergeWeights(self.weights, self._window, weights.ndim == 2) if with_gradient else None
-        found = self._heldout.searching(
+        found = self._heldout.search_pieces(
             self.weights.model, self.weights.ready, parts, abandon=abandon, gradient=gradient
         )
         return (yield from found)
@@ -66,4 +66,4 @@ class _InMergeWeights:
     def projected(self) -> Pieces[np.ndarray]:
         """See :class:`GradientOf`."""
         columns = yield from self._weights.gradient()
-        return (yield from self._window.projecting(columns, grouped=self._grouped, summands=True))
+        return (yield from self._window.project_pieces(columns, grouped=self._grouped, summands=True))

@@ -34,17 +34,17 @@ def read_together(name: str, loader: Any, batches: int, seed: int, processes: Pr
     Raises:
         ValueError, TypeError: the loader has no batches, or is none.
     """
-    with processes.together():
+    with processes.raise_on_all():
         mine = _read(name, loader, batches, seed)
-    if processes.size == 1 or len(set(processes.gather(_digest(mine)))) == 1:
+    if processes.size == 1 or len(set(processes.all_gather_object(_digest(mine)))) == 1:
         return mine
     loader = _plain(loader)
     if isinstance(getattr(loader, "sampler", None), DistributedSampler):
-        sequences = processes.decide(lambda: count_sequences(mine[0]))
-        shares = processes.gather(_first_sequences(mine, _share(batches * sequences, processes)))
+        sequences = processes.from_rank0(lambda: count_sequences(mine[0]))
+        shares = processes.all_gather_object(_first_sequences(mine, _share(batches * sequences, processes)))
         found = interleaved(shares, sequences)
     else:
-        shares = processes.gather(mine[: _share(batches, processes)])
+        shares = processes.all_gather_object(mine[: _share(batches, processes)])
         found = [batch for turn in itertools.zip_longest(*shares) for batch in turn if batch is not None]
     found = found[:batches]
     dataset = getattr(loader, "dataset", None)

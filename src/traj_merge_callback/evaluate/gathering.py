@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from ..distributed import gather_into, in_touch, scatter_sums
+from ..distributed import all_gather_into, collective_timeout, reduce_scatter_sum
 from ..pieces import EXCHANGE, Pieces
 from ..window.layout import ParameterLayout, Slot, unwrap
 from ..window.sharding import EqualShares
@@ -90,8 +90,8 @@ class WholeWeights:
         yield EXCHANGE
         part = self.row.new_zeros(self._shares.share)
         part[: self._mine].copy_(self.row[: self._mine])
-        with in_touch(self._shares.processes.timeout):
-            gather_into(self.whole[: self._in_shares], part, self._shares.group)
+        with collective_timeout(self._shares.processes.timeout):
+            all_gather_into(self.whole[: self._in_shares], part, self._shares.group)
         self.whole[self._parameters : self.layout.numel].copy_(self.row[self._mine :])
 
     def installed(self) -> AbstractContextManager[None]:
@@ -120,8 +120,8 @@ class WholeWeights:
             return self._gradient
         yield EXCHANGE
         share, found = self.row.new_empty(self._shares.share), torch.zeros_like(self.row)
-        with in_touch(self._shares.processes.timeout):
-            scatter_sums(share, self._gradient[: self._in_shares], self._shares.group)
+        with collective_timeout(self._shares.processes.timeout):
+            reduce_scatter_sum(share, self._gradient[: self._in_shares], self._shares.group)
         found[: self._mine].copy_(share[: self._mine])
         return found
 
@@ -160,7 +160,7 @@ class ShardedWeights:
         model = unwrap(self.model)
         with self._layout.installed(model, self.row), self._isolated(gradients=gradients):
             pairs = zip(self._layout.slots, self._layout.tensors(model), strict=True)
-            self._plain = [(slot, tensor) for slot, tensor in pairs if slot.part.unit is None]
+            self._plain = [(slot, tensor) for slot, tensor in pairs if slot.shard.unit is None]
             self._leaves = {}
             for module in model.modules():
                 vars(module)["_parameters"] = dict(module._parameters)
@@ -220,7 +220,7 @@ class ShardedWeights:
             yield EXCHANGE
             with self._units.one_pass(f"unit {index}"):
                 for key, tensor in self._gathered(index, None, False).items():
-                    if self._units.processes.is_first:
+                    if self._units.processes.is_rank_zero:
                         found[key] = tensor.to("cpu", copy=True)
         return found
 

@@ -193,18 +193,18 @@ class HeldOutLoss:
             Sums per batch in float64. Non-finite losses are returned as they are.
         """
         ready = functools.partial(isolated, unwrap(model), self.seed)
-        return finish(self.evaluating(model, split, lambda gradients: ready(gradients=gradients)))
+        return finish(self.evaluate_pieces(model, split, lambda gradients: ready(gradients=gradients)))
 
-    def evaluating(self, model: nn.Module, split: Split, ready: Ready) -> Pieces[Evaluation]:
+    def evaluate_pieces(self, model: nn.Module, split: Split, ready: Ready) -> Pieces[Evaluation]:
         """:meth:`evaluate` in pieces of a batch, each inside ``ready(False)``, which may give it other weights."""
         indices = range(len(self._units["report"])) if split == "report" else sorted(itertools.chain(*self._parts))
         return (yield from self._evaluating(model, split, indices, ready))
 
-    def sampling(self, model: nn.Module, ready: Ready) -> Pieces[Evaluation]:
+    def sample_pieces(self, model: nn.Module, ready: Ready) -> Pieces[Evaluation]:
         """Evaluate one batch of the report split, in a piece."""
         return (yield from self._evaluating(model, "report", [0], ready))
 
-    def searching(
+    def search_pieces(
         self,
         model: nn.Module,
         ready: Ready,
@@ -282,7 +282,7 @@ class HeldOutLoss:
         found: np.ndarray = values
         if self._processes.size > 1:
             yield EXCHANGE
-            found = self._processes.collect(values).swapaxes(0, 1).reshape(-1, 2)[: len(units)]
+            found = self._processes.all_gather_array(values).swapaxes(0, 1).reshape(-1, 2)[: len(units)]
         return Evaluation(found[:, 0], found[:, 1], tuple(unit.domain for unit in units), indices)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..distributed import OutOfTouch, Processes, gather_into, in_touch, scatter_sums
+from ..distributed import CollectiveTimeout, Processes, all_gather_into, collective_timeout, reduce_scatter_sum
 from ..pieces import is_known, make_known
 from ..window.layout import ParameterLayout, unwrap
 from ..window.sharding import Unit
@@ -43,9 +43,9 @@ class Units:
         # Every process is in as many groups, which stand in the same order.
         all_ranks = dict.fromkeys(unit.ranks for unit in self._units if len(unit.ranks) > 1)
         self._groups = {ranks: processes.subgroup(ranks) for ranks in all_ranks}
-        counts = processes.collect(np.array([slot.numel for slot in layout.slots])).astype(int)
+        counts = processes.all_gather_array(np.array([slot.numel for slot in layout.slots])).astype(int)
         tensors = layout.tensors(unwrap(model))
-        places = [[n for n, slot in enumerate(layout.slots) if slot.part.unit == index] for index in range(len(self))]
+        places = [[n for n, slot in enumerate(layout.slots) if slot.shard.unit == index] for index in range(len(self))]
         self.slots = [[layout.slots[place] for place in chosen] for chosen in places]
         self.keys = [[id(tensors[place]) for place in chosen] for chosen in places]
         held = [counts[list(unit.ranks)][:, chosen] for unit, chosen in zip(self, places, strict=True)]
@@ -75,13 +75,13 @@ class Units:
         """One pass through the model; passes of one kind gather and scatter the same units in the same order.
 
         Raises:
-            ProcessFailed: in a first pass, that another process failed.
+            FailedOnAllRanks: in a first pass, that another process failed.
         """
         self._expected, self._done = self._orders.get(kind), []
         error: Exception | None = None
         try:
             yield
-        except OutOfTouch:
+        except CollectiveTimeout:
             raise
         except Exception as raised:
             error = raised
@@ -99,7 +99,7 @@ class Units:
 
     def _in_step(self, error: Exception | None, *, ended: bool) -> None:
         try:
-            at_end, not_at_end = self.processes.agree(error, float(ended), -float(ended))
+            at_end, not_at_end = self.processes.all_reduce_error(error, float(ended), -float(ended))
             if at_end != -not_at_end:
                 raise RuntimeError("processes do not gather the same modules in a forward pass")
         except BaseException as agreed:
@@ -121,9 +121,9 @@ class Units:
         found = []
         for slot, ranges in zip(slots, self._ranges[index], strict=True):
             shape = list(slot.shape)
-            front = [shape.pop(slot.part.dim)] if shape else []
+            front = [shape.pop(slot.shard.dim)] if shape else []
             whole = torch.cat([values[part] for values, part in zip(flat, ranges, strict=True)]).view(*front, *shape)
-            found.append((whole.movedim(0, slot.part.dim) if front else whole).to(dtype or slot.dtype))
+            found.append((whole.movedim(0, slot.shard.dim) if front else whole).to(dtype or slot.dtype))
         return found
 
     def scatter(self, index: int, gradients: Sequence[Tensor | None], part: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class Units:
         for slot, gradient, ranges in zip(self.slots[index], gradients, self._ranges[index], strict=True):
             if gradient is None:
                 continue
-            moved = gradient.movedim(slot.part.dim, 0) if slot.shape else gradient
+            moved = gradient.movedim(slot.shard.dim, 0) if slot.shape else gradient
             pieces = moved.reshape(-1).split([columns.stop - columns.start for columns in ranges])
             for target, columns, values in zip(flat, ranges, pieces, strict=True):
                 target[columns].copy_(values)
@@ -149,11 +149,11 @@ class Units:
         if self._expected is None:
             self._in_step(None, ended=False)
         if len(ranks) > 1:
-            with in_touch(self.processes.timeout):
+            with collective_timeout(self.processes.timeout):
                 if kind == "gather":
-                    gather_into(whole, part, self._groups[ranks])
+                    all_gather_into(whole, part, self._groups[ranks])
                 else:
-                    scatter_sums(part, whole, self._groups[ranks])
+                    reduce_scatter_sum(part, whole, self._groups[ranks])
         self._done.append(_Exchange(kind, index, values.dtype, values.device))
         if len(ranks) == 1:
             return values

@@ -31,7 +31,7 @@ class Columns:
         kinds = [(grouped, device) for grouped in (False, True) for device in ("cpu", "meta")]
         counts = [len(list(pieces_of(self._spans(grouped), torch.device(device)))) for grouped, device in kinds]
         # As many in every process, so that all are at the same piece.
-        most = processes.largest(*counts)
+        most = processes.all_reduce_max(*counts)
         self._counts = {kind: int(count) for kind, count in zip(kinds, most, strict=True)}
 
     @property
@@ -45,7 +45,7 @@ class Columns:
 
     def regions(self, grouped: bool) -> list[tuple[int, int]]:
         """The kinds of columns there are: their parameter group, and how many processes hold them."""
-        return sorted({(group, slot.part.copies) for group, slot in self._slots(grouped)})
+        return sorted({(group, slot.shard.copies) for group, slot in self._slots(grouped)})
 
     def pieces(self, grouped: bool, device: torch.device) -> Iterator[list[Chunk]]:
         """The columns in pieces, for work on a device; empty ones at the end where other processes have more."""
@@ -61,7 +61,7 @@ class Columns:
         regions = self.regions(grouped)
         spans: list[Span] = []
         for group, slot in self._slots(grouped):
-            region, end = regions.index((group, slot.part.copies)), slot.offset + slot.numel
+            region, end = regions.index((group, slot.shard.copies)), slot.offset + slot.numel
             if spans and spans[-1][0] == region:
                 spans[-1] = (region, spans[-1][1], end)
             else:
@@ -84,5 +84,5 @@ class Columns:
             found[group] += product if summands else product / copies
         if self._processes.size > 1:
             yield EXCHANGE
-            found = self._processes.collect(found).sum(axis=0)
+            found = self._processes.all_gather_array(found).sum(axis=0)
         return found if grouped else found[0]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..distributed import Processes
 from ..evaluate.interrupts import delayed_interrupts
-from .sharding import EqualShares, Part, Sharding, find_sharding
+from .sharding import EqualShares, Shard, Sharding, find_sharding
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.parallel.DataParallel)
 
@@ -53,12 +53,12 @@ class Slot:
     offset: int
     numel: int
     is_parameter: bool
-    part: Part
+    shard: Shard
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the whole tensor."""
-        return self.part.shape
+        return self.shard.shape
 
     @property
     def whole_numel(self) -> int:
@@ -102,7 +102,7 @@ class ParameterLayout:
         for name, tensor, is_parameter in self._walk(model):
             if tensor.is_complex():
                 raise ValueError(f"parameter {name!r} is complex ({tensor.dtype}); only real parameters can be merged")
-            found.append((name, tensor.dtype, is_parameter, self.sharding.part(name, tensor, is_parameter)))
+            found.append((name, tensor.dtype, is_parameter, self.sharding.shard(name, tensor, is_parameter)))
         if not any(is_parameter for _, _, is_parameter, _ in found):
             kind = "parameter that requires gradients" if trainable_only else "floating-point parameter"
             raise ValueError(f"model {type(model).__name__} has no {kind}: there is nothing to merge")
@@ -130,14 +130,14 @@ class ParameterLayout:
         columns = sum(p.numel() for p in model.parameters() if _is_merged(p, trainable_only))
         layout = cls(model, trainable_only=trainable_only, sharding=find_sharding(model, processes, columns))
         described = repr([(slot.name, slot.shape, slot.dtype) for slot in layout.slots])
-        if len(set(processes.gather(hashlib.sha256(described.encode()).digest()))) > 1:
+        if len(set(processes.all_gather_object(hashlib.sha256(described.encode()).digest()))) > 1:
             raise ValueError(
                 "processes have different parameters (pipeline or tensor parallelism?), which is not supported: every "
                 f"process must have the same ones, whole or as shards of FSDP; here they begin {described[:100]}..."
             )
         if isinstance(layout.sharding, EqualShares):
             first = next(tensor for _, tensor, is_parameter in layout._walk(model) if is_parameter)
-            if len(set(processes.gather(tuple(first.detach().reshape(-1)[:64].tolist())))) > 1:
+            if len(set(processes.all_gather_object(tuple(first.detach().reshape(-1)[:64].tolist())))) > 1:
                 raise ValueError(
                     "processes have different weights that are not shards of one model: merging together needs DDP or "
                     "FSDP (its first step comes after the model is wrapped)"
@@ -169,14 +169,14 @@ class ParameterLayout:
         self.sharding.reshard()
         found = {name: tensor for name, tensor, _ in self._walk(unwrap(model))}
         now = {name: tuple(tensor.shape) for name, tensor in found.items()}
-        then = {slot.name: slot.part.held for slot in self.slots}
+        then = {slot.name: slot.shard.held for slot in self.slots}
         if now != then:
             raise ValueError(f"the model's parameters changed since the first checkpoint: {_difference(then, now)}")
         return [found[slot.name] for slot in self.slots]
 
     def locals(self, tensors: list[Tensor]) -> list[Tensor]:
         """The parts of the model's tensors that this process's rows hold, in the shapes of :meth:`views`."""
-        return [self.sharding.local(slot.part, tensor) for slot, tensor in zip(self.slots, tensors, strict=True)]
+        return [self.sharding.local(slot.shard, tensor) for slot, tensor in zip(self.slots, tensors, strict=True)]
 
     def volatile(self, model: nn.Module, tensors: list[Tensor]) -> list[bool]:
         """Which of the tensors a forward pass may write: buffers, and embeddings renormalized as they are read."""
@@ -187,7 +187,7 @@ class ParameterLayout:
 
     def views(self, row: Tensor) -> dict[str, Tensor]:
         """The named, shaped views of a flat row of shape ``(numel,)``, in the order of ``slots``."""
-        return {slot.name: row[slot.offset : slot.offset + slot.numel].view(slot.part.local) for slot in self.slots}
+        return {slot.name: row[slot.offset : slot.offset + slot.numel].view(slot.shard.local) for slot in self.slots}
 
     @contextmanager
     def installed(self, model: nn.Module, row: Tensor) -> Iterator[None]:
@@ -206,7 +206,7 @@ class ParameterLayout:
         with delayed_interrupts():
             try:
                 for slot, tensor in zip(self.slots, tensors, strict=True):
-                    if slot.is_parameter and slot.part.unit is None:
+                    if slot.is_parameter and slot.shard.unit is None:
                         merged = views[slot.name].to(device=tensor.device, dtype=tensor.dtype)
                         live.append((tensor, tensor.data))
                         tensor.data = merged

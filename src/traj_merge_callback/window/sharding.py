@@ -17,7 +17,7 @@ from ..distributed import Processes
 
 
 @dataclass(frozen=True)
-class Part:
+class Shard:
     """The part of one tensor in this process's rows.
 
     The tensor is thought of with the sharded dimension in front, and then flat; parts are contiguous there.
@@ -69,12 +69,12 @@ class Sharding:
         self.processes = processes
         self.units: list[Unit] = []
 
-    def part(self, name: str, tensor: Tensor, is_parameter: bool) -> Part:
+    def shard(self, name: str, tensor: Tensor, is_parameter: bool) -> Shard:
         """Which part of a tensor is here."""
         shape = tuple(tensor.shape)
-        return Part(shape, shape, shape, copies=self.processes.size)
+        return Shard(shape, shape, shape, copies=self.processes.size)
 
-    def local(self, part: Part, tensor: Tensor) -> Tensor:
+    def local(self, shard: Shard, tensor: Tensor) -> Tensor:
         """That part as it is now, in the memory of the live weights."""
         return tensor.detach()
 
@@ -92,8 +92,8 @@ class EqualShares(Sharding):
 
     def __init__(self, processes: Processes, columns: int) -> None:
         super().__init__(processes)
-        self.ranks = processes.neighbours()
-        if len(set(processes.gather(len(self.ranks)))) > 1:
+        self.ranks = processes.local_ranks()
+        if len(set(processes.all_gather_object(len(self.ranks)))) > 1:
             # Machines with unlike numbers of processes have no columns in common: each process holds all of them.
             self.ranks = [processes.rank]
         self.group = processes.subgroup(self.ranks)
@@ -101,22 +101,22 @@ class EqualShares(Sharding):
         self._first = self.ranks.index(processes.rank) * self.share
         self._seen = 0
 
-    def part(self, name: str, tensor: Tensor, is_parameter: bool) -> Part:
+    def shard(self, name: str, tensor: Tensor, is_parameter: bool) -> Shard:
         """See :class:`Sharding`; called for one tensor after the other, in the order of the columns."""
         if not is_parameter:
-            return super().part(name, tensor, is_parameter)
+            return super().shard(name, tensor, is_parameter)
         offset, self._seen = self._seen, self._seen + tensor.numel()
         first, last = (min(max(end - offset, 0), tensor.numel()) for end in (self._first, self._first + self.share))
         machines = self.processes.size // len(self.ranks)
         shape = tuple(tensor.shape)
-        return Part(shape, shape, (last - first,), first, copies=machines)
+        return Shard(shape, shape, (last - first,), first, copies=machines)
 
-    def local(self, part: Part, tensor: Tensor) -> Tensor:
+    def local(self, shard: Shard, tensor: Tensor) -> Tensor:
         """See :class:`Sharding`."""
-        return tensor.detach().reshape(-1)[part.start : part.start + math.prod(part.local)].view(part.local)
+        return tensor.detach().reshape(-1)[shard.start : shard.start + math.prod(shard.local)].view(shard.local)
 
 
-class FullyShardedParts(Sharding):
+class FullyShardedColumns(Sharding):
     """FSDP: parameters are sharded by torch, and rows hold the shards.
 
     Args:
@@ -178,19 +178,19 @@ class FullyShardedParts(Sharding):
             start = info.intra_param_start_idx if info.in_shard else 0
             self._flat[id(parameter)] = (tuple(shape), start, info.numel_in_shard or 0, ranks)
 
-    def part(self, name: str, tensor: Tensor, is_parameter: bool) -> Part:
+    def shard(self, name: str, tensor: Tensor, is_parameter: bool) -> Shard:
         """See :class:`Sharding`."""
         unit = self._unit_of.get(id(tensor))
         if id(tensor) in self._flat:
             assert unit is not None
             shape, start, numel, ranks = self._flat[id(tensor)]
             self._join(unit, ranks, name)
-            return Part(shape, (numel,), (numel,), start, copies=self.processes.size // len(ranks), unit=unit)
+            return Shard(shape, (numel,), (numel,), start, copies=self.processes.size // len(ranks), unit=unit)
         if not hasattr(tensor, "device_mesh"):
-            return super().part(name, tensor, is_parameter)
-        return self._dtensor_part(name, tensor, unit)
+            return super().shard(name, tensor, is_parameter)
+        return self._dtensor_shard(name, tensor, unit)
 
-    def _dtensor_part(self, name: str, tensor: Tensor, unit: int | None) -> Part:
+    def _dtensor_shard(self, name: str, tensor: Tensor, unit: int | None) -> Shard:
         mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
         shape = tuple(tensor.shape)
         sharded = [index for index, placement in enumerate(placements) if not placement.is_replicate()]
@@ -207,24 +207,24 @@ class FullyShardedParts(Sharding):
         )
         if not sharded:
             self._join(unit, (self.processes.rank,), name)
-            return Part(shape, shape, shape, copies=copies, unit=unit)
+            return Shard(shape, shape, shape, copies=copies, unit=unit)
         group = mesh.get_group(sharded[0])
         dim, count, place = placements[sharded[0]].dim, mesh.size(sharded[0]), mesh.get_local_rank(sharded[0])
         local = tensor.to_local().movedim(dim, 0)  # type: ignore[attr-defined]
         first = min(place * -(-tensor.shape[dim] // count), tensor.shape[dim])
         self._join(unit, tuple(dist.get_process_group_ranks(group)), name)
         start = first * math.prod(local.shape[1:])
-        return Part(shape, shape, tuple(local.shape), start, dim, copies, unit)
+        return Shard(shape, shape, tuple(local.shape), start, dim, copies, unit)
 
     def _join(self, unit: int, ranks: tuple[int, ...], name: str) -> None:
         if self.units[unit].ranks not in ((), ranks):
             raise ValueError(f"parameter {name!r} is sharded over other processes than the rest of its FSDP module")
         self.units[unit].ranks = ranks
 
-    def local(self, part: Part, tensor: Tensor) -> Tensor:
+    def local(self, shard: Shard, tensor: Tensor) -> Tensor:
         """See :class:`Sharding`."""
         if hasattr(tensor, "to_local"):
-            return tensor.detach().to_local().movedim(part.dim, 0)  # type: ignore[attr-defined]
+            return tensor.detach().to_local().movedim(shard.dim, 0)  # type: ignore[attr-defined]
         return tensor.detach()
 
     def reshard(self) -> None:
@@ -259,7 +259,7 @@ def find_sharding(model: nn.Module, processes: Processes, columns: int) -> Shard
         ValueError: its parameters are sharded in a way that is not supported.
     """
     if any(is_fsdp(module) for module in model.modules()):
-        return FullyShardedParts(processes, model)
+        return FullyShardedColumns(processes, model)
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id"):
             raise ValueError(

@@ -283,9 +283,9 @@ class CheckpointWindow:
         Raises:
             ValueError: the number of weights is not the number of rows, or one is not finite.
         """
-        return finish(self.combining(weights, out))
+        return finish(self.combine_pieces(weights, out))
 
-    def combining(self, weights: Sequence[float] | np.ndarray | None, out: Tensor | None = None) -> Pieces[Tensor]:
+    def combine_pieces(self, weights: Sequence[float] | np.ndarray | None, out: Tensor | None = None) -> Pieces[Tensor]:
         """:meth:`combine` in pieces."""
         out = torch.empty(self.layout.numel) if out is None else out
         rows = self.num_weights
@@ -321,9 +321,9 @@ class CheckpointWindow:
         Raises:
             ValueError: ``vector`` has another shape.
         """
-        return finish(self.projecting(vector, grouped=grouped))
+        return finish(self.project_pieces(vector, grouped=grouped))
 
-    def projecting(self, vector: Tensor, *, grouped: bool = False, summands: bool = False) -> Pieces[np.ndarray]:
+    def project_pieces(self, vector: Tensor, *, grouped: bool = False, summands: bool = False) -> Pieces[np.ndarray]:
         """:meth:`project` in pieces, on the device of ``vector``.
 
         Args:
@@ -349,9 +349,9 @@ class CheckpointWindow:
         Args:
             grouped: over the columns of each parameter group separately: shape ``(groups, num_weights, num_weights)``.
         """
-        return finish(self.multiplying(grouped=grouped))
+        return finish(self.gram_pieces(grouped=grouped))
 
-    def multiplying(self, *, grouped: bool = False) -> Pieces[np.ndarray]:
+    def gram_pieces(self, *, grouped: bool = False) -> Pieces[np.ndarray]:
         """:meth:`gram` in pieces."""
         rows = self.num_weights
         products = torch.zeros(len(self._columns.regions(grouped)), rows, rows, dtype=torch.float64)
