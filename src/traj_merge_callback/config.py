@@ -55,13 +55,12 @@ class MergeConfig:
         window_storage: where rows are kept: "memory" (of the CPU), "disk" (memory-mapped files in ``output_dir``), or
             "device" (the memory of the training device, so that no candidate is read over the bus).
         schedule: "interleaved": a merge is done in pieces between training steps; "blocking": at once, while training
-            waits; "background": in a thread, on ``eval_device``.
+            waits.
         max_pause: longest time in seconds that an interleaved merge may take between two training steps; None: three
             training steps' time. Held-out batches that take longer are cut, as far as single sequences.
         max_overhead: largest share of wall time that everything here may take; merges then start when they are paid
             for, with fewer candidates and less held-out text where that is needed. None: no limit. The merge at the
             end of training is not bound by it, nor by ``max_pause``.
-        eval_device: a spare device for ``schedule="background"``, for instance "cuda:1".
         trainable_only: merge only parameters that require gradients (and floating-point buffers).
         merge_at_end: merge once more at the last step if no merge was due there.
         load_merged_at_end: put the best snapshot into the model when training ends.
@@ -99,7 +98,6 @@ class MergeConfig:
     schedule: str = "interleaved"
     max_pause: float | None = None
     max_overhead: float | None = 0.02
-    eval_device: str | None = None
     trainable_only: bool = True
     merge_at_end: bool = True
     load_merged_at_end: bool = False
@@ -107,6 +105,14 @@ class MergeConfig:
     seed: int = 0
     on_error: str = "warn"
     progress: bool = True
+
+    def __new__(cls, *args: Any, **options: Any) -> MergeConfig:
+        if "eval_device" in options:
+            raise TypeError(
+                f"eval_device={options['eval_device']!r}: this option was removed with schedule='background'; "
+                "merges are made on the training device, with schedule='interleaved' or 'blocking'"
+            )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         minimums = {
@@ -140,11 +146,13 @@ class MergeConfig:
             "dtype": ["auto", *DTYPES],
             "snapshot_files": ["auto", "whole", "sharded"],
             "window_storage": ["memory", "disk", "device"],
-            "schedule": ["interleaved", "blocking", "background"],
+            "schedule": ["interleaved", "blocking"],
             "row": ["last", "mean"],
             "objective": [*KINDS],
             "on_error": ["warn", "raise"],
         }
+        if self.schedule == "background":
+            raise ValueError("schedule='background' was removed; take 'interleaved' (the default) or 'blocking'")
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {allowed}")
@@ -174,11 +182,6 @@ class MergeConfig:
             )
         if not 0 < self.process_timeout < float("inf"):
             raise ValueError(f"process_timeout={self.process_timeout}: must be a positive number of seconds")
-        if (self.schedule == "background") is not (self.eval_device is not None):
-            raise ValueError(
-                f"schedule={self.schedule!r}, eval_device={self.eval_device!r}: schedule='background' needs a spare "
-                "device such as eval_device='cuda:1', and no other schedule takes one"
-            )
 
     def _check_rows(self, has_running_sums: bool) -> None:
         samples = self.samples_per_row

@@ -103,11 +103,6 @@ class TrajMergeCallback(pl.Callback):
         self._last_step = trainer.global_step
         # Both may talk to the other processes, so every process asks.
         heldout = self._heldout if self._heldout is not None else _validation_loaders(trainer)
-        if self.config.schedule == "background" and self._nll is None:
-            raise ValueError(
-                "schedule='background' cannot use the module's validation_step, which belongs to the trainer's thread: "
-                "pass nll=, a function (module, batch) -> (summed NLL, tokens)"
-            )
         default_folder = Path(trainer.log_dir or trainer.default_root_dir) / "merged"
         self._model = unwrap(trainer.strategy.model or pl_module)
         if self._save_ckpt and any(is_fsdp(module) for module in self._model.modules()):
@@ -116,7 +111,7 @@ class TrajMergeCallback(pl.Callback):
             heldout,
             nll=self._nll or _ValidationStep(trainer, pl_module),
             precision=trainer.precision_plugin.val_step_context,
-            to_device=None if self.config.schedule == "background" else lambda batch: _transfer(trainer, batch),
+            to_device=lambda batch: _transfer(trainer, batch),
             log=lambda record: self._log(trainer, record),
             log_everywhere=True,
             extra=(lambda: _collect_ckpt(trainer)) if self._save_ckpt else None,

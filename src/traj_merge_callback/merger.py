@@ -129,11 +129,6 @@ class TrajectoryMerger:
                 "load_merged_at_end=True is not supported with several processes; load the best snapshot with "
                 "load_merged after training"
             )
-        if self.config.schedule == "background":
-            raise ValueError(
-                "schedule='background' is not supported with several processes, whose collectives in two threads could "
-                "wait for each other; take 'interleaved' or 'blocking'"
-            )
 
     def prepare(self, model: nn.Module) -> None:
         """Allocate the window for ``model``. The first ``step`` does it otherwise.

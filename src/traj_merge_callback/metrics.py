@@ -28,7 +28,7 @@ MEANINGS = {
     "merge/weight/<age>": "merge weight of a checkpoint of the window; age 0 is live, 1 the one before it, ...",
     "merge/evaluations": "candidates evaluated on the search split, live included",
     "merge/step": "optimizer step of the checkpoint that is live in this merge",
-    "merge/seconds": "time this merge took from training (beside it, with schedule='background')",
+    "merge/seconds": "time this merge took from training",
     "merge/longest_pause": "seconds of the longest piece of this merge between two training steps",
     "merge/overhead": "share of wall time since training began spent in the callback",
     "merge/window_bytes": "memory of the window and its staging row, in one process",

@@ -26,8 +26,7 @@ from traj_merge_callback import MergeConfig, TrajectoryMerger
         ({"max_pause": 0.0}, "max_pause=0.0: must be a positive number"),
         ({"max_overhead": 0.0}, "max_overhead=0.0: must be a share of wall time above 0"),
         ({"max_overhead": 2.0}, "max_overhead=2.0: must be a share of wall time above 0"),
-        ({"schedule": "background"}, "schedule='background' needs a spare device"),
-        ({"eval_device": "cuda:1"}, "no other schedule takes one"),
+        ({"schedule": "background"}, "schedule='background' was removed; take 'interleaved'"),
         ({"row": "mean", "samples_per_row": 0}, "samples_per_row=0: must be at least 1"),
         ({"row": "first"}, "row='first' is not one of"),
         ({"row": "mean", "samples_per_row": 7}, "samples_per_row=7 does not divide capture_every=50"),
@@ -67,6 +66,8 @@ def test_bad_types_are_named(options):
         MergeConfig(**options)
     with pytest.raises(TypeError, match="no_such_option"):
         MergeConfig(no_such_option=1)
+    with pytest.raises(TypeError, match="eval_device='cuda:1': this option was removed with schedule='background'"):
+        MergeConfig(eval_device="cuda:1")
 
 
 def test_both_callbacks_take_exactly_the_options_of_the_engine():

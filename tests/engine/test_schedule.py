@@ -1,4 +1,4 @@
-"""Merges between training steps, at once and beside training: same merges, same training, nothing left behind."""
+"""Merges between training steps and at once: same merges, same training, nothing left behind."""
 
 import json
 import logging
@@ -17,13 +17,11 @@ from traj_merge_callback.disk.state import save_state
 from traj_merge_callback.distributed import Processes
 from traj_merge_callback.engine.budget import MergeCost, Overhead, affordable, plans
 from traj_merge_callback.engine.schedule import Durations, Run
-from traj_merge_callback.evaluate.skeleton import Skeleton
 from traj_merge_callback.pieces import COMBINE, FORWARD
 
 OPTIONS = {"window_size": 4, "capture_every": 2, "merge_every": 12, "evaluations": 8, "heldout_batches": 8}
 # A limit that no piece keeps: one piece after each step, so that a merge is spread as far as it can be.
 INTERLEAVED = {"schedule": "interleaved", "max_overhead": None, "max_pause": 1e-6, "progress": False}
-BACKGROUND = {"schedule": "background", "eval_device": "cpu", "max_overhead": None}
 ROWS = [{}, {"row": "mean", "samples_per_row": 2}, {"dtype": "int8"}, {"window_storage": "disk"}]
 
 
@@ -51,14 +49,13 @@ def run(loader, train, tmp_path, steps=120, each=lambda step, model, merger: Non
     return model, merger
 
 
-@pytest.mark.parametrize("schedule", [INTERLEAVED, BACKGROUND], ids=["interleaved", "background"])
 @pytest.mark.parametrize("rows", ROWS, ids=["last", "mean", "int8", "disk"])
-def test_training_is_bit_identical_and_nothing_stays_behind(loader, train, tmp_path, schedule, rows, our_threads):
+def test_training_is_bit_identical_and_nothing_stays_behind(loader, train, tmp_path, rows, our_threads):
     before = torch.get_rng_state()
     plain = train_steps(tiny_llama(), train, 120)
     after = torch.get_rng_state()
     torch.set_rng_state(before)
-    model, merger = run(loader, train, tmp_path, **schedule, **rows)
+    model, merger = run(loader, train, tmp_path, **INTERLEAVED, **rows)
     assert same_weights(plain, model)
     assert torch.equal(torch.get_rng_state(), after)
     assert len(merger.records) >= 2
@@ -71,7 +68,7 @@ def test_training_is_bit_identical_and_nothing_stays_behind(loader, train, tmp_p
 @pytest.mark.parametrize("options", [{"search": "auto"}, {"search": "greedy"}, {"groups": "blocks", "evaluations": 14}])
 def test_every_schedule_makes_the_same_merge_of_the_same_rows(loader, train, tmp_path, rows, options):
     found = []
-    for name, schedule in (("blocking", AT_ONCE), ("interleaved", INTERLEAVED), ("background", BACKGROUND)):
+    for name, schedule in (("blocking", AT_ONCE), ("interleaved", INTERLEAVED)):
         _, merger = run(loader, train, tmp_path / name, 40, **schedule, **rows, **options, keep_last=9)
         record = merger.records[0]
         assert record.step == 12
@@ -84,7 +81,7 @@ def test_every_schedule_makes_the_same_merge_of_the_same_rows(loader, train, tmp
         if name == "blocking":
             expected = weights
         assert same_weights(weights, expected)
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
 
 
 def test_live_is_what_it_was_at_the_step_of_the_merge_and_rows_are_not_overwritten(loader, train, tmp_path):
@@ -116,10 +113,7 @@ def test_a_merge_under_way_at_the_end_of_training_is_finished(loader, train, tmp
     assert [json.loads(line)["step"] for line in lines] == [12, 14]
 
 
-@pytest.mark.parametrize("schedule", [INTERLEAVED, BACKGROUND], ids=["interleaved", "background"])
-def test_ctrl_c_with_a_merge_under_way_leaves_whole_files_and_live_weights(
-    loader, train, tmp_path, schedule, our_threads
-):
+def test_ctrl_c_with_a_merge_under_way_leaves_whole_files_and_live_weights(loader, train, tmp_path, our_threads):
     model = tiny_llama()
 
     def interrupted(step):
@@ -128,7 +122,7 @@ def test_ctrl_c_with_a_merge_under_way_leaves_whole_files_and_live_weights(
             assert merger._runs.under_way
             raise KeyboardInterrupt
 
-    merger = engine(loader, tmp_path, merge_every=26, **schedule)
+    merger = engine(loader, tmp_path, merge_every=26, **INTERLEAVED)
     with pytest.raises(KeyboardInterrupt), merger:
         train_steps(model, train, 60, interrupted)
     plain = train_steps(tiny_llama(), train, 27)
@@ -308,49 +302,3 @@ def test_long_batches_are_cut_so_that_pauses_are_kept(loader, train, tmp_path, c
     assert cut.evaluate(model, "report").loss == pytest.approx(whole.evaluate(model, "report").loss, abs=1e-6)
     assert cut.evaluate(model, "search").tokens.sum() == whole.evaluate(model, "search").tokens.sum()
     merger.close()
-
-
-# Beside training
-
-
-def test_a_skeleton_computes_what_the_model_does_and_shares_none_of_its_weights(loader):
-    model = tiny_llama()
-    model.model.embed_tokens.requires_grad_(False)
-    # Trainers wrap forward like this; the copy must not lead back to the model.
-    original = type(model).forward
-    model.forward = original.__get__(model)
-    from traj_merge_callback import CheckpointWindow
-
-    window = CheckpointWindow(model, 2)
-    window.push(model, 1)
-    skeleton = Skeleton(model, window.layout, "cpu").model
-    loss = HeldOutLoss(loader, batches=8)
-    with window.layout.installed(skeleton, window.combine([1.0])):
-        found = loss.evaluate(skeleton, "report").loss
-    assert found == loss.evaluate(model, "report").loss
-    assert skeleton.forward.__self__ is skeleton
-    mine = {parameter.data_ptr() for parameter in model.parameters()}
-    assert not mine & {parameter.data_ptr() for parameter in skeleton.parameters()}
-    assert skeleton.lm_head.weight is skeleton.model.embed_tokens.weight
-    modules = {id(module) for module in model.modules()}
-    assert not modules & {id(module) for module in skeleton.modules()}
-    # Merged weights take one number until they are filled.
-    assert all(p.untyped_storage().nbytes() == 4 for p in skeleton.parameters() if p.requires_grad)
-
-
-def test_an_evaluation_that_draws_random_numbers_is_not_made_beside_training(loader, train, tmp_path, caplog):
-    def noisy(model, batch):
-        torch.rand(1)
-        output = model(**batch)
-        return output.loss * 31, 31
-
-    plain = train_steps(tiny_llama(), train, 30)
-    model = tiny_llama()
-    merger = TrajectoryMerger(
-        loader, nll=noisy, **{**OPTIONS, **BACKGROUND, "output_dir": str(tmp_path), "on_error": "raise"}
-    )
-    train_steps(model, train, 30, lambda step: merger.step(model, step))
-    merger.finish(model)
-    assert any("draws random numbers" in record.message for record in caplog.records)
-    assert same_weights(plain, model)
-    assert merger.records[-1].step == 30

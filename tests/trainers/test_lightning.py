@@ -337,23 +337,6 @@ def test_merges_spread_over_steps_leave_the_run_untouched(tmp_path, train, heldo
     assert [int(row["step"]) for row in rows(tmp_path / "merging", merges=True)] == [record.step for record in records]
 
 
-def test_merges_beside_training_need_a_loss_of_ones_own(tmp_path, train, heldout):
-    beside = {"schedule": "background", "eval_device": "cpu"}
-    with pytest.raises(ValueError, match="schedule='background' cannot use the module's validation_step"):
-        fit(tmp_path / "a", train, heldout, merging(tmp_path / "a", **beside))
-
-    def nll(module, batch):
-        return module.model(**batch).loss * 31 * len(batch["labels"]), 31 * len(batch["labels"])
-
-    _, plain = fit(tmp_path / "plain", train, heldout, module=Module())
-    callback = TrajMergeCallback(
-        nll=nll, **{**OPTIONS, **beside, "on_error": "raise", "output_dir": str(tmp_path / "merged")}
-    )
-    _, module = fit(tmp_path / "b", train, heldout, callback, module=Module())
-    assert same_weights(plain, module)
-    assert callback.merger.records[-1].step == 10
-
-
 def test_an_interrupted_run_leaves_no_thread_and_no_half_written_file(tmp_path, train, heldout, our_threads):
     class Interrupt(pl.Callback):
         def on_train_batch_end(self, trainer, *args):

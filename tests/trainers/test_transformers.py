@@ -266,18 +266,16 @@ def test_trls_sft_trainer_keeps_its_own_averages(tmp_path, heldout):
 
 
 SPREAD = {"schedule": "interleaved", "max_pause": 1e-6}
-BESIDE = {"schedule": "background", "eval_device": "cpu"}
 
 
-@pytest.mark.parametrize("schedule", [SPREAD, BESIDE], ids=["interleaved", "background"])
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"torch_compile": True, "torch_compile_backend": "eager"}])
-def test_merges_spread_over_steps_leave_the_run_untouched(tmp_path, train, heldout, schedule, precision):
+def test_merges_spread_over_steps_leave_the_run_untouched(tmp_path, train, heldout, precision):
     torch._dynamo.reset()
     plain = make_trainer(tmp_path / "plain", train, heldout, max_steps=40, **precision)
     plain.train()
     torch._dynamo.reset()
     trainer = make_trainer(tmp_path / "merging", train, heldout, max_steps=40, **precision)
-    callback = TrajMergeCallback(on_error="raise", **{**OPTIONS, **schedule}).attach(trainer)
+    callback = TrajMergeCallback(on_error="raise", **{**OPTIONS, **SPREAD}).attach(trainer)
     trainer.train()
     assert same_weights(plain.model, trainer.model)
     assert own_logs(trainer) == own_logs(plain)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import random
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
 from ..config import MergeConfig
@@ -20,15 +17,12 @@ from ..evaluate.gathering import weights_in
 from ..evaluate.heldout import HeldOutLoss, Split
 from ..evaluate.units import Units
 from ..metrics import not_measured, report_losses
-from ..pieces import Pieces, finish
+from ..pieces import Pieces
 from ..search.evaluation import Evaluation
 from ..window.window import CheckpointWindow
 from .budget import Plan
 from .choose import Choice, Chooser
 from .publishing import Publisher
-
-# Devices compute with different kernels.
-_SAME_LOSS = 1e-2
 
 
 @dataclass(frozen=True)
@@ -77,7 +71,6 @@ class Merging:
         self._heldout = heldout
         self._chooser = chooser
         self._publisher = publisher
-        self.beside_training = config.schedule == "background"
         self._units = Units(model, window.layout, window.processes) if window.layout.sharding.units else None
 
     @property
@@ -102,30 +95,13 @@ class Merging:
         yield from weights.gather()
         return (yield from self._heldout.evaluate_pieces(model, split, weights.ready))
 
-    def check_spare(self, model: nn.Module, spare: nn.Module, window: CheckpointWindow) -> None:
-        """Let a spare model evaluate live, and compare with the model itself.
-
-        Raises:
-            ValueError: the losses differ, or the evaluation draws random numbers, which are the training run's.
-        """
-        losses = []
-        live = Candidates(weights_in(model, window, self._heldout.seed), window, self._heldout)
-        for candidates in (live, self._candidates(spare, window)):
-            finish(candidates.take(None))
-            before = _random_states()
-            losses.append(finish(candidates.sample()).loss)
-        if _random_states() != before:
-            raise ValueError("evaluating the model draws random numbers")
-        if not math.isclose(*losses, rel_tol=_SAME_LOSS, abs_tol=_SAME_LOSS):
-            raise ValueError(f"a copy of the model's modules has loss {losses[1]}, the model itself {losses[0]}")
-
     def merge(
         self, model: nn.Module, window: CheckpointWindow, memory: RunState, step: int, plan: Plan
     ) -> Pieces[Merged]:
         """Merge the window as it is now; its rows are in use from now on until the merged weights are there.
 
         Args:
-            model: the model being trained, or a skeleton of it.
+            model: the model being trained.
             window: at least two rows, the newest of ``step``.
             memory: what is known from earlier merges, which this one adds to.
             step: optimizer step.
@@ -158,7 +134,7 @@ class Merging:
         return Merged(step, plan, steps, choice, losses, snapshot)
 
     def _candidates(self, model: nn.Module, window: CheckpointWindow) -> Candidates:
-        weights = weights_in(model, window, self._heldout.seed, units=self._units, beside_training=self.beside_training)
+        weights = weights_in(model, window, self._heldout.seed, units=self._units)
         return Candidates(weights, window, self._heldout)
 
     def _search(
@@ -181,8 +157,3 @@ class Merging:
         if not math.isfinite(losses["gain"]):
             raise ValueError(f"the held-out loss on the report split is not finite: {losses}")
         return choice, losses
-
-
-def _random_states() -> list[Any]:
-    numpy_state = np.random.get_state(legacy=False)["state"]
-    return [random.getstate(), numpy_state["pos"], numpy_state["key"].tobytes(), torch.get_rng_state().tolist()]

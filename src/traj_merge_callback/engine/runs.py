@@ -7,7 +7,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from torch import nn
@@ -17,8 +16,6 @@ from ..disk.state import RunState
 from ..disk.writer import Writer
 from ..distributed import Processes
 from ..evaluate.heldout import HeldOutLoss, Split, device_of
-from ..evaluate.isolation import preserved_rng
-from ..evaluate.skeleton import Skeleton
 from ..pieces import BACKWARD, FORWARD, Pieces
 from ..search.evaluation import Evaluation
 from ..search.grouped import GroupedSearch
@@ -26,12 +23,11 @@ from ..window.window import CheckpointWindow
 from .budget import GRADIENT_COST, MergeCost, Overhead, Plan, affordable, plans
 from .merge import Merged, Merging
 from .progress import SlowProgress
-from .schedule import BackgroundRun, Durations, Run
+from .schedule import Durations, Run
 
 logger = logging.getLogger("traj_merge_callback")
 # Kinds of pieces that the progress bar counts.
 _BATCH = (FORWARD, BACKWARD)
-AnyRun = Run[Merged | None] | BackgroundRun[Merged | None]
 
 
 @dataclass(frozen=True)
@@ -71,11 +67,8 @@ class MergeRuns:
         self._overhead = overhead
         self._writer = writer
         self._durations = Durations()
-        self._run: AnyRun | None = None
+        self._run: Run[Merged | None] | None = None
         self._progress: Callable[[], SlowProgress] = lambda: SlowProgress("", 0, enabled=False)
-        self._skeleton: Skeleton | None = None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="traj-merge-background")
-        self._background = config.schedule == "background"
         self._said: Plan | None = Plan(config.evaluations)
         # What was known when the merge under way began.
         self.before: RunState | None = None
@@ -106,13 +99,7 @@ class MergeRuns:
             raise RuntimeError("the windows of the processes differ, because a checkpoint was lost in one of them")
         self.before = copy.deepcopy(memory)
         memory.last_merge_step = step
-        if self._background and (spare := self._spare(model, window)) is not None:
-            # No other thread may take over waiting for what the training stream has to wait for.
-            window.settle()
-            pieces = self._merging.merge(spare, window, memory, step, plan)
-            self._run = BackgroundRun(pieces, self._thread, self._writer.wait)
-        else:
-            self._run = self._in_pieces(self._merging.merge(model, window, memory, step, plan), model)
+        self._run = self._in_pieces(self._merging.merge(model, window, memory, step, plan), model)
         batches = plan.evaluations * self._heldout.num_batches("search") + 2 * self._heldout.num_batches("report")
         enabled = self._config.progress
         self._progress = lambda: SlowProgress(f"merging at step {step}", batches, enabled=enabled)
@@ -133,7 +120,7 @@ class MergeRuns:
             return None
         allowance, pause = self._processes.from_rank0(lambda: (self._overhead.allowance, self._overhead.pause))
         # A piece of a new kind has to be tried.
-        if isinstance(self._run, Run) and (allowance <= 0 or allowance < self._run.next_piece < math.inf):
+        if allowance <= 0 or allowance < self._run.next_piece < math.inf:
             return None
         return self._drive(lambda run: run.advance(min(allowance, pause)))
 
@@ -155,12 +142,11 @@ class MergeRuns:
         if self._run is not None:
             self._run.abandon()
             self._run = None
-        self._thread.shutdown(wait=True)
 
     def _in_pieces(self, pieces: Pieces[Merged | None], model: nn.Module) -> Run[Merged | None]:
         return Run(pieces, self._durations, device_of(model), self._writer.wait, self._processes)
 
-    def _drive(self, drive: Callable[[AnyRun], None]) -> Finished | None:
+    def _drive(self, drive: Callable[[Run[Merged | None]], None]) -> Finished | None:
         run = self._run
         if run is None:
             return None
@@ -168,9 +154,8 @@ class MergeRuns:
         try:
             drive(run)
         finally:
-            if isinstance(run, Run):
-                # On a GPU the wall time is also that of the training steps queued before.
-                self._overhead.hide(time.perf_counter() - started - (run.seconds - before))
+            # On a GPU the wall time is also that of the training steps queued before.
+            self._overhead.hide(time.perf_counter() - started - (run.seconds - before))
             if run.done:
                 self._run = self.before = None
         if not run.done:
@@ -184,7 +169,7 @@ class MergeRuns:
         """The largest plan that the budget can pay for now; what was decided is logged when it changes."""
         config, heldout = self._config, self._heldout
         evaluations = config.evaluations if self._merging.needs_evaluations else 2
-        if config.max_overhead is None or self._background:
+        if config.max_overhead is None:
             return Plan(evaluations)
         searched, reported = (
             -(-count // self._processes.size) for count in (heldout.searchable, heldout.num_batches("report"))
@@ -222,27 +207,6 @@ class MergeRuns:
             logger.info("held-out batches are cut into %d: one takes %.3g s, a pause %.3g s", pieces, longest, pause)
             self._heldout.cut(pieces)
             self._durations.scale(FORWARD, 1.0 / pieces)
-
-    def _spare(self, model: nn.Module, window: CheckpointWindow) -> nn.Module | None:
-        """The model's skeleton on the spare device; None from then on if it cannot stand in for the model."""
-        if self._skeleton is not None:
-            self._skeleton.refresh(model)
-            return self._skeleton.model
-        try:
-            skeleton = Skeleton(model, window.layout, str(self._config.eval_device))
-            with preserved_rng():
-                self._merging.check_spare(model, skeleton.model, window)
-        except Exception as error:
-            logger.warning(
-                "merges cannot be made beside training on %s (%s: %s); they are made between training steps instead",
-                self._config.eval_device,
-                type(error).__name__,
-                error,
-            )
-            self._background = self._merging.beside_training = False
-            return None
-        self._skeleton = skeleton
-        return skeleton.model
 
 
 def _described(plan: Plan) -> str:

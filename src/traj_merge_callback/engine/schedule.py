@@ -1,4 +1,4 @@
-"""Driving a merge's pieces: between training steps, all at once, or in a thread beside training."""
+"""Driving a merge's pieces: between training steps, or all at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import statistics
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 import torch
@@ -164,50 +163,3 @@ class Run(Generic[T]):
         except BaseException as error:
             return error
         return self._next.error if isinstance(self._next, Failed) else None
-
-
-class BackgroundRun(Generic[T]):
-    """Pieces under way in a thread of their own, all one after the other; they cost the training thread nothing."""
-
-    def __init__(self, pieces: Pieces[T], worker: ThreadPoolExecutor, wait: Callable[[], None]) -> None:
-        self._stopped = False
-        self._wait = wait
-        self.seconds = 0.0
-        self.longest_pause = 0.0
-        self._pieces = pieces
-        self._future: Future[T | None] = worker.submit(self._drive)
-
-    def _drive(self) -> T | None:
-        began = time.perf_counter()
-        try:
-            while not self._stopped:
-                if next(self._pieces) == WAIT:
-                    self._wait()
-            self._pieces.close()
-            return None
-        except StopIteration as stop:
-            return stop.value
-        finally:
-            self.seconds = time.perf_counter() - began
-
-    @property
-    def done(self) -> bool:
-        """Whether nothing is under way any more."""
-        return self._future.done()
-
-    @property
-    def result(self) -> T | None:
-        """What the pieces returned; raises what they raised."""
-        return self._future.result()
-
-    def advance(self, limit: float) -> None:
-        """Nothing is done in the training thread."""
-
-    def complete(self, on_piece: Callable[[str | None], None]) -> None:
-        """Wait for the end."""
-        self._future.exception()
-
-    def abandon(self) -> None:
-        """Stop after the piece at hand."""
-        self._stopped = True
-        self._future.exception()

@@ -53,19 +53,16 @@ class WholeWeights:
     """Weights that are all on the device: one process, or DDP, whose processes gather each candidate once.
 
     Args:
-        model: the model being trained, or a skeleton of it; wrappers (compile, DDP) are looked through.
+        model: the model being trained; wrappers (compile, DDP) are looked through.
         layout: of this process's columns.
         row: float32, on the model's device, for this process's columns.
         seed: see ``isolated``.
-        beside_training: see ``isolated``.
     """
 
-    def __init__(
-        self, model: nn.Module, layout: ParameterLayout, row: Tensor, seed: int, *, beside_training: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, layout: ParameterLayout, row: Tensor, seed: int) -> None:
         self.row = row
         self.model = model
-        self._isolated = functools.partial(isolated, unwrap(model), seed, beside_training=beside_training)
+        self._isolated = functools.partial(isolated, unwrap(model), seed)
         self._gradient: Tensor | None = None
         sharding = layout.sharding
         self._shares = sharding if isinstance(sharding, EqualShares) and len(sharding.ranks) > 1 else None
@@ -244,22 +241,19 @@ class ShardedWeights:
         yield
 
 
-def weights_in(
-    model: nn.Module, window: CheckpointWindow, seed: int, *, units: Units | None = None, beside_training: bool = False
-) -> Weights:
+def weights_in(model: nn.Module, window: CheckpointWindow, seed: int, *, units: Units | None = None) -> Weights:
     """Room for the weights of one candidate of a window.
 
     Args:
-        model: the model being trained, or a skeleton of it.
+        model: the model being trained.
         window: the checkpoints.
         seed: see ``isolated``.
         units: the FSDP modules of a model that has some.
-        beside_training: see ``isolated``.
     """
     row = window.staging_on(device_of(model))
     if units is not None:
         return ShardedWeights(model, window.layout, row, seed, units)
-    return WholeWeights(model, window.layout, row, seed, beside_training=beside_training)
+    return WholeWeights(model, window.layout, row, seed)
 
 
 class _Gathered(torch.autograd.Function):

@@ -53,9 +53,7 @@ def preserved_rng(seed: int | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def isolated(
-    model: nn.Module, seed: int = 0, *, gradients: bool = False, beside_training: bool = False
-) -> Iterator[None]:
+def isolated(model: nn.Module, seed: int = 0, *, gradients: bool = False) -> Iterator[None]:
     """Evaluate ``model`` inside: eval mode, eager even if compiled, and no trace left behind.
 
     On leaving, also through an exception or Ctrl-C, these are what they were, bit for bit: the random states; every
@@ -70,19 +68,15 @@ def isolated(
         gradients: whether gradients are recorded inside. The modules then hold stand-ins for trainable parameters,
             other Parameter objects on the same memory, so that no hook of the live ones fires (DDP, DeepSpeed and
             optimizers that step during backward have such hooks) and no live gradient changes.
-        beside_training: whether training goes on in another thread. What belongs to the whole process, random states
-            and the stance of torch.compile, is then left alone.
     """
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
     saved_gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     with delayed_interrupts(), ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(gradients))
-        if not beside_training:
-            stack.enter_context(preserved_rng(seed))
-            # A compiled model would otherwise recompile for eval mode, and use up training's share of the recompile
-            # limit.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(preserved_rng(seed))
+        # A compiled model would otherwise recompile for eval mode, and use up training's share of the recompile limit.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             for module, saved in zip(modules, attributes, strict=True):
                 _work_on_copies(module, saved)
