@@ -106,7 +106,7 @@ class MergeConfig:
     on_error: str = "warn"
     progress: bool = True
 
-    def __new__(cls, *args: Any, **options: Any) -> MergeConfig:
+    def __new__(cls, *args: Any, **options: Any) -> MergeConfig:  # noqa: D102
         if "eval_device" in options:
             raise TypeError(
                 f"eval_device={options['eval_device']!r}: this option was removed with schedule='background'; "

@@ -306,7 +306,7 @@ def test_the_gradient_is_that_of_the_token_weighted_loss_and_leaves_no_trace(hel
             return loss.evaluate(model, "search").loss
 
     with window.layout.installed(model, window.combine([0.5, 0.5])):
-        _, parts = gradient_of(loss, model, window, window.projecting)
+        _, parts = gradient_of(loss, model, window, window.project_pieces)
     slope = parts.of(frozenset(["heldout"]))
     assert slope[1] - slope[0] == pytest.approx((merged(0.51) - merged(0.49)) / 0.02, rel=2e-2)
     np.testing.assert_allclose(window.gram()[0, 0], float((3.0 / 4.0 * parameter.detach()).square().sum()), rtol=1e-4)
