@@ -164,7 +164,7 @@ class MergeConfig:
         if not isinstance(self.search, str):
             raise TypeError(f"search={self.search!r}: must be a name; register_search gives your own class one")
         search = resolve_search(self.search, self.search_options)
-        self._check_rows(hasattr(search, "average_rate"))
+        self._check_rows(search.average_rate is not None)
         check_groups(self.groups)
         if self.groups is not None and self.evaluations < GroupedSearch.cost + 2:
             raise ValueError(

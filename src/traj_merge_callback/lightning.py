@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 try:
     import lightning.pytorch as pl
@@ -124,7 +123,7 @@ class TrajMergeCallback(pl.Callback):
         self._answer_monitors(trainer)
 
     def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Note the loss scale, from which a step that AMP skips can be told."""
         self._loss_scale.before_step(getattr(trainer.precision_plugin, "scaler", None))
@@ -173,14 +172,15 @@ class TrajMergeCallback(pl.Callback):
         if self.merger is not None and "callbacks" in checkpoint:
             base = _beside(filepath)
             folder = None if base is None else base / f"step-{checkpoint['global_step']:08d}"
-            self.merger.save_state(folder, written=lambda: _remove_others(folder))
+            # A checkpoint that is overwritten (last.ckpt) had a state of its own.
+            self.merger.save_state(folder, written=lambda: remove_state(base, keep=folder))
         save(checkpoint, filepath, *args, **kwargs)
 
     def _remove_checkpoint(self, remove: Callable[..., None], filepath: Any) -> None:
         """Remove the checkpoint and the state beside it."""
         remove(filepath)
         if (folder := _beside(filepath)) is not None and (self.merger is None or self.merger.processes.is_rank_zero):
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_state(folder)
 
     def state_dict(self) -> dict[str, Any]:
         """Only the step; the rows are too large for the .ckpt and stand beside it."""
@@ -198,7 +198,7 @@ class TrajMergeCallback(pl.Callback):
             logger.log_metrics(scalars, step=record.step)
             logger.save()
         trainer.logged_metrics.update(scalars)
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
+        trainer.callback_metrics.update(as_tensors(scalars))
         shown = {name: scalars[name] for name in ("merge/loss", "merge/gain") if name in scalars}
         trainer.progress_bar_metrics.update(shown)
 
@@ -213,7 +213,7 @@ class TrajMergeCallback(pl.Callback):
         live = self.merger.live_evaluation(self._model)
         values = {"loss": live.loss, "live_loss": live.loss, "gain": 0.0}
         values |= {"perplexity": live.perplexity, "live_perplexity": live.perplexity}
-        trainer.callback_metrics.update({PREFIX + name: torch.tensor(value) for name, value in values.items()})
+        trainer.callback_metrics.update(as_tensors({PREFIX + name: value for name, value in values.items()}))
 
 
 def _transfer(trainer: pl.Trainer, batch: Any) -> Any:
@@ -257,7 +257,7 @@ class _ValidationStep:
         if not is_param_in_hook_signature(pl_module.validation_step, "batch_idx", min_args=2):
             self._arguments = ()
 
-    def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+    def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor | float, int]:
         pl_module, strategy = self._trainer.lightning_module, self._trainer.strategy
         logged: dict[str, Any] = {}
         loggers = self._trainer.loggers
@@ -284,17 +284,10 @@ class _ValidationStep:
             )
         has_labels = isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor)
         weight = count_targets(pl_module, batch) if has_labels else count_sequences(batch)
-        return loss.float().mean() * weight if weight else torch.zeros(()), weight
+        return loss.float().mean() * weight if weight else 0.0, weight
 
 
 # Resuming: the window beside the trainer's checkpoint
-
-
-def _remove_others(folder: Path | None) -> None:
-    """A checkpoint that is overwritten (last.ckpt) had a state of its own."""
-    for old in folder.parent.glob("step-*") if folder else []:
-        if old != folder:
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def _beside(path: Any) -> Path | None:
@@ -318,4 +311,4 @@ def _collect_ckpt(trainer: pl.Trainer) -> Callable[[Path], None]:
     for name, value in checkpoint["state_dict"].items():
         if name in buffers:  # which training goes on to write
             checkpoint["state_dict"][name] = value.clone()
-    return lambda folder: torch.save(checkpoint, folder / "merged.ckpt")
+    return lambda folder: write_checkpoint(folder / "merged.ckpt", checkpoint)

@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import nn
 
 from .config import MergeConfig
+from .disk.atomic import Writer, remove_tree
+from .disk.mapped import on_disk
+from .disk.metrics_file import MetricsFile
 from .disk.model_files import load_merged
-from .disk.saving import Saving
+from .disk.parts import PartsIndex
 from .disk.snapshots import SnapshotStore
-from .disk.state import RunState
-from .disk.writer import Writer
-from .distributed import CollectiveTimeout, Processes
-from .engine.budget import Overhead, Plan
+from .disk.state import RunState, Saved, load_state, save_state
+from .distributed import CollectiveTimeout, Processes, several_ranks
+from .engine.budget import Overhead
 from .engine.choose import Chooser
-from .engine.merge import Merging
-from .engine.publishing import Extra, Publisher
-from .engine.recording import Recorder
-from .engine.runs import Finished, MergeRuns
-from .evaluate.heldout import HeldOutLoss, device_of
-from .evaluate.losses import Nll
+from .engine.merge import Merge
+from .engine.publish import Extra, Publisher
+from .engine.schedule import Schedule
+from .evaluate.heldout import HeldOutLoss, Nll, device_of
 from .failures import Failures
 from .metrics import MergeRecord
 from .search import resolve_search
 from .search.evaluation import Evaluation
-from .window.storage import in_memory, on_disk
+from .window.storage import in_memory
 from .window.window import CheckpointWindow
 
 logger = logging.getLogger("traj_merge_callback")
@@ -53,8 +52,8 @@ class TrajectoryMerger:
         nll: ``nll(model, batch) -> (summed NLL in nats, number of target tokens)``; by default the model's ``.loss``.
         precision: returns a context for forward passes, such as ``lambda: torch.autocast("cuda", torch.bfloat16)``.
         to_device: moves a batch to the training device; by default every tensor goes to the model's device.
-        log: called with the :class:`MergeRecord` of each merge, in the first process.
-        log_everywhere: call ``log`` in every process, for trainers whose metrics are to be the same in all.
+        log: called with the :class:`MergeRecord` of each merge, on rank 0.
+        log_everywhere: call ``log`` on every rank, for trainers whose metrics are to be the same on all.
         extra: called while the model holds the merged weights, to add files to a snapshot: it returns a function that
             is called with the snapshot's folder later, in another thread.
         **config: the options of :class:`MergeConfig`.
@@ -87,21 +86,21 @@ class TrajectoryMerger:
         self.config = MergeConfig(**config)
         self.output_dir = Path(self.config.output_dir or "merged")
         self.window: CheckpointWindow | None = None
+        #: The records of all merges made here, on every rank.
+        self.records: list[MergeRecord] = []
         self._active = True
         self.processes = Processes(self.config.process_timeout)
-        # For the thread that writes files, whose exchanges must not get between those of merges.
-        self._files = Processes(self.config.process_timeout)
-        if self.processes.size > 1:
-            self._check_for_processes()
+        # For the writer's thread, whose collectives must not get between those of merges.
+        self._writer_processes = Processes(self.config.process_timeout)
+        if self.processes.size > 1 and self.config.load_merged_at_end:
+            raise ValueError(
+                "load_merged_at_end=True is not supported with several processes; load the best snapshot with "
+                "load_merged after training"
+            )
         self._extra = extra
         self._failures = Failures(self.config.on_error, self.processes.is_rank_zero)
-        self._recorder = Recorder(
-            self.config.search,
-            self.output_dir / "metrics.jsonl",
-            log if log_everywhere or self.processes.is_rank_zero else None,
-            self._failures,
-            writes=self.processes.is_rank_zero,
-        )
+        self._log = log if log_everywhere or self.processes.is_rank_zero else None
+        self._metrics = MetricsFile(self.output_dir / "metrics.jsonl")
         self._store = SnapshotStore(self.output_dir, keep_last=self.config.keep_last, keep_best=self.config.keep_best)
         self.heldout = HeldOutLoss(
             heldout,
@@ -119,16 +118,10 @@ class TrajectoryMerger:
                 f"domain_weights={self.config.domain_weights}: {sorted(unknown)} are not among the domains "
                 f"searched on, {sorted(self.heldout.searched)}"
             )
-        self._memory = RunState()
+        self._state = RunState()
         self._overhead = Overhead(self.config.max_overhead, self.config.max_pause)
-        self._owed = False
-
-    def _check_for_processes(self) -> None:
-        if self.config.load_merged_at_end:
-            raise ValueError(
-                "load_merged_at_end=True is not supported with several processes; load the best snapshot with "
-                "load_merged after training"
-            )
+        # Whether a merge is due that has not begun.
+        self._due = False
 
     def prepare(self, model: nn.Module) -> None:
         """Allocate the window for ``model``. The first ``step`` does it otherwise.
@@ -139,10 +132,9 @@ class TrajectoryMerger:
         """
         if not self._active or self.window is not None:
             return
-        if self.processes.size == 1 and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        if self.processes.size == 1 and several_ranks():
             raise RuntimeError("construct TrajectoryMerger after torch.distributed is initialized, in every process")
-        average_rate = getattr(resolve_search(self.config.search), "average_rate", None)
-        options = self.config.search_options
+        average_rate, options = resolve_search(self.config.search).average_rate, self.config.search_options
         allocate = {
             "memory": lambda: None,
             "disk": lambda: on_disk(self._window_folder),
@@ -161,14 +153,23 @@ class TrajectoryMerger:
             asynchronous=True,
             processes=self.processes,
         )
+        self._index = PartsIndex.of(self.window.layout.slots, self.processes)
         self._writer = Writer()
-        self._saving = Saving(self.window, self.heldout, self._store, self._writer, self._files)
         publisher = Publisher(
-            self.config, self.window, self._store, self._writer, self._failures, self._files, self._extra
+            self.config,
+            self.window,
+            self._index,
+            self._store,
+            self._writer,
+            self._failures,
+            self._writer_processes,
+            self._extra,
         )
         chooser = Chooser(self.config, self.heldout, self.processes)
-        merging = Merging(model, self.window, self.config, self.heldout, chooser, publisher)
-        self._runs = MergeRuns(self.config, self.heldout, merging, self._overhead, self._writer, self.processes)
+        merge = Merge(model, self.window, self.config, self.heldout, chooser, publisher)
+        self._schedule = Schedule(
+            self.config, self.heldout, merge, self._overhead, self._writer.wait, self.processes
+        )
         self._waited_s = 0.0
         self._overhead.begin()
 
@@ -189,7 +190,7 @@ class TrajectoryMerger:
         """
         if not self._active:
             return None
-        with self._timeout(step):
+        with self._timeout_ends_merging(step):
             return self._step(model, step, skipped)
         return None
 
@@ -206,19 +207,19 @@ class TrajectoryMerger:
         with self._failures.contained("saving the window", step):
             self._writer.check()
         with self._failures.contained("trajectory merging", step):
-            record = self._record(self._runs.go_on(), step)
+            record = self._record(self._schedule.advance(self._state), step)
         with self._failures.contained("trajectory merging", step):
-            if self._capture(model, step, skipped) and not self._runs.under_way:
+            if self._capture(model, step, skipped) and not self._schedule.under_way:
                 self._begin(model, step)
                 if self.config.schedule == "blocking":
-                    record = self._record(self._runs.complete(), step) or record
-        self._overhead.take(self.window.waited_s - self._waited_s)
+                    record = self._record(self._schedule.complete(self._state), step) or record
+        self._overhead.spend(self.window.waited_s - self._waited_s)
         self._waited_s = self.window.waited_s
         self._overhead.leave(started)
         return record
 
     @contextmanager
-    def _timeout(self, step: int) -> Iterator[None]:
+    def _timeout_ends_merging(self, step: int) -> Iterator[None]:
         """Within the context, merging ends for good where the processes can no longer do it together."""
         try:
             yield
@@ -235,7 +236,7 @@ class TrajectoryMerger:
         Optimizers of torch wait by themselves; call it before anything else that writes weights.
         """
         if self.window is not None:
-            with self._failures.contained("capturing", self._memory.last_step or 0):
+            with self._failures.contained("capturing", self._state.last_step or 0):
                 self.window.settle()
 
     def merge_at_end(self, model: nn.Module) -> MergeRecord | None:
@@ -246,9 +247,9 @@ class TrajectoryMerger:
         Returns:
             The record of the last merge made here, if one was.
         """
-        step = self._memory.last_step
+        step = self._state.last_step
         if self.window is not None and step is not None:
-            with self._timeout(step):
+            with self._timeout_ends_merging(step):
                 return self._merge_at_end(model, step)
         return None
 
@@ -256,9 +257,9 @@ class TrajectoryMerger:
         assert self.window is not None
         record = None
         with self._failures.contained("trajectory merging", step):
-            record = self._record(self._runs.complete(), step)
+            record = self._record(self._schedule.complete(self._state), step)
         wanted = self.config.merge_at_end and step >= self.config.start_step
-        if wanted and step > self._memory.last_merge_step:
+        if wanted and step > self._state.last_merge_step:
             with self._failures.contained("the merge at the end", step):
                 self._writer.wait()  # for the rows, which may be on their way to a checkpoint
                 with self.processes.raise_on_all():
@@ -266,8 +267,8 @@ class TrajectoryMerger:
                 if self.processes.all_reduce_max(float(self.window.steps[-1:] != (step,)))[0]:
                     with self.processes.raise_on_all():
                         self.window.push(model, step)
-                self._begin(model, step, Plan(self.config.evaluations))
-                record = self._record(self._runs.complete(), step) or record
+                self._begin(model, step, self.config.evaluations)
+                record = self._record(self._schedule.complete(self._state), step) or record
         with self._failures.contained("saving the window", step):
             self._writer.wait()
             self._writer.check()
@@ -281,7 +282,7 @@ class TrajectoryMerger:
         """
         record = self.merge_at_end(model)
         if self.window is not None and self.config.load_merged_at_end:
-            with self._failures.contained("loading the best snapshot", self._memory.last_step or 0):
+            with self._failures.contained("loading the best snapshot", self._state.last_step or 0):
                 if self.best_snapshot is None:
                     raise FileNotFoundError("load_merged_at_end=True, but no snapshot was published")
                 load_merged(self.best_snapshot, model)
@@ -292,12 +293,12 @@ class TrajectoryMerger:
         """Give up the merge under way, finish what is being written, release the window, sum up what failed."""
         if self.window is not None:
             window, self.window = self.window, None
-            self._runs.abandon()
+            self._schedule.abandon()
             self._writer.close()
             window.close()
-            self._files.close()
+            self._writer_processes.close()
             self.processes.close()
-            shutil.rmtree(self._window_folder, ignore_errors=True)
+            remove_tree(self._window_folder)
         self._failures.summarise()
         self._failures.counts.clear()
 
@@ -308,11 +309,6 @@ class TrajectoryMerger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    @property
-    def records(self) -> list[MergeRecord]:
-        """The records of all merges made here, in every process."""
-        return self._recorder.records
 
     @property
     def _window_folder(self) -> Path:
@@ -326,13 +322,13 @@ class TrajectoryMerger:
     def live_evaluation(self, model: nn.Module) -> Evaluation:
         """The live model's loss on the report split, over the domains that are searched on; after :meth:`prepare`."""
         assert self.window is not None
-        return self._runs.evaluate(model, self.window, "report").only(self.heldout.searched)
+        return self._schedule.evaluate(model, "report").only(self.heldout.searched)
 
     # What is due
 
     def _capture(self, model: nn.Module, step: int, skipped: Callable[[], bool]) -> bool:
         """Take a checkpoint if one is due, and note whether a merge is; tells whether the window has a new row."""
-        config, window, memory = self.config, self.window, self._memory
+        config, window, memory = self.config, self.window, self._state
         assert window is not None
         previous = step - 1 if memory.last_step is None else memory.last_step
         if step < config.start_step or not _passed(config.capture_every // config.samples, previous, step):
@@ -345,7 +341,7 @@ class TrajectoryMerger:
         if was_skipped:
             return False
         memory.last_step = step
-        self._owed |= _passed(config.merge_every, previous, step)
+        self._due |= _passed(config.merge_every, previous, step)
         if in_use:
             return False
         is_row = _passed(config.capture_every, previous, step)
@@ -356,26 +352,40 @@ class TrajectoryMerger:
                 window.sample(model)
         return is_row
 
-    def _begin(self, model: nn.Module, step: int, plan: Plan | None = None) -> None:
+    def _begin(self, model: nn.Module, step: int, evaluations: int | None = None) -> None:
         """Begin a merge if one is due; until then, learn what it will take."""
         window = self.window
         assert window is not None
-        if not self._owed and plan is None:
-            self._runs.try_out(model, window)
+        if not self._due and evaluations is None:
+            self._schedule.try_out(model)
         elif len(window) < 2:
             logger.info("no merge at step %d: the window holds %d checkpoint", step, len(window))
-            self._owed = False
-        elif self._runs.begin(model, window, self._memory, step, plan):
-            self._owed = False
+            self._due = False
+        elif self._schedule.begin(model, self._state, step, evaluations):
+            self._due = False
         else:
-            self._runs.try_out(model, window)
+            self._schedule.try_out(model)
 
-    def _record(self, finished: Finished | None, step: int) -> MergeRecord | None:
-        """Record a merge that was done at this step."""
-        if finished is None or self.window is None:
+    def _record(self, record: MergeRecord | None, step: int) -> MergeRecord | None:
+        """Add what is known when a merge is done at this step, keep its record, and log it."""
+        if record is None:
             return None
-        overhead, window_bytes = self._overhead.share, self.window.nbytes
-        return self._recorder.record(finished, step, self._memory.history, overhead, window_bytes, self._writer)
+        history = self._state.history
+        history.append((record.step, record.merged_loss))
+        as_good = [record.step - past for past, loss in history if loss <= record.live_loss]
+        record = replace(
+            record,
+            steps_saved=max(as_good, default=0),
+            finished_step=step,
+            overhead=self._overhead.share,
+        )
+        self.records.append(record)
+        if self.processes.is_rank_zero:
+            self._writer.submit_unwatched(lambda: self._metrics.append(record))
+        with self._failures.contained("logging", step):
+            if self._log is not None:
+                self._log(record)
+        return record
 
     # Resuming
 
@@ -389,11 +399,11 @@ class TrajectoryMerger:
             folder: where to, as the first process says; None: nowhere.
             written: is called, in that thread of the first process, when the folder is there.
         """
-        if self.window is None or self._memory.last_step is None:
+        if self.window is None or self._state.last_step is None:
             return
-        started, step = time.perf_counter(), self._memory.last_step
+        started, step = time.perf_counter(), self._state.last_step
         window = self.window
-        with self._timeout(step), self._failures.contained("saving the window", step):
+        with self._timeout_ends_merging(step), self._failures.contained("saving the window", step):
             target = self.processes.from_rank0(lambda: None if folder is None else Path(folder))
             if target is None:
                 return
@@ -401,13 +411,28 @@ class TrajectoryMerger:
             self.wait()
             with self.processes.raise_on_all():
                 window.settle()
-            # What was known when the merge under way began, if it can still be made again: live is its newest row.
-            before = self._runs.before if window.steps[-1:] == (self._memory.last_merge_step,) else None
-            memory = replace(
-                before or self._memory, last_step=step, busy_s=self._overhead.busy_s, wall_s=self._overhead.wall_s
+            # A merge under way can be made again if live is still its row; what it learns is not in the state yet.
+            again = self._schedule.merge_under_way and window.steps[-1:] == (self._state.last_merge_step,)
+            run = replace(self._state, busy_s=self._overhead.busy_s, wall_s=self._overhead.wall_s)
+            saved = Saved(
+                copy.deepcopy(run),
+                self._state.last_merge_step if again else None,
+                self.heldout.digest,
+                [vars(entry) for entry in self._store.entries],
             )
-            self._saving.save(target, memory, None if before is None else window.steps[-1], written)
-        self._overhead.take(time.perf_counter() - started)
+            tensors = window.state_dict()
+            with ExitStack() as stack:
+                stack.enter_context(window.in_use())
+                until_written = stack.pop_all()
+
+            def write() -> None:
+                with until_written:
+                    save_state(target, tensors, self._index, saved, self._writer_processes)
+                if written is not None and self.processes.is_rank_zero:
+                    written()
+
+            self._writer.submit_unwatched(write)
+        self._overhead.spend(time.perf_counter() - started)
 
     def wait(self) -> None:
         """Wait until everything that was to be written is on the disk."""
@@ -416,8 +441,8 @@ class TrajectoryMerger:
 
     def resume_from(self, folder: Path | None, model: nn.Module, step: int) -> None:
         """:meth:`load_state` for a trainer's resume: if nothing usable is found, say so and start an empty window."""
-        self._recorder.resumed()
-        with self._timeout(step), self._failures.contained("restoring the window", step):
+        self._metrics.resumed = True
+        with self._timeout_ends_merging(step), self._failures.contained("restoring the window", step):
             if (found := self.processes.from_rank0(lambda: folder)) is None:
                 raise FileNotFoundError("the checkpoint has no saved window beside it; the window starts empty")
             self.load_state(found, model, step)
@@ -441,11 +466,18 @@ class TrajectoryMerger:
             return
         self.prepare(model)
         assert self.window is not None
-        self._memory, merging = self._saving.load(Path(folder), step)
-        self._overhead.begin(self._memory.busy_s, self._memory.wall_s)
-        self._recorder.resumed()
-        if merging is not None:
-            self._runs.begin(model, self.window, self._memory, merging, Plan(self.config.evaluations))
+        saved = load_state(Path(folder), self.window, step)
+        self._state = saved.run
+        if saved.heldout == self.heldout.digest:
+            self._store.restore(saved.snapshots)
+        else:
+            logger.info("the held-out data changed since %s was saved: losses measured before are forgotten", folder)
+            self._state.search.forget_losses()
+            self._state.history = []
+        self._overhead.begin(self._state.busy_s, self._state.wall_s)
+        self._metrics.resumed = True
+        if saved.merging is not None:
+            self._schedule.begin(model, self._state, saved.merging, self.config.evaluations)
 
 
 def _passed(every: int, previous: int, step: int) -> bool:

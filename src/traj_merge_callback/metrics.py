@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Set
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from .disk.atomic import write_whole
 from .search.evaluation import Evaluation
-
-logger = logging.getLogger("traj_merge_callback")
 
 PREFIX = "merge/"
 
@@ -51,11 +46,11 @@ class MergeRecord:
         group_weights: merge weights of each parameter group, which are those published; ``weights`` are what they were
             shrunk towards. Empty without ``groups``, or where weights of the whole model did better.
         live_loss, merged_loss, gain, gain_stderr, live_perplexity, merged_perplexity: see ``MEANINGS``; the standard
-            error is None when there are too few held-out batches for one, all are where nothing was evaluated.
+            error is None when there are too few held-out batches for one.
         steps_saved: see ``MEANINGS``.
         evaluations: candidates evaluated on the search split.
         forward_equivalents: their cost in passes over the search split (a forward is 1, with a gradient 3).
-        allowed: ``{"evaluations", "heldout_share"}``: what the overhead budget let the merge spend.
+        allowed: ``{"evaluations"}``: passes over the search split that the overhead budget let the merge spend.
         finished_step: optimizer step at which the merge was done; ``step`` if training waited for it.
         seconds, longest_pause, overhead, window_bytes: see ``MEANINGS``.
         search_losses: live and merged loss on the search split, the optimistic numbers the choice was made by.
@@ -69,24 +64,24 @@ class MergeRecord:
     weights: list[float]
     running_sum_weights: list[float]
     group_weights: dict[str, list[float]]
-    live_loss: float | None
-    merged_loss: float | None
-    gain: float | None
+    live_loss: float
+    merged_loss: float
+    gain: float
     gain_stderr: float | None
-    live_perplexity: float | None
-    merged_perplexity: float | None
-    steps_saved: int | None
+    live_perplexity: float
+    merged_perplexity: float
     evaluations: int
     forward_equivalents: float
-    allowed: dict[str, float]
-    finished_step: int
-    seconds: float
-    longest_pause: float
-    overhead: float
-    window_bytes: int
+    allowed: dict[str, int]
     search_losses: dict[str, float]
     domains: dict[str, dict[str, float | None]]
-    snapshot: str | None
+    window_bytes: int
+    steps_saved: int = 0
+    finished_step: int = 0
+    seconds: float = 0.0
+    longest_pause: float = 0.0
+    overhead: float = 0.0
+    snapshot: str | None = None
 
     def to_json(self) -> str:
         """One line of JSON; numbers that are not finite become null, which every reader understands."""
@@ -143,12 +138,6 @@ def report_losses(live: Evaluation, merged: Evaluation, searched: Set[str]) -> d
     }
 
 
-def not_measured() -> dict[str, Any]:
-    """The losses of a record where nothing was evaluated."""
-    names = ["live_loss", "merged_loss", "gain", "gain_stderr", "live_perplexity", "merged_perplexity"]
-    return {**dict.fromkeys(names), "domains": {}}
-
-
 def _domain(live: Evaluation, merged: Evaluation) -> dict[str, float | None]:
     gain, stderr = live.gain_of(merged)
     return {"live_loss": live.loss, "merged_loss": merged.loss, "gain": gain, "gain_stderr": _known(stderr)}
@@ -156,42 +145,3 @@ def _domain(live: Evaluation, merged: Evaluation) -> dict[str, float | None]:
 
 def _known(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-class MetricsFile:
-    """metrics.jsonl: one record a line, continued by a resumed run, never mixed with another run's.
-
-    Args:
-        path: the file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._begun = False
-        self.resumed = False
-
-    def append(self, record: MergeRecord) -> None:
-        """Add a line.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
-        if not self._begun:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            if self._path.exists():
-                self._take_back(record.step) if self.resumed else self._set_aside()
-            self._begun = True
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(record.to_json() + "\n")
-
-    def _take_back(self, step: int) -> None:
-        """Drop the lines of steps that a resumed run makes again, and a last line that was cut off."""
-        lines = [line for line in self._path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        write_whole(self._path, "".join(line + "\n" for line in lines if json.loads(line)["step"] < step))
-
-    def _set_aside(self) -> None:
-        number = 1
-        while (aside := self._path.with_name(f"metrics.{number}.jsonl")).exists():
-            number += 1
-        self._path.rename(aside)
-        logger.info("%s was there from another run; it is now %s", self._path, aside)

@@ -22,6 +22,7 @@ except ImportError as error:
 from tqdm.auto import tqdm
 
 from .config import MergeConfig
+from .disk.model_files import collect_pretrained
 from .merger import TrajectoryMerger
 from .metrics import MergeRecord
 from .window.amp import LossScaleWatch
@@ -134,7 +135,7 @@ class TrajMergeCallback(TrainerCallback):
             nll=self._nll,
             log=lambda record: self._log(args, state, control, record),
             log_everywhere=True,
-            extra=lambda: functools.partial(_save_tokenizer, kwargs.get("processing_class")),
+            extra=lambda: collect_pretrained(kwargs.get("processing_class")),
             **{**self._options, "output_dir": self.config.output_dir or str(Path(args.output_dir) / "merged")},
         )
         self.merger.prepare(kwargs["model"])
@@ -237,8 +238,3 @@ def _preserved_averages(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer._metrics = averages
-
-
-def _save_tokenizer(processing_class: Any, folder: Path) -> None:
-    if hasattr(processing_class, "save_pretrained"):
-        processing_class.save_pretrained(folder)

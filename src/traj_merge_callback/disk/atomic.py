@@ -1,15 +1,21 @@
-"""Writing files and folders so that each exists whole or not at all, whatever kills the process."""
+"""Writing files and folders so that each exists whole or not at all, and the thread that writes them."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 from ..distributed import Processes
 
+T = TypeVar("T")
 _TEMPORARY = ".tmp-"
 
 
@@ -42,33 +48,42 @@ def whole_folder(target: Path, tag: str | None = None) -> Iterator[Path]:
 
 
 @contextmanager
-def shared_folder(target: Path, processes: Processes, *, leads: bool) -> Iterator[Path]:
-    """:func:`whole_folder` for several processes: it becomes ``target`` when the block has ended well in all of them.
+def shared_folder(target: Path, processes: Processes) -> Iterator[Path]:
+    """:func:`whole_folder` for several ranks: it becomes ``target`` when the block has ended well on all of them.
 
     Args:
-        target: the folder; several processes may see the same one, or each its own.
-        processes: that enter the block.
-        leads: whether this process makes the folder, for all that see it. Where several do, the first process's is
-            there last.
+        target: the folder, on a file system that all ranks share.
+        processes: the ranks, all of which enter the block.
 
     Raises:
-        Exception: what went wrong here, or that something did in another process.
+        OSError: the folder is not the same for all ranks.
+        Exception: what went wrong here, or that something did on another rank.
     """
     tag = processes.from_rank0(lambda: f"{os.getpid()}-shared")
+    temporary = _temporary(target, tag)
     with ExitStack() as stack:
         with processes.raise_on_all():
-            if leads:
+            if processes.is_rank_zero:
                 stack.enter_context(whole_folder(target, tag))
         with processes.raise_on_all():
-            yield _temporary(target, tag)
+            if not temporary.is_dir():
+                raise OSError(
+                    f"rank {processes.rank} does not see {target.parent}, where rank 0 writes: files of several ranks "
+                    "need a folder on a file system that all ranks share"
+                )
         with processes.raise_on_all():
-            if not processes.is_rank_zero:
-                stack.close()
+            yield temporary
         processes.from_rank0(stack.close)
 
 
 def _temporary(target: Path, tag: str) -> Path:
     return target.parent / f"{_TEMPORARY}{target.name}-{tag}"
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file, and hand it to the disk: another rank may rename the folder it is in."""
+    save_file(tensors, path)
+    _flush(path)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -89,6 +104,11 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder that nobody reads any more, if it is there."""
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def point_link(link: Path, target_name: str) -> None:
@@ -117,3 +137,35 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class Writer:
+    """One thread that writes files in the order in which they are submitted.
+
+    It ends, with everything written, when it is closed or when Python exits.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="traj-merge-writer")
+        self._unwatched: list[Future[Any]] = []
+
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        """Write something; the caller asks for the result."""
+        return self._thread.submit(job)
+
+    def submit_unwatched(self, job: Callable[[], None]) -> None:
+        """Write something that nobody waits for; :meth:`check` tells if it failed."""
+        self._unwatched.append(self._thread.submit(job))
+
+    def check(self) -> None:
+        """Raise what went wrong in the first unwatched job that failed since the last time."""
+        while self._unwatched and self._unwatched[0].done():
+            self._unwatched.pop(0).result()
+
+    def wait(self) -> None:
+        """Wait until everything submitted is written, well or not."""
+        wait([self._thread.submit(int)])
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        self._thread.shutdown(wait=True)

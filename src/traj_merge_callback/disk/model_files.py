@@ -250,3 +250,18 @@ def _names_of(state: dict[str, Tensor], targets: dict[str, Tensor]) -> set[str]:
     """Every name of the model whose storage a tensor of ``state`` fills, tied names included."""
     filled = {targets[name].data_ptr() for name in state if name in targets}
     return {name for name, target in targets.items() if target.data_ptr() in filled}
+
+
+def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write a trainer's checkpoint, as ``torch.load`` reads it."""
+    torch.save(checkpoint, path)
+
+
+def collect_pretrained(owner: Any) -> Callable[[Path], None]:
+    """The function that writes a tokenizer, or whatever else has ``save_pretrained``, into a folder."""
+
+    def write(folder: Path) -> None:
+        if hasattr(owner, "save_pretrained"):
+            owner.save_pretrained(folder)
+
+    return write

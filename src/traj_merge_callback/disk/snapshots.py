@@ -30,14 +30,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SnapshotEntry:
-    """A published snapshot: folder name inside the output folder, optimizer step, merged loss on the report split.
-
-    The loss is None where it was not measured.
-    """
+    """A published snapshot: folder name inside the output folder, optimizer step, merged loss on the report split."""
 
     name: str
     step: int
-    merged_loss: float | None
+    merged_loss: float
 
 
 class SnapshotStore:
@@ -54,13 +51,12 @@ class SnapshotStore:
         self._keep_last = keep_last
         self._keep_best = keep_best
         self.entries: list[SnapshotEntry] = []
-        self._leads: bool | None = None
+        self._begun = False
 
     @property
     def best(self) -> SnapshotEntry | None:
         """The published snapshot of lowest merged loss, the newest of equals."""
-        measured = [(entry.merged_loss, -entry.step, entry) for entry in self.entries if entry.merged_loss is not None]
-        return min(measured)[2] if measured else None
+        return min(self.entries, key=lambda entry: (entry.merged_loss, -entry.step), default=None)
 
     @property
     def latest(self) -> SnapshotEntry | None:
@@ -74,7 +70,7 @@ class SnapshotStore:
     def publish(
         self,
         step: int,
-        merged_loss: float | None,
+        merged_loss: float,
         write: Callable[[Path], None],
         merge: dict[str, Any],
         together: Processes | None = None,
@@ -83,34 +79,33 @@ class SnapshotStore:
 
         Args:
             step: optimizer step.
-            merged_loss: on the report split, if it was measured.
+            merged_loss: on the report split.
             write: writes the weights into a folder.
             merge: content of merge.json.
-            together: processes that all call this, each to write its part; the first one keeps the index.
+            together: the ranks, if all of them call this, each to write its part; by default this one writes alone.
 
         Returns:
             The snapshot's folder.
 
         Raises:
-            OSError: the disk is full or read-only; nothing half-written stays behind.
+            OSError: the disk is full or read-only, or ranks do not share the folder; nothing half-written stays behind.
         """
         name = f"step-{step:08d}"
         processes = together or Processes(alone=True)
-        if self._leads is None:
-            self._leads = processes.leads(self.folder)
-            if self._leads:
-                remove_leftovers(self.folder)
-        with shared_folder(self.folder / name, processes, leads=self._leads) as temporary:
+        if not self._begun and processes.is_rank_zero:
+            remove_leftovers(self.folder)
+        self._begun = True
+        with shared_folder(self.folder / name, processes) as temporary:
             write(temporary)
             if processes.is_rank_zero:
                 text = json.dumps({"version": FORMAT_VERSION, **merge, "packages": _versions()}, indent=2)
                 (temporary / "merge.json").write_text(text + "\n", encoding="utf-8")
         kept = [entry for entry in self.entries if entry.name != name]
         self.entries = [*kept, SnapshotEntry(name, step, merged_loss)]
-        self._prune(processes.is_rank_zero)
+        self._prune(writes=processes.is_rank_zero)
         return self.folder / name
 
-    def _prune(self, is_rank_zero: bool) -> None:
+    def _prune(self, *, writes: bool) -> None:
         newest = sorted(self.entries, key=lambda entry: entry.step)[len(self.entries) - self._keep_last :]
         kept = set(newest if self._keep_last else [])
         if self._keep_best and self.best is not None:
@@ -118,10 +113,10 @@ class SnapshotStore:
         doomed = [entry for entry in self.entries if entry not in kept]
         self.entries = [entry for entry in self.entries if entry in kept]
         # The index stops naming a snapshot before its folder goes, so that a reader never follows it into nothing.
-        if is_rank_zero:
+        if writes:
             self._write_index()
         for entry in doomed:
-            if self._leads and (self.folder / entry.name).is_dir():
+            if writes and (self.folder / entry.name).is_dir():
                 remove_folder(self.folder / entry.name)
 
     def _write_index(self) -> None:

@@ -1,42 +1,65 @@
-"""A run's merging state beside the trainer's checkpoint: the window's rows and the searches' memory.
+"""A run's merging state beside the trainer's checkpoint: the window's rows, and what merges remember.
 
-Layout of the folder: ``row-00.safetensors`` ... (a row as it is stored), ``shared.safetensors`` (the mean begun,
-running sums, the anchor of int8 rows, live weights where rows are no exact copies) and ``state.json``. Several
-processes write files of ``torch.distributed.checkpoint`` instead of the former, which any number of them can read.
+Layout of the folder, format version 2::
+
+    state.json                           steps, what merges remember, and the index of parts
+    row-00.rank-00000.safetensors ...    one row, as it is stored (int8 rows as int8), this rank's columns
+    shared.rank-00000.safetensors        what belongs to all rows: the mean begun, leading rows, the anchor of int8
+                                         rows, live weights where rows are no exact copies
+
+Any number of ranks reads what any other number wrote. Rows come back bit for bit where a rank's columns are those that
+some rank wrote; int8 rows are rounded once more where they are not.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..distributed import Processes
+from ..window.storage import BLOCK, decode_int8
 from ..window.window import CheckpointWindow
-from .atomic import shared_folder, whole_folder
-from .sharded_files import ReadColumns, is_sharded, read_row, write_rows
+from .atomic import remove_tree, shared_folder, write_tensors
+from .parts import Copy, PartsIndex, part_path, ranges_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_SHARED = "shared"
+
+
+@dataclass
+class SearchState:
+    """What a merge remembers for the next one.
+
+    Args:
+        previous: its weights.
+        row_losses: losses of single rows on the search split, by step; of each component of the objective.
+        memory: what the search itself remembers.
+    """
+
+    previous: list[float] | None = None
+    row_losses: dict[int, list[float]] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    def forget_losses(self) -> None:
+        """Drop what was measured on other held-out data."""
+        self.row_losses, self.memory = {}, {}
 
 
 @dataclass
 class RunState:
-    """What merges depend on beside the window's rows, and what their records are computed from.
+    """What merges and their records depend on beside the window's rows.
 
     Args:
         last_step: the last optimizer step seen.
         last_merge_step: the step of the last merge, 0 before the first.
-        previous: the last merge's weights.
-        row_losses: losses of single rows on the search split, by step; of each component of the objective.
-        share: share of the search split that these were measured on.
-        search: what the search itself remembers.
+        search: what the last merge remembers.
         history: step and merged loss on the report split of every merge.
         busy_s: seconds spent in the callback.
         wall_s: seconds of training before the last resume.
@@ -44,118 +67,147 @@ class RunState:
 
     last_step: int | None = None
     last_merge_step: int = 0
-    previous: list[float] | None = None
-    row_losses: dict[int, list[float]] = field(default_factory=dict)
-    share: float = 1.0
-    search: dict[str, Any] = field(default_factory=dict)
+    search: SearchState = field(default_factory=SearchState)
     history: list[tuple[int, float]] = field(default_factory=list)
     busy_s: float = 0.0
     wall_s: float = 0.0
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RunState:
-        """The memory that ``dataclasses.asdict`` gave and JSON has kept: keys were strings, pairs lists."""
-        row_losses = {int(step): loss for step, loss in values["row_losses"].items()}
+        """The state that ``dataclasses.asdict`` gave and JSON has kept: keys were made strings, tuples lists."""
+        search = values["search"]
+        row_losses = {int(step): losses for step, losses in search["row_losses"].items()}
         history = [(step, loss) for step, loss in values["history"]]
-        return cls(**{**values, "row_losses": row_losses, "history": history})
+        return cls(**{**values, "search": SearchState(**{**search, "row_losses": row_losses}), "history": history})
 
 
-def save_state(folder: Path, state: dict[str, Any], document: dict[str, Any]) -> None:
-    """Write a window's ``state_dict`` into a folder, which then exists whole, and a document of plain JSON types.
-
-    In the document is the rest of the ``state_dict`` under "window", with the names of what rows share.
-    """
-    with whole_folder(folder) as temporary:
-        for index, row in enumerate(state["rows"]):
-            save_file(row, temporary / f"row-{index:02d}.safetensors")
-        if state["shared"]:
-            save_file(state["shared"], temporary / "shared.safetensors")
-        _write_document(temporary, document)
-
-
-def save_state_together(
-    folder: Path, rows: Mapping[str, ReadColumns], window: CheckpointWindow, document: dict[str, Any], files: Processes
-) -> None:
-    """:func:`save_state` in several processes, each of which writes its columns.
+@dataclass(frozen=True)
+class Saved:
+    """Everything in ``state.json`` but the index of parts and the window's own numbers.
 
     Args:
-        folder: on a file system that all processes share.
-        rows: see :meth:`CheckpointWindow.numbers`.
-        window: whose rows they are.
-        document: as for :func:`save_state`.
-        files: the processes.
-
-    Raises:
-        OSError: the folder is not the same for all.
+        run: the state of the run.
+        merging: the step of a merge that was under way, which is made again after resuming; None: there was none.
+        heldout: digest of the held-out data; losses are only comparable where it is equal.
+        snapshots: entries of the snapshots' index.
     """
-    leads = files.leads(folder.parent)
-    if sum(files.all_gather_object(leads)) > 1:
-        raise OSError(f"{folder} is on a disk that not all processes share, so the window cannot be saved there")
-    with shared_folder(folder, files, leads=leads) as temporary:
-        slots = window.layout.slots
-        write_rows(temporary, slots, rows, files, lambda row, slot: rows[row](slice(0, 0)).dtype)
-        if files.is_rank_zero:
-            _write_document(temporary, document)
+
+    run: RunState
+    merging: int | None
+    heldout: str
+    snapshots: list[dict[str, Any]]
 
 
-def _write_document(folder: Path, document: dict[str, Any]) -> None:
-    text = json.dumps({"version": FORMAT_VERSION, **document})
-    (folder / "state.json").write_text(text, encoding="utf-8")
+def save_state(folder: Path, window: dict[str, Any], index: PartsIndex, saved: Saved, processes: Processes) -> None:
+    """Write a state, which then exists whole or not at all; a collective.
 
-
-def load_state(folder: Path, window: CheckpointWindow, step: int) -> dict[str, Any]:
-    """Fill the window from a folder of :func:`save_state`; return the document.
+    Args:
+        folder: where to; on a file system that all ranks share.
+        window: this rank's :meth:`CheckpointWindow.state_dict`.
+        index: of the window's columns.
+        saved: the rest.
+        processes: the ranks.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it is of a newer format, of a model with other parameters, or holds checkpoints after ``step``.
+        OSError: the disk is full or read-only, or ranks do not share the folder.
+    """
+    with shared_folder(folder, processes) as temporary:
+        if processes.rank in index.parts:
+            for row, tensors in enumerate(window["rows"]):
+                write_tensors(part_path(temporary, _row_name(row), processes.rank), tensors)
+            if window["shared"]:
+                write_tensors(part_path(temporary, _SHARED, processes.rank), window["shared"])
+        if processes.is_rank_zero:
+            kept = {name: window[name] for name in ("steps", "dtype", "pushed", "sampled")}
+            document = {
+                "version": FORMAT_VERSION,
+                "window": {**kept, "shared": sorted(window["shared"])},
+                **asdict(saved),
+                "index": index.to_json(),
+            }
+            (temporary / "state.json").write_text(json.dumps(document), encoding="utf-8")
+
+
+def load_state(folder: Path, window: CheckpointWindow, step: int) -> Saved:
+    """Fill the window from a folder of :func:`save_state`; a collective.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or a part is missing.
+        ValueError: it is of another format version, of a model with other parameters, or holds checkpoints after
+            ``step``.
     """
     processes = window.processes
     document = processes.from_rank0(lambda: _read_document(folder, window, step))
-    saved = document["window"]
-    if is_sharded(folder):
-        slots = window.layout.slots
-        window.load_numbers(saved, lambda row, target: read_row(folder, slots, row, target, processes))
-    elif processes.size > 1:
-        with processes.raise_on_all():
-            window.load_numbers(saved, _columns_of_whole_rows(folder, document, window))
-    else:
-        rows = [load_file(folder / f"row-{index:02d}.safetensors") for index in range(len(saved["steps"]))]
-        shared = folder / "shared.safetensors"
-        window.load_state_dict({**saved, "rows": rows, "shared": load_file(shared) if shared.is_file() else {}})
-    return document
+    with processes.raise_on_all():
+        _fill(folder, document, window)
+    return Saved(
+        RunState.from_json(document["run"]), document["merging"], document["heldout"], list(document["snapshots"])
+    )
 
 
-def _columns_of_whole_rows(
-    folder: Path, document: dict[str, Any], window: CheckpointWindow
-) -> Callable[[str, Tensor], None]:
-    """Reads this process's columns of the rows that one process has saved, by the row's name."""
-    slots = {slot.name: slot for slot in window.layout.slots}
-    if document["window"]["dtype"] == "int8" or any(slot.shard.dim for slot in slots.values()):
-        raise ValueError(f"{folder} was saved by one process: several cannot divide int8 rows, nor shard by columns")
-    sizes = [slots[name].whole_numel for name in document["names"]]
-    begins = dict(zip(document["names"], itertools.accumulate(sizes, initial=0), strict=False))
+def remove_state(folder: Path | None, *, keep: Path | None = None) -> None:
+    """Remove a folder of states but for one of them, or all of it."""
+    if folder is not None and keep is None:
+        remove_tree(folder)
+    for old in folder.glob("step-*") if folder is not None and keep is not None else []:
+        if old != keep:
+            remove_tree(old)
 
-    def read(row: str, target: Tensor) -> None:
-        is_row = row.startswith("row-")
-        with safe_open(folder / f"{row if is_row else 'shared'}.safetensors", framework="pt") as opened:
-            values = opened.get_slice("row" if is_row else row)
-            for slot in slots.values():
-                begin = begins[slot.name] + slot.shard.start
-                target[slot.offset : slot.offset + slot.numel].copy_(values[begin : begin + slot.numel])
 
-    return read
+def _row_name(index: int) -> str:
+    return f"row-{index:02d}"
 
 
 def _read_document(folder: Path, window: CheckpointWindow, step: int) -> dict[str, Any]:
     if not (folder / "state.json").is_file():
         raise FileNotFoundError(f"{folder} holds no merging state (no state.json)")
     document = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    if document["version"] > FORMAT_VERSION:
-        raise ValueError(f"{folder} has format version {document['version']}; this library reads {FORMAT_VERSION}")
+    if document["version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} has format version {document['version']}; this version of traj-merge-callback reads "
+            f"{FORMAT_VERSION}"
+        )
     steps = document["window"]["steps"]
-    if sorted(document["names"]) != sorted(slot.name for slot in window.layout.slots):
+    found = {name: tuple(tensor["shape"]) for name, tensor in document["index"]["tensors"].items()}
+    if found != {slot.name: slot.shape for slot in window.layout.slots}:
         raise ValueError(f"{folder} was saved for a model with other parameters")
     if any(saved_step > step for saved_step in steps):
         raise ValueError(f"{folder} holds checkpoints up to step {steps[-1]}, but training is at step {step}")
     return document
+
+
+def _fill(folder: Path, document: dict[str, Any], window: CheckpointWindow) -> None:
+    index, saved = PartsIndex.from_json(document["index"]), document["window"]
+    ranges = ranges_of(window.layout.slots)
+    if (rank := index.rank_of(ranges)) is not None:
+        rows = [load_file(part_path(folder, _row_name(row), rank)) for row in range(len(saved["steps"]))]
+        shared = load_file(part_path(folder, _SHARED, rank)) if saved["shared"] else {}
+        window.load_state_dict({**saved, "rows": rows, "shared": shared})
+        return
+    copies = list(index.copies(ranges))
+
+    def read(name: str, target: Tensor) -> None:
+        is_row = name not in saved["shared"]
+        for copy in copies:
+            values = _int8_columns(folder, name, copy) if is_row and saved["dtype"] == "int8" else None
+            if values is None:
+                with safe_open(part_path(folder, name if is_row else _SHARED, copy.rank), framework="pt") as opened:
+                    values = opened.get_slice("row" if is_row else name)[copy.source]
+            target[copy.target].copy_(values)
+
+    window.load_rows(saved, read)
+
+
+def _int8_columns(folder: Path, name: str, copy: Copy) -> Tensor:
+    """Some columns of an int8 row as numbers: the whole blocks that hold them, decoded, on the anchor."""
+    first, last = copy.source.start // BLOCK, -(-copy.source.stop // BLOCK)
+    with safe_open(part_path(folder, name, copy.rank), framework="pt") as opened:
+        deltas = opened.get_slice("deltas")[first * BLOCK : last * BLOCK]
+        scales = opened.get_slice("scales")[first:last]
+    values = decode_int8(deltas, scales, torch.empty(len(deltas)))
+    with safe_open(part_path(folder, _SHARED, copy.rank), framework="pt") as opened:
+        values += opened.get_slice("anchor")[first * BLOCK : last * BLOCK]
+    begin = copy.source.start - first * BLOCK
+    return values[begin : begin + copy.source.stop - copy.source.start]
+
+

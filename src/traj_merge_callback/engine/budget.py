@@ -1,50 +1,85 @@
-"""How much of a merge is affordable: the overhead budget, and what merges cost by measurement."""
+"""What a merge costs, by measurement, and how much of it the overhead budget can pay for."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass
 
+import torch
+
 from ..pieces import COMBINE, FORWARD, PROJECT, PUBLISH
-from .schedule import Durations
+from ..search.problem import GRADIENT_COST
 
 # Passes that the default search can still do something useful with.
 _FEWEST_EVALUATIONS = 5
-_SMALLEST_SHARE = 0.5
-# A forward and a backward pass, in forward passes.
-GRADIENT_COST = 3
+# By default a pause lasts at most so many training steps; pieces are planned for less, so that one may take longer.
 _PAUSE_STEPS = 3.0
 _MARGIN = 0.6
+_REMEMBERED = 8
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How much a merge may do.
+class Stopwatch:
+    """Seconds of work on a device: on CUDA those of the kernels queued between two laps, which it waits for.
 
     Args:
-        evaluations: passes over the search split, live included; 0: nothing is evaluated, a recipe's merge is published
-            as it is.
-        share: share of the search split that is used.
+        device: where the work is done.
     """
 
-    evaluations: int
-    share: float = 1.0
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._event = self._stream.record_event(torch.cuda.Event(enable_timing=True)) if self._stream else None
+        self._began = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        if self._stream is not None and self._event is not None:
+            last, self._event = self._event, self._stream.record_event(torch.cuda.Event(enable_timing=True))
+            self._event.synchronize()
+            return last.elapsed_time(self._event) / 1000.0
+        last_time, self._began = self._began, time.perf_counter()
+        return self._began - last_time
 
 
-def plans(evaluations: int, fewest: int) -> list[Plan]:
-    """Ever cheaper ways to merge: fewer candidates first, then less held-out text.
+class Durations:
+    """Seconds that pieces of each kind took, lately."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
+
+    def learn(self, kind: str, seconds: float) -> None:
+        """Note the duration of one piece."""
+        self._seen[kind].append(seconds)
+
+    def scale(self, kind: str, factor: float) -> None:
+        """Note that pieces of this kind have become longer by this factor."""
+        self._seen[kind] = deque((seconds * factor for seconds in self._seen[kind]), maxlen=_REMEMBERED)
+
+    @property
+    def known(self) -> bool:
+        """Whether pieces have been done."""
+        return bool(self._seen)
+
+    def expected(self, kind: str) -> float:
+        """Median seconds of a piece of this kind; 0 if none was done yet."""
+        return statistics.median(self._seen[kind]) if self._seen.get(kind) else 0.0
+
+    def longest(self, kind: str) -> float:
+        """Seconds of the longest recent piece of this kind; infinite if none was done yet."""
+        return max(self._seen[kind]) if self._seen.get(kind) else math.inf
+
+
+def budgets(evaluations: int, fewest: int) -> list[int]:
+    """What a merge may be given, in passes over the search split, live included: ever less.
 
     Args:
         evaluations: what may be spent at most.
         fewest: what the search needs at least.
     """
     least = max(fewest, min(evaluations, _FEWEST_EVALUATIONS))
-    middle = (evaluations + least) // 2
-    counts = dict.fromkeys([evaluations, middle, least])
-    return [*[Plan(count) for count in counts], Plan(least, _SMALLEST_SHARE)]
+    return list(dict.fromkeys([evaluations, (evaluations + least) // 2, least]))
 
 
 @dataclass(frozen=True)
@@ -62,18 +97,18 @@ class MergeCost:
     parts: int
     products: int
 
-    def seconds(self, plan: Plan, durations: Durations) -> float:
-        """Seconds a merge takes at most, from what its pieces took before."""
-        evaluated = plan.evaluations * plan.share * self.search_batches + 2 * self.report_batches
-        gradients = plan.evaluations / GRADIENT_COST * self.parts
-        combining = (plan.evaluations + 2) * self.products * durations.expected(COMBINE)
-        projecting = gradients * self.products * max(durations.expected(PROJECT), durations.expected(COMBINE))
-        return evaluated * durations.expected(FORWARD) + combining + projecting + durations.expected(PUBLISH)
+    def seconds(self, evaluations: int, durations: Durations) -> float:
+        """Seconds that a merge takes at most, from what its pieces took before."""
+        batches = evaluations * self.search_batches + 2 * self.report_batches
+        gradients = evaluations / GRADIENT_COST * self.parts
+        combine = (evaluations + 2) * self.products * durations.expected(COMBINE)
+        project = gradients * self.products * max(durations.expected(PROJECT), durations.expected(COMBINE))
+        return batches * durations.expected(FORWARD) + combine + project + durations.expected(PUBLISH)
 
 
-def affordable(wanted: list[Plan], cost: MergeCost, durations: Durations, allowance: float) -> Plan | None:
-    """The first plan that costs no more than the allowance in seconds, None if even the last one does."""
-    return next((plan for plan in wanted if cost.seconds(plan, durations) <= allowance), None)
+def affordable(wanted: list[int], cost: MergeCost, durations: Durations, allowance: float) -> int | None:
+    """The first budget that costs no more than the allowance in seconds, None if even the last one does."""
+    return next((budget for budget in wanted if cost.seconds(budget, durations) <= allowance), None)
 
 
 class Overhead:
@@ -81,7 +116,7 @@ class Overhead:
 
     Args:
         largest_share: of wall time; None: no limit.
-        max_pause: seconds between two training steps that may be taken; None: three training steps' time.
+        max_pause: seconds between two training steps that may be spent; None: three training steps' time.
     """
 
     def __init__(self, largest_share: float | None, max_pause: float | None) -> None:
@@ -104,12 +139,12 @@ class Overhead:
 
     @property
     def share(self) -> float:
-        """Share of wall time taken so far."""
+        """Share of wall time spent here so far."""
         return self.busy_s / max(self.wall_s, 1e-9)
 
     @property
     def allowance(self) -> float:
-        """Seconds that may be taken now."""
+        """Seconds that may be spent now."""
         return math.inf if self._largest_share is None else self._largest_share * self.wall_s - self.busy_s
 
     @property
@@ -121,7 +156,7 @@ class Overhead:
 
     @property
     def pause(self) -> float:
-        """Seconds to aim at between two training steps, so that a piece may take longer than it used to."""
+        """Seconds to plan for between two training steps, below ``max_pause`` by a margin."""
         return _MARGIN * self.max_pause
 
     def enter(self) -> None:
@@ -129,15 +164,15 @@ class Overhead:
         self._step_seconds.append(time.perf_counter() - self._left)
 
     def hide(self, seconds: float) -> None:
-        """So many seconds since :meth:`enter` were not taken from training."""
+        """Do not count these seconds since :meth:`enter`: training's own kernels were still running."""
         self._hidden_s += seconds
 
     def leave(self, entered: float) -> None:
         """Training goes on; it was entered at this time of ``time.perf_counter()``."""
         self._left = time.perf_counter()
-        self.take(self._left - entered - self._hidden_s)
+        self.spend(self._left - entered - self._hidden_s)
         self._hidden_s = 0.0
 
-    def take(self, seconds: float) -> None:
-        """So many seconds were taken from training."""
+    def spend(self, seconds: float) -> None:
+        """Count seconds by which training was held up."""
         self.busy_s += seconds

@@ -1,47 +1,143 @@
-"""Choosing a merge's weights: the problem that the configuration poses, its search, and what is remembered of it."""
+"""Choosing a merge's weights: the problem is posed, the search runs on rank 0, the best evaluated candidate wins."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ..config import MergeConfig
-from ..disk.state import RunState
+from ..disk.state import SearchState
 from ..distributed import Processes
 from ..evaluate.candidate import Candidates
 from ..evaluate.heldout import HeldOutLoss
-from ..pieces import Pieces, reported
-from ..search import Problem, resolve_search
-from ..search.evaluation import Evaluation
+from ..pieces import SEARCH, Pieces
+from ..search import Observed, Problem, Search, resolve_search
+from ..search.evaluation import Evaluation, Gradient
 from ..search.grouped import GroupedSearch
 from ..search.objective import Objective
+from ..search.problem import GRADIENT_COST
 from ..window.window import CheckpointWindow
-from .deciding import Decided
-from .selection import Selection, select
 
 logger = logging.getLogger("traj_merge_callback")
 
+# A search may repeat itself (repeats are answered from memory, for free), but not for ever.
+_ASKS_PER_EVALUATION = 10
+
+Measure = Callable[
+    [np.ndarray, bool, Sequence[int], Callable[[Evaluation], bool]], Pieces[tuple[Evaluation, "Gradient | None"]]
+]
+
 
 @dataclass(frozen=True)
-class Choice:
-    """The merge weights chosen.
+class Selection:
+    """The best candidate so far, and what it cost to find.
 
     Args:
-        weights: shape ``(num_weights,)`` or ``(groups, num_weights)``; None for live itself.
-        described: the weights by name, as they stand in the record and in merge.json.
-        search_losses: live's and the merge's objective on the search split, nats per token.
+        weights: shape ``(size,)`` or ``(groups, size)``; None for live itself.
+        loss: the objective on the search split, nats per token.
+        evaluation: on the search split; None if the loss was known from an earlier merge.
         evaluations: how many candidates were evaluated, live included.
         forward_equivalents: what that cost, in forward passes over the search split.
     """
 
     weights: np.ndarray | None
-    described: dict[str, Any]
-    search_losses: dict[str, float]
-    evaluations: int
-    forward_equivalents: float
+    loss: float
+    evaluation: Evaluation | None
+    evaluations: int = 1
+    forward_equivalents: float = 1.0
+
+
+def select(
+    make: Callable[[], Search],
+    problem: Problem,
+    measure: Measure,
+    start: Selection,
+    row_losses: dict[int, list[float]],
+    processes: Processes,
+) -> Pieces[Selection]:
+    """Run a search to its end or its budget, in pieces.
+
+    The search is built, asked and told on rank 0 alone, which broadcasts its candidates; all ranks evaluate them.
+
+    Args:
+        make: builds the search.
+        problem: what it is built for; ``problem.evaluations`` is the budget.
+        measure: evaluates merge weights on parts of the search split, with the gradient in the weights if asked for.
+        start: the best candidate so far, live to begin with.
+        row_losses: losses of single rows by step, known from earlier merges; new ones are added. Each is a list, of the
+            losses of the objective's components.
+        processes: the ranks.
+
+    Raises:
+        ValueError: a candidate of the wrong shape, with a weight that is not finite, or that does not sum to 1.
+    """
+    objective, search = problem.objective, None
+    best, count, spent = start, 0, 0.0
+    known = {} if problem.live is None else {problem.live.tobytes(): objective.live}
+    single = {problem.row(age).tobytes(): step for age, step in enumerate(reversed(problem.steps))}
+    known |= {key: np.array(row_losses[step]) for key, step in single.items() if step in row_losses}
+
+    def ask() -> tuple[np.ndarray | None, bool, int]:
+        nonlocal search
+        search = make() if search is None else search
+        candidate = search.ask()
+        parts = problem.parts if search.wants_parts is None else min(search.wants_parts, problem.parts)
+        return candidate, search.wants_gradient, parts
+
+    def hopeless(evaluation: Evaluation) -> bool:
+        unfinished = len(evaluation.nll) < problem.batches
+        return unfinished and best.evaluation is not None and objective.clearly_worse(evaluation, best.evaluation)
+
+    for _ in range(_ASKS_PER_EVALUATION * problem.evaluations):
+        yield SEARCH
+        candidate, with_gradient, wanted_parts = processes.from_rank0(ask)
+        if candidate is None:
+            break
+        weights = _checked(candidate, problem)
+        key = weights.tobytes()
+        evaluation, gradient = None, None
+        if with_gradient or key not in known:
+            cost = GRADIENT_COST if with_gradient else 1
+            if spent + cost * wanted_parts / problem.parts > problem.evaluations:
+                break
+            # Candidates that are not evaluated on all parts take different ones in turn, whose errors differ.
+            parts = [(count + part) % problem.parts for part in range(wanted_parts)]
+            evaluation, gradient = yield from measure(weights, with_gradient, parts, hopeless)
+            share = len(evaluation.nll) / problem.batches
+            count, spent = count + 1, spent + cost * share
+            losses = objective.losses(evaluation)
+            whole = len(evaluation.nll) == problem.batches
+            if whole:
+                known[key] = losses
+            elif best.evaluation is not None:
+                # Its difference to the best candidate is taken to be the same on the rest of the split.
+                losses = losses + objective.losses(best.evaluation)
+                losses -= objective.losses(best.evaluation.on(evaluation.indices))
+        else:
+            losses, whole = known[key], True
+        loss = objective.value(losses)
+        # What was not evaluated on the whole split is not known well enough to be published.
+        if whole and loss < best.loss:
+            best = replace(best, weights=weights, loss=loss, evaluation=evaluation)
+        yield SEARCH
+        if search is not None:
+            gradients = None if gradient is None else objective.gradients(gradient)
+            search.tell(weights, loss, Observed(losses, gradients, gradient))
+    row_losses |= {step: known[key].tolist() for key, step in single.items() if key in known}
+    return replace(best, evaluations=best.evaluations + count, forward_equivalents=best.forward_equivalents + spent)
+
+
+def _checked(candidate: np.ndarray, problem: Problem) -> np.ndarray:
+    weights = np.array(candidate, dtype=np.float64)
+    if weights.shape != problem.shape:
+        raise ValueError(f"the search proposed weights of shape {weights.shape}; the problem has {problem.shape}")
+    if not np.isfinite(weights).all() or np.abs(weights.sum(axis=-1) - 1.0).max() > 1e-6:
+        raise ValueError(f"the search proposed weights {weights.tolist()}, which are not finite with a sum of 1")
+    return weights + 0.0  # -0.0 becomes 0.0, so that equal candidates have equal bytes
 
 
 class Chooser:
@@ -49,8 +145,8 @@ class Chooser:
 
     Args:
         config: the options.
-        heldout: where weights are chosen on the search split.
-        processes: those that train the model together; the first one's searches decide for all.
+        heldout: weights are chosen on its search split.
+        processes: the ranks.
     """
 
     def __init__(self, config: MergeConfig, heldout: HeldOutLoss, processes: Processes) -> None:
@@ -59,83 +155,97 @@ class Chooser:
         self._heldout = heldout
         self._search = resolve_search(config.search, config.search_options)
         self._without_gradients = self._ungrouped = False
+        # What is being tried that another attempt can do without: "gradients", "groups", or nothing.
+        self._trying: str | None = None
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether a merge has one candidate that depends on no loss."""
+        return self._search.closed_form
 
     def choose(
         self,
         candidates: Candidates,
         window: CheckpointWindow,
         live: Evaluation,
-        memory: RunState,
+        state: SearchState,
         step: int,
         evaluations: int,
-    ) -> Pieces[Choice]:
+    ) -> Pieces[tuple[Selection, dict[str, Any]]]:
         """Search for the best weights, in pieces.
 
         Args:
             candidates: of the window.
             window: at least two rows.
             live: live on the search split.
-            memory: what is known from earlier merges, which this one adds to.
+            state: what the last merge remembers; what this one learns is written to it.
             step: optimizer step of the merge.
             evaluations: what may be spent, live included.
+
+        Returns:
+            The selection, and what the record and merge.json say of it: weights by name, losses on the search split.
         """
-        problem = yield from self._problem(window, live, memory, step, evaluations)
+        problem = yield from self._problem(window, live, state, step, evaluations)
         start = Selection(None, problem.live_loss, live)
-        chosen = yield from self._select(problem, candidates, start, memory.row_losses)
-        shared = chosen.weights
+        make: Callable[[], Search] = lambda: self._search(problem, **self._config.search_options)  # noqa: E731
+        self._trying = "gradients" if self._config.search == "auto" and not self._without_gradients else None
+        if self._without_gradients:
+            make = lambda: resolve_search("reach")(problem)  # noqa: E731
+        chosen = yield from select(make, problem, candidates.measure, start, state.row_losses, self._processes)
+        self._trying, shared = None, chosen.weights
         if window.groups is not None and shared is not None and not (self._ungrouped or self._without_gradients):
+            self._trying = "groups"
+            gram = yield from window.gram_pieces(grouped=True)
             left = evaluations - int(np.ceil(chosen.forward_equivalents))
-            chosen = yield from self._select_grouped(problem, window, candidates, chosen, shared, left)
-        memory.previous = None if shared is None else shared.tolist()
-        memory.row_losses = {row: losses for row, losses in memory.row_losses.items() if row in window.steps}
+            grouped, best = replace(problem, evaluations=left, gram=gram), shared
+            make = lambda: GroupedSearch(grouped, start=best)  # noqa: E731
+            chosen = yield from select(make, grouped, candidates.measure, chosen, {}, self._processes)
+            self._trying = None
+        state.previous = None if shared is None else shared.tolist()
+        state.row_losses = {row: losses for row, losses in state.row_losses.items() if row in window.steps}
         if shared is None:
             # Live itself; where rows are means it is no merge of them, and all their weights are zero.
             shared = np.zeros(problem.size) if problem.live is None else problem.live
         by_group = {}
         if window.groups is not None and chosen.weights is not None and chosen.weights.ndim == 2:
             by_group = dict(zip(window.groups.names, chosen.weights.tolist(), strict=True))
-        return Choice(
-            weights=chosen.weights,
-            described=_described(shared[problem.running_sums :], shared[: problem.running_sums], by_group),
-            search_losses={"live": problem.live_loss, "merged": chosen.loss},
-            evaluations=chosen.evaluations,
-            forward_equivalents=chosen.forward_equivalents,
-        )
+        return chosen, {
+            "weights": shared[problem.leading_rows :].tolist(),
+            "running_sum_weights": shared[: problem.leading_rows].tolist(),
+            "group_weights": by_group,
+            "search_losses": {"live": problem.live_loss, "merged": chosen.loss},
+        }
 
-    @property
-    def needs_evaluations(self) -> bool:
-        """Whether the weights depend on losses; those of most recipes do not."""
-        return not getattr(self._search, "closed_form", False)
-
-    def unevaluated(self, window: CheckpointWindow, step: int) -> Choice:
-        """A recipe's weights as they are, with no loss measured."""
-        problem = Problem(
-            steps=window.steps,
-            evaluations=1,
-            seed=self._config.seed + step,
-            running_sums=window.num_weights - len(window),
-            live_is_row=window.newest_is_live,
-            objective=Objective.single(0.0),
-        )
-        weights = self._search(problem, **self._config.search_options).ask()
-        assert weights is not None
-        return Choice(
-            weights=weights,
-            described=_described(weights[problem.running_sums :], weights[: problem.running_sums], {}),
-            search_losses={},
-            evaluations=0,
-            forward_equivalents=0.0,
-        )
+    def fall_back(self, error: Exception) -> bool:
+        """After a failure: whether the merge can be made another way, which is taken from now on; a collective."""
+        # Ranks that did not fail may be a piece ahead: what rank 0 was trying holds for all.
+        trying = self._processes.from_rank0(lambda: self._trying)
+        self._trying = None
+        cause = (type(error).__name__, error)
+        if trying == "gradients":
+            self._without_gradients = True
+            logger.warning(
+                "auto could not search with gradients of the held-out loss (%s: %s); it goes on with search='reach', "
+                "which needs none and finds a little less",
+                *cause,
+            )
+        elif trying == "groups":
+            self._ungrouped = True
+            logger.warning(
+                "merge weights by parameter group need gradients of the held-out loss, which could not be had "
+                "(%s: %s); weights of the whole model are published",
+                *cause,
+            )
+        return trying is not None
 
     def _problem(
-        self, window: CheckpointWindow, live: Evaluation, memory: RunState, step: int, evaluations: int
+        self, window: CheckpointWindow, live: Evaluation, state: SearchState, step: int, evaluations: int
     ) -> Pieces[Problem]:
         config, size = self._config, window.num_weights
         previous = None
-        if memory.previous is not None and len(memory.previous) <= size:
+        if state.previous is not None and len(state.previous) <= size:
             # Ages match from the newest row on; a window that has grown since then has older rows of weight 0.
-            previous = np.concatenate([np.zeros(size - len(memory.previous)), memory.previous])
-        takes_gradients = getattr(self._search, "needs_gradients", False) and not self._without_gradients
+            previous = np.concatenate([np.zeros(size - len(state.previous)), state.previous])
         objective = Objective.of(
             live,
             self._heldout.searched,
@@ -143,71 +253,19 @@ class Chooser:
             domain_weights=config.domain_weights,
             tolerance=config.tolerance,
         )
+        gram = None
+        if self._search.needs_gradients and not self._without_gradients:
+            gram = yield from window.gram_pieces()
         return Problem(
             steps=window.steps,
             evaluations=evaluations - 1 - (0 if config.groups is None else GroupedSearch.cost),
             previous=previous,
             seed=config.seed + step,
-            running_sums=size - len(window),
+            leading_rows=size - len(window),
             live_is_row=window.newest_is_live,
-            gram=(yield from window.gram_pieces()) if takes_gradients else None,
+            gram=gram,
             objective=objective,
             batches=self._heldout.num_batches("search"),
             parts=self._heldout.parts,
-            memory=memory.search,
+            memory=state.memory,
         )
-
-    def _select(
-        self, problem: Problem, candidates: Candidates, start: Selection, row_losses: dict[int, list[float]]
-    ) -> Pieces[Selection]:
-        """Run the search; ``auto`` does without gradients from the first time they cannot be had."""
-        if not self._without_gradients:
-            try:
-                search = Decided(self._search, problem, self._config.search_options, self._processes)
-                pieces = select(search, problem, candidates.measure, start, row_losses)
-                return (yield from self._reported(pieces))
-            except Exception as error:
-                if self._config.search != "auto":
-                    raise
-                logger.warning(
-                    "auto could not search with gradients of the held-out loss (%s: %s); it goes on with "
-                    "search='reach', which needs none and finds a little less",
-                    type(error).__name__,
-                    error,
-                )
-                self._without_gradients = True
-        search = Decided(resolve_search("reach"), problem, {}, self._processes)
-        return (yield from select(search, problem, candidates.measure, start, row_losses))
-
-    def _select_grouped(
-        self,
-        problem: Problem,
-        window: CheckpointWindow,
-        candidates: Candidates,
-        chosen: Selection,
-        shared: np.ndarray,
-        left: int,
-    ) -> Pieces[Selection]:
-        """Go on from the best weights of the whole model to those of each parameter group."""
-        gram = yield from window.gram_pieces(grouped=True)
-        grouped = replace(problem, evaluations=left, gram=gram)
-        search = Decided(GroupedSearch, grouped, {"start": shared}, self._processes)
-        try:
-            return (yield from self._reported(select(search, grouped, candidates.measure, chosen, {})))
-        except Exception as error:
-            logger.warning(
-                "merge weights by parameter group need gradients of the held-out loss, which could not be had "
-                "(%s: %s); weights of the whole model are published",
-                type(error).__name__,
-                error,
-            )
-            self._ungrouped = True
-            return chosen
-
-    def _reported(self, pieces: Pieces[Selection]) -> Pieces[Selection]:
-        """Pieces whose failure is caught here: in all processes, if it happens in one."""
-        return pieces if self._processes.size == 1 else reported(pieces)
-
-
-def _described(weights: np.ndarray, running_sums: np.ndarray, by_group: dict[str, list[float]]) -> dict[str, Any]:
-    return {"weights": weights.tolist(), "running_sum_weights": running_sums.tolist(), "group_weights": by_group}

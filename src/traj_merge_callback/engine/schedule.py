@@ -1,83 +1,49 @@
-"""Driving a merge's pieces: between training steps, or all at once."""
+"""When a merge happens: begun when it can be paid for, driven piece by piece between training steps."""
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
-import statistics
 import time
-from collections import defaultdict, deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Generic, TypeVar
 
 import torch
+from torch import nn
+from tqdm.auto import tqdm
 
-from ..distributed import Processes
+from ..config import MergeConfig
+from ..disk.state import RunState, SearchState
+from ..distributed import CollectiveTimeout, Processes
+from ..evaluate.heldout import HeldOutLoss, Split, device_of
 from ..evaluate.isolation import preserved_rng
-from ..pieces import WAIT, Failed, Pieces, make_known
+from ..metrics import MergeRecord
+from ..pieces import BACKWARD, FORWARD, WAIT, Pieces
+from ..search.evaluation import Evaluation
+from ..search.grouped import GroupedSearch
+from ..search.problem import GRADIENT_COST
+from .budget import Durations, MergeCost, Overhead, Stopwatch, affordable, budgets
+from .merge import Merge
 
+logger = logging.getLogger("traj_merge_callback")
 T = TypeVar("T")
-_REMEMBERED = 8
-
-
-class Stopwatch:
-    """Seconds of work on a device: on CUDA those of the kernels queued between two laps, which it waits for.
-
-    Args:
-        device: where the work is done.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        self._event = self._stream.record_event(torch.cuda.Event(enable_timing=True)) if self._stream else None
-        self._began = time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds since the last lap."""
-        if self._stream is not None and self._event is not None:
-            last, self._event = self._event, self._stream.record_event(torch.cuda.Event(enable_timing=True))
-            self._event.synchronize()
-            return last.elapsed_time(self._event) / 1000.0
-        last_time, self._began = self._began, time.perf_counter()
-        return self._began - last_time
-
-
-class Durations:
-    """What pieces of each kind take, in seconds, learned from the last few."""
-
-    def __init__(self) -> None:
-        self._seen: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
-
-    def learn(self, kind: str, seconds: float) -> None:
-        """A piece of this kind took so long."""
-        self._seen[kind].append(seconds)
-
-    def scale(self, kind: str, factor: float) -> None:
-        """Pieces of this kind have become longer by this factor."""
-        self._seen[kind] = deque((seconds * factor for seconds in self._seen[kind]), maxlen=_REMEMBERED)
-
-    @property
-    def known(self) -> bool:
-        """Whether pieces have been done."""
-        return bool(self._seen)
-
-    def expected(self, kind: str) -> float:
-        """Seconds that a piece of this kind usually takes; 0 if none was done yet."""
-        return statistics.median(self._seen[kind]) if self._seen.get(kind) else 0.0
-
-    def longest(self, kind: str) -> float:
-        """Seconds that a piece of this kind took at most, lately; infinite if none was done yet."""
-        return max(self._seen[kind]) if self._seen.get(kind) else math.inf
+# Kinds of pieces that the progress bar counts.
+_BATCH = (FORWARD, BACKWARD)
+# Seconds after which the progress bar appears.
+_PATIENCE_S = 1.0
 
 
 class Run(Generic[T]):
-    """Pieces under way in the training thread.
+    """Pieces under way.
 
     Args:
         pieces: what is to be done.
-        durations: what pieces take, known from earlier runs.
+        durations: what pieces took in earlier runs.
         device: where they are done.
         wait: waits for what a piece of the kind WAIT waits for.
-        processes: those that do the same pieces, one after the other, together.
+        processes: the ranks, which do the same pieces in step.
     """
 
     def __init__(
@@ -123,7 +89,7 @@ class Run(Generic[T]):
         self.seconds += spent
         self.longest_pause = max(self.longest_pause, spent)
 
-    def complete(self, on_piece: Callable[[str | None], None]) -> None:
+    def complete(self, on_piece: Callable[[str | None], None] = lambda kind: None) -> None:
         """Do all pieces that are left, waiting for what must be waited for."""
         before = self.seconds
         while not self.done:
@@ -142,24 +108,206 @@ class Run(Generic[T]):
         self._pieces.close()
 
     def _do(self, watch: Stopwatch) -> float:
-        """Do one piece, which fails in all processes if it fails in one; the longest of their durations."""
-        error = self._step(lambda: next(self._pieces))
-        while True:
-            try:
-                return self._processes.all_reduce_error(error, watch.lap())[0]
-            except BaseException as agreed:
-                known = make_known(agreed)
-            # The pieces may know what to do about it.
-            error = self._step(lambda: self._pieces.throw(known))  # noqa: B023
-            if error is not None:
-                self.done = True
-                raise error
-
-    def _step(self, go: Callable[[], str]) -> BaseException | None:
+        """Do one piece, which fails on all ranks if it fails on one; the longest of their durations."""
+        error: BaseException | None = None
         try:
-            self._next = go()
+            self._next = next(self._pieces)
         except StopIteration as stop:
             self.result, self.done = stop.value, True
-        except BaseException as error:
-            return error
-        return self._next.error if isinstance(self._next, Failed) else None
+        except BaseException as raised:
+            error = raised
+        try:
+            return self._processes.all_reduce_error(error, watch.lap())[0]
+        except BaseException:
+            self.abandon()
+            raise
+
+
+class Schedule:
+    """Begins merges, and drives them as far as ``schedule`` and the overhead budget allow.
+
+    Args:
+        config: the options.
+        heldout: the held-out loss.
+        merge: what a merge does.
+        overhead: the time spent here so far.
+        wait: waits for the files being written.
+        processes: the ranks; what depends on time is decided by rank 0.
+    """
+
+    def __init__(
+        self,
+        config: MergeConfig,
+        heldout: HeldOutLoss,
+        merge: Merge,
+        overhead: Overhead,
+        wait: Callable[[], None],
+        processes: Processes,
+    ) -> None:
+        self._processes = processes
+        self._config = config
+        self._heldout = heldout
+        self._merge = merge
+        self._overhead = overhead
+        self._wait = wait
+        self._durations = Durations()
+        self._run: Run[MergeRecord | None] | None = None
+        # Makes the run of the merge under way once more, if it can be made another way; and what it learns.
+        self._again: Callable[[], None] | None = None
+        self._learned = SearchState()
+        self._logged_budget: int | None = config.evaluations
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a merge, or a trial of what its pieces take, is not done yet."""
+        return self._run is not None
+
+    @property
+    def merge_under_way(self) -> bool:
+        """Whether a merge is not done yet."""
+        return self._run is not None and self._again is not None
+
+    def begin(self, model: nn.Module, state: RunState, step: int, evaluations: int | None = None) -> bool:
+        """Begin a merge of the window, whose newest row is of this step.
+
+        Args:
+            model: the model being trained.
+            state: of the run. What the merge learns is added to it when the merge is done.
+            step: optimizer step.
+            evaluations: what may be spent; by default what the overhead budget can pay for.
+
+        Returns:
+            Whether one was begun; it was not if it cannot be paid for yet.
+        """
+        if evaluations is None:
+            evaluations = self._processes.from_rank0(lambda: self._affordable(step))
+        if evaluations is None:
+            return False
+        if len({tuple(steps) for steps in self._processes.all_gather_object(list(self._merge.window.steps))}) > 1:
+            raise RuntimeError("the windows of the ranks differ, because a checkpoint was lost on one of them")
+        state.last_merge_step, budget = step, evaluations
+
+        def make() -> None:
+            self._learned = copy.deepcopy(state.search)
+            self._run = self._in_pieces(self._merge.pieces(model, self._learned, step, budget), model)
+
+        self._again = make
+        make()
+        return True
+
+    def try_out(self, model: nn.Module) -> None:
+        """Learn what pieces take, where that matters and is not known."""
+        matters = self._config.schedule == "interleaved" or self._config.max_overhead is not None
+        if matters and self._run is None and not self._durations.known:
+            self._run = self._in_pieces(self._merge.probe(model), model)
+
+    def advance(self, state: RunState) -> MergeRecord | None:
+        """Do as many pieces as may be done between two training steps; the record, if a merge is done with them."""
+        if self._run is None:
+            return None
+        allowance, pause = self._processes.from_rank0(lambda: (self._overhead.allowance, self._overhead.pause))
+        # A piece of a new kind has to be tried.
+        if allowance <= 0 or allowance < self._run.next_piece < math.inf:
+            return None
+        return self._drive(state, lambda run: run.advance(min(allowance, pause)))
+
+    def complete(self, state: RunState) -> MergeRecord | None:
+        """Do all pieces that are left, while training waits; the record, if a merge is done with them."""
+        if self._run is None:
+            return None
+        heldout, evaluations = self._heldout, self._config.evaluations
+        batches = evaluations * heldout.num_batches("search") + 2 * heldout.num_batches("report")
+        shown = self._config.progress and self._processes.is_rank_zero
+        title = f"merging at step {state.last_merge_step}"
+        with tqdm(total=batches, desc=title, unit="batch", delay=_PATIENCE_S, leave=False, disable=not shown) as bar:
+
+            def count(kind: str | None) -> None:
+                bar.update(kind in _BATCH)
+
+            return self._drive(state, lambda run: run.complete(count))
+
+    def evaluate(self, model: nn.Module, split: Split) -> Evaluation:
+        """Evaluate the model with the weights that it has now, at once."""
+        run = Run(self._merge.live(model, split), Durations(), device_of(model), self._wait, self._processes)
+        run.complete()
+        assert run.result is not None
+        return run.result
+
+    def abandon(self) -> None:
+        """Give up what is under way."""
+        if self._run is not None:
+            self._run.abandon()
+            self._run = self._again = None
+
+    def _in_pieces(self, pieces: Pieces[MergeRecord | None], model: nn.Module) -> Run[MergeRecord | None]:
+        return Run(pieces, self._durations, device_of(model), self._wait, self._processes)
+
+    def _drive(self, state: RunState, drive: Callable[[Run[MergeRecord | None]], None]) -> MergeRecord | None:
+        while True:
+            run = self._run
+            assert run is not None
+            started, before = time.perf_counter(), run.seconds
+            try:
+                drive(run)
+                break
+            except Exception as error:
+                if not self._restarts(run, error):
+                    raise
+            finally:
+                # On a GPU the wall time is also that of the training steps queued before.
+                self._overhead.hide(time.perf_counter() - started - (run.seconds - before))
+                if run.done and run is self._run:
+                    self._run = self._again = None
+        if not run.done:
+            return None
+        if run.result is None:
+            self._cut_batches()
+            return None
+        state.search = self._learned
+        return replace(run.result, seconds=run.seconds, longest_pause=run.longest_pause)
+
+    def _restarts(self, failed: Run[MergeRecord | None], error: Exception) -> bool:
+        """Begin the merge that failed again, if it can be made another way."""
+        if isinstance(error, CollectiveTimeout) or self._again is None or not self._merge.chooser.fall_back(error):
+            return False
+        self._again()
+        assert self._run is not None
+        self._run.seconds, self._run.longest_pause = failed.seconds, failed.longest_pause
+        return True
+
+    def _affordable(self, step: int) -> int | None:
+        """What the overhead budget can pay for now, if anything; what was decided is logged when it changes."""
+        config, heldout = self._config, self._heldout
+        evaluations = 2 if self._merge.chooser.closed_form else config.evaluations
+        if config.max_overhead is None:
+            return evaluations
+        if not self._durations.known:
+            return None
+        searched, reported = (-(-heldout.num_batches(split) // self._processes.size) for split in ("search", "report"))
+        cost = MergeCost(searched, reported, heldout.parts, self._merge.window.num_pieces)
+        wanted = budgets(evaluations, 2 if config.groups is None else GroupedSearch.cost + 2)
+        allowance = self._overhead.allowance
+        budget = affordable(wanted, cost, self._durations, allowance)
+        if budget != self._logged_budget:
+            needed = [cost.seconds(one, self._durations) for one in (wanted[0], wanted[-1])]
+            logger.info(
+                "step %d: max_overhead=%s leaves %.3g s for a merge, which takes up to %.3g s, and %.3g s at least: %s",
+                step,
+                config.max_overhead,
+                allowance,
+                *needed,
+                "it waits for the next checkpoint" if budget is None else f"it gets {budget} passes",
+            )
+            self._logged_budget = budget
+        return budget
+
+    def _cut_batches(self) -> None:
+        """Cut held-out batches, if evaluating one takes longer than a pause may."""
+        passes = 1 if self._merge.chooser.closed_form else GRADIENT_COST
+        pause = self._processes.from_rank0(lambda: self._overhead.pause)
+        longest = passes * self._durations.expected(FORWARD)
+        if longest > pause and self._heldout.longest > 1 and self._config.schedule != "blocking":
+            pieces = math.ceil(longest / pause)
+            logger.info("held-out batches are cut into %d: one takes %.3g s, a pause %.3g s", pieces, longest, pause)
+            self._heldout.cut(pieces)
+            self._durations.scale(FORWARD, 1.0 / pieces)

@@ -1,0 +1,186 @@
+"""Rows divided among ranks as safetensors files: any number of ranks reads what any other number wrote.
+
+Each rank holds some columns of a row, and every tensor of the model is contiguous ranges of columns, flat with its
+sharded dimension in front. A rank writes the columns it holds; an index of ranges, plain JSON, says which ones these
+are. One process is the case of one part. Nothing that is read is unpickled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..distributed import Processes
+from ..window.layout import Slot
+
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+_DTYPES["float64"] = torch.float64
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers ``start`` to ``start + count`` of one tensor, flat with its sharded dimension in front."""
+
+    tensor: str
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Columns ``source`` of the part that ``rank`` wrote go to columns ``target``."""
+
+    rank: int
+    source: slice
+    target: slice
+
+
+@dataclass(frozen=True)
+class PartsIndex:
+    """Which rank wrote which ranges.
+
+    Args:
+        tensors: for each tensor its ``{"shape", "front", "dtype"}``, ``front`` being the dimension that is moved in
+            front before the tensor is flattened.
+        parts: the ranges that each rank wrote, in the order of its columns. Of ranks that hold the same ranges
+            (replicas) only the first one writes.
+    """
+
+    tensors: dict[str, dict[str, Any]]
+    parts: dict[int, tuple[Range, ...]]
+
+    @classmethod
+    def of(cls, slots: Sequence[Slot], processes: Processes) -> PartsIndex:
+        """The index of what the ranks hold; a collective, with the same result on every rank."""
+        tensors = {
+            slot.name: {
+                "shape": list(slot.shape),
+                "front": slot.shard.dim,
+                "dtype": str(slot.dtype).removeprefix("torch."),
+            }
+            for slot in slots
+        }
+        held = processes.all_gather_object(ranges_of(slots))
+        return cls(tensors, {rank: ranges for rank, ranges in enumerate(held) if ranges and ranges not in held[:rank]})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        parts = {rank: [[r.tensor, r.start, r.count] for r in ranges] for rank, ranges in self.parts.items()}
+        return {"tensors": self.tensors, "parts": {str(rank): ranges for rank, ranges in parts.items()}}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> PartsIndex:
+        """The index that :meth:`to_json` gave.
+
+        Raises:
+            ValueError: it is none.
+        """
+        try:
+            parts = {
+                int(rank): tuple(Range(str(name), int(start), int(count)) for name, start, count in ranges)
+                for rank, ranges in values["parts"].items()
+            }
+            tensors = {
+                name: {"shape": [int(n) for n in t["shape"]], "front": int(t["front"]), "dtype": t["dtype"]}
+                for name, t in values["tensors"].items()
+            }
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the index of parts is not valid ({type(error).__name__}: {error})") from error
+        return cls(tensors, parts)
+
+    def rank_of(self, ranges: tuple[Range, ...]) -> int | None:
+        """The rank that wrote exactly these ranges, if one did."""
+        return next((rank for rank, written in self.parts.items() if written == ranges), None)
+
+    def copies(self, wanted: Sequence[Range]) -> Iterator[Copy]:
+        """What to copy so that ranges that stand one behind the other are filled.
+
+        Raises:
+            ValueError: some of their numbers are in no part.
+        """
+        written: dict[str, list[tuple[int, int, Range]]] = {}
+        for rank, ranges in self.parts.items():
+            column = 0
+            for one in ranges:
+                written.setdefault(one.tensor, []).append((rank, column, one))
+                column += one.count
+        begin = 0
+        for one in wanted:
+            done = 0
+            while done < one.count:
+                number = one.start + done
+                for rank, column, there in written.get(one.tensor, []):
+                    if there.start <= number < there.start + there.count:
+                        break
+                else:
+                    raise ValueError(f"the files hold no {one.tensor!r} from number {number} on")
+                count = min(one.count - done, there.start + there.count - number)
+                source = column + number - there.start
+                yield Copy(rank, slice(source, source + count), slice(begin + done, begin + done + count))
+                done += count
+            begin += one.count
+
+
+def ranges_of(slots: Sequence[Slot]) -> tuple[Range, ...]:
+    """The ranges of this rank's columns, in their order."""
+    return tuple(Range(slot.name, slot.shard.start, slot.numel) for slot in slots if slot.numel)
+
+
+def part_path(folder: Path, name: str, rank: int) -> Path:
+    """The file with the part of ``name`` that a rank wrote."""
+    return folder / f"{name}.rank-{rank:05d}.safetensors"
+
+
+# Sharded snapshots: one tensor for each range, in the dtype of the model's tensor
+
+_WEIGHTS = "weights"
+
+
+def snapshot_part(row: Tensor, slots: Sequence[Slot]) -> dict[str, Tensor]:
+    """This rank's part of a snapshot, on the CPU: its numbers of each tensor, flat."""
+    held = [slot for slot in slots if slot.numel]
+    return {slot.name: row[slot.offset : slot.offset + slot.numel].to("cpu", slot.dtype, copy=True) for slot in held}
+
+
+def snapshot_part_path(folder: Path, rank: int) -> Path:
+    """The file with a rank's part of a snapshot."""
+    return part_path(folder, _WEIGHTS, rank)
+
+
+def is_snapshot_part(path: Path) -> bool:
+    """Whether a file of a snapshot's folder is a part of it."""
+    return path.name.startswith(f"{_WEIGHTS}.rank-")
+
+
+def tensor_sizes(index: PartsIndex) -> dict[str, int]:
+    """Bytes of every tensor of a sharded snapshot."""
+    return {name: math.prod(t["shape"]) * _DTYPES[t["dtype"]].itemsize for name, t in index.tensors.items()}
+
+
+def read_tensors(folder: Path, index: PartsIndex, names: Sequence[str]) -> dict[str, Tensor]:
+    """Some whole tensors of a sharded snapshot.
+
+    Raises:
+        ValueError: numbers of a tensor are in no part.
+        FileNotFoundError: a part is missing.
+    """
+    found = {}
+    for name in names:
+        described = index.tensors[name]
+        shape, front = list(described["shape"]), described["front"]
+        flat = torch.empty(math.prod(shape), dtype=_DTYPES[described["dtype"]])
+        alone = PartsIndex({}, {rank: tuple(r for r in rs if r.tensor == name) for rank, rs in index.parts.items()})
+        for copy in alone.copies([Range(name, 0, len(flat))]):
+            with safe_open(snapshot_part_path(folder, copy.rank), framework="pt") as opened:
+                flat[copy.target].copy_(opened.get_slice(name)[copy.source])
+        moved = [shape.pop(front)] if shape else []
+        whole = flat.view(*moved, *shape)
+        found[name] = (whole.movedim(0, front) if moved else whole).contiguous()
+    return found
