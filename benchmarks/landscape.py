@@ -17,7 +17,7 @@ from search_quality import SPECS, Case, windows
 from trajectories import load
 
 from traj_merge_callback import Problem
-from traj_merge_callback.engine.selection import select
+from traj_merge_callback.engine.choose import select
 from traj_merge_callback.pieces import finish
 from traj_merge_callback.search import Observed
 from traj_merge_callback.search.axes import PrincipalAxes

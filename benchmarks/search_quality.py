@@ -31,7 +31,7 @@ from torch import nn
 from trajectories import BATCH, Spec, Trajectory, blocks_of, load, prose_blocks, put
 
 from traj_merge_callback import CheckpointWindow, Evaluation, HeldOutLoss, Problem
-from traj_merge_callback.engine.selection import Selection, select
+from traj_merge_callback.engine.choose import Selection, select
 from traj_merge_callback.evaluate.candidate import Candidates
 from traj_merge_callback.evaluate.gathering import weights_in
 from traj_merge_callback.evaluate.heldout import Split

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 import realtext
-from traj_merge_callback.engine import selection
+from traj_merge_callback.distributed import Processes
+from traj_merge_callback.engine import choose
 from traj_merge_callback.pieces import finish
 
 torch.set_num_threads(1)
@@ -98,10 +99,11 @@ def train_steps(model, blocks, steps: int, each=None, start: int = 0, lr: float 
 
 
 def select(search, problem, measure, start, row_losses):
-    """``selection.select`` at once, with a ``measure`` that is a plain function."""
+    """``choose.select`` at once, with a ``measure`` that is a plain function."""
 
     def measuring(*arguments):
         return measure(*arguments)
         yield  # which makes it a generator, as pieces are
 
-    return finish(selection.select(search, problem, measuring, start, row_losses))
+    alone = Processes(alone=True)
+    return finish(choose.select(lambda: search, problem, measuring, start, row_losses, alone))

@@ -207,12 +207,12 @@ class TrajectoryMerger:
         with self._failures.contained("saving the window", step):
             self._writer.check()
         with self._failures.contained("trajectory merging", step):
-            record = self._record(self._schedule.advance(self._state), step)
+            record = self._record(self._schedule.advance(), step)
         with self._failures.contained("trajectory merging", step):
             if self._capture(model, step, skipped) and not self._schedule.under_way:
                 self._begin(model, step)
                 if self.config.schedule == "blocking":
-                    record = self._record(self._schedule.complete(self._state), step) or record
+                    record = self._record(self._schedule.complete(), step) or record
         self._overhead.spend(self.window.waited_s - self._waited_s)
         self._waited_s = self.window.waited_s
         self._overhead.leave(started)
@@ -257,7 +257,7 @@ class TrajectoryMerger:
         assert self.window is not None
         record = None
         with self._failures.contained("trajectory merging", step):
-            record = self._record(self._schedule.complete(self._state), step)
+            record = self._record(self._schedule.complete(), step)
         wanted = self.config.merge_at_end and step >= self.config.start_step
         if wanted and step > self._state.last_merge_step:
             with self._failures.contained("the merge at the end", step):
@@ -268,7 +268,7 @@ class TrajectoryMerger:
                     with self.processes.raise_on_all():
                         self.window.push(model, step)
                 self._begin(model, step, self.config.evaluations)
-                record = self._record(self._schedule.complete(self._state), step) or record
+                record = self._record(self._schedule.complete(), step) or record
         with self._failures.contained("saving the window", step):
             self._writer.wait()
             self._writer.check()
@@ -361,8 +361,8 @@ class TrajectoryMerger:
         elif len(window) < 2:
             logger.info("no merge at step %d: the window holds %d checkpoint", step, len(window))
             self._due = False
-        elif self._schedule.begin(model, self._state, step, evaluations):
-            self._due = False
+        elif self._schedule.begin(model, self._state.search, step, evaluations):
+            self._due, self._state.last_merge_step = False, step
         else:
             self._schedule.try_out(model)
 
@@ -370,7 +370,7 @@ class TrajectoryMerger:
         """Add what is known when a merge is done at this step, keep its record, and log it."""
         if record is None:
             return None
-        history = self._state.history
+        self._state.search, history = self._schedule.learned, self._state.history
         history.append((record.step, record.merged_loss))
         as_good = [record.step - past for past, loss in history if loss <= record.live_loss]
         record = replace(
@@ -477,7 +477,8 @@ class TrajectoryMerger:
         self._overhead.begin(self._state.busy_s, self._state.wall_s)
         self._metrics.resumed = True
         if saved.merging is not None:
-            self._schedule.begin(model, self._state, saved.merging, self.config.evaluations)
+            self._schedule.begin(model, self._state.search, saved.merging, self.config.evaluations)
+            self._state.last_merge_step = saved.merging
 
 
 def _passed(every: int, previous: int, step: int) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import threading
 
 import pytest
@@ -15,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from traj_merge_callback import HeldOutLoss, TrajectoryMerger, find_snapshot, read_merge
 from traj_merge_callback.disk.state import save_state
 from traj_merge_callback.distributed import Processes
-from traj_merge_callback.engine.budget import MergeCost, Overhead, affordable, plans
-from traj_merge_callback.engine.schedule import Durations, Run
+from traj_merge_callback.engine.budget import Durations, MergeCost, Overhead, affordable, budgets
+from traj_merge_callback.engine.schedule import Run
 from traj_merge_callback.pieces import COMBINE, FORWARD
 
 OPTIONS = {"window_size": 4, "capture_every": 2, "merge_every": 12, "evaluations": 8, "heldout_batches": 8}
@@ -90,9 +91,9 @@ def test_live_is_what_it_was_at_the_step_of_the_merge_and_rows_are_not_overwritt
 
     def each(step, model, merger):
         losses[step] = report.evaluate(model, "report").loss
-        if merger._runs.before is not None and merger.window.is_in_use:
+        if merger._schedule.merge_under_way and merger.window.is_in_use:
             # A merge is under way; capture_every=1 would have brought a new row at every step.
-            held.setdefault(merger._memory.last_merge_step, set()).add(merger.window.steps)
+            held.setdefault(merger._state.last_merge_step, set()).add(merger.window.steps)
 
     _, merger = run(loader, train, tmp_path, each=each, capture_every=1, **INTERLEAVED)
     first = merger.records[0]
@@ -119,7 +120,7 @@ def test_ctrl_c_with_a_merge_under_way_leaves_whole_files_and_live_weights(loade
     def interrupted(step):
         merger.step(model, step)
         if step == 27:
-            assert merger._runs.under_way
+            assert merger._schedule.under_way
             raise KeyboardInterrupt
 
     merger = engine(loader, tmp_path, merge_every=26, **INTERLEAVED)
@@ -138,7 +139,7 @@ def test_a_merge_under_way_is_made_again_after_resuming(loader, train, tmp_path)
     model = tiny_llama()
     merger = engine(loader, tmp_path / "cut", **INTERLEAVED)
     train_steps(model, train, 14, lambda step: merger.step(model, step))
-    assert merger._runs.under_way
+    assert merger._schedule.under_way
     merger.save_state(tmp_path / "state")
     merger.wait()
     merger.close()
@@ -176,7 +177,7 @@ def test_rows_on_their_way_to_the_disk_are_not_overwritten(loader, train, tmp_pa
     merger = engine(loader, tmp_path, capture_every=1, merge_every=1000, **INTERLEAVED)
     train_steps(model, train, 10, lambda step: merger.step(model, step))
     hold, save = threading.Event(), save_state
-    monkeypatch.setattr("traj_merge_callback.disk.saving.save_state", lambda *args: hold.wait(20) and save(*args))
+    monkeypatch.setattr("traj_merge_callback.merger.save_state", lambda *args: hold.wait(20) and save(*args))
     merger.save_state(tmp_path / "state")
     expected = merger.window.combine([0, 0, 0, 1]).clone()
     train_steps(model, train, 3, lambda step: merger.step(model, step), start=10)
@@ -194,29 +195,35 @@ def test_rows_on_their_way_to_the_disk_are_not_overwritten(loader, train, tmp_pa
 # The budget
 
 
-def test_without_a_budget_recipes_still_publish_and_searches_wait(loader, train, tmp_path, caplog):
+@pytest.mark.parametrize("search", ["auto", "wma"])
+def test_what_cannot_be_paid_for_is_neither_measured_nor_published(loader, train, tmp_path, caplog, search):
     caplog.set_level(logging.INFO)
     plain = train_steps(tiny_llama(), train, 60)
-    model, merger = run(loader, train, tmp_path / "a", 60, search="auto", max_overhead=1e-9, merge_at_end=False)
+    model, merger = run(loader, train, tmp_path, 60, search=search, max_overhead=1e-9, merge_at_end=False)
     assert merger.records == []
     assert same_weights(plain, model)
+    assert not list((tmp_path / "merged").glob("step-*"))
+
+
+def test_a_merge_waits_until_it_can_be_paid_for_and_a_recipe_needs_two_passes(loader, train, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     model = tiny_llama()
-    merger = engine(loader, tmp_path / "b", search="wma", max_overhead=0.5, merge_at_end=False, keep_last=9)
+    merger = engine(loader, tmp_path, search="wma", max_overhead=0.5, merge_at_end=False, keep_last=9)
     merger.prepare(model)
     # Evaluating a single batch takes an hour here, by measurement.
-    merger._runs._durations.learn(FORWARD, 3600.0)
-    merger._runs._durations.learn(COMBINE, 1e-6)
-    train_steps(model, train, 60, lambda step: merger.step(model, step))
+    merger._schedule._durations.learn(FORWARD, 3600.0)
+    merger._schedule._durations.learn(COMBINE, 1e-6)
+    train_steps(model, train, 24, lambda step: merger.step(model, step))
+    assert merger.records == []
+    assert any("it waits for the next checkpoint" in entry.message for entry in caplog.records)
+    for _ in range(20):
+        merger._schedule._durations.learn(FORWARD, 1e-6)
+    train_steps(model, train, 24, lambda step: merger.step(model, step), start=24)
     merger.finish(model)
-    assert same_weights(plain, model)
-    assert [record.step for record in merger.records] == [12, 24, 36, 48, 60]
-    record = merger.records[-1]
-    assert (record.live_loss, record.merged_loss, record.gain, record.steps_saved) == (None, None, None, None)
-    assert record.evaluations == 0
-    assert record.weights == pytest.approx([0.1, 0.2, 0.3, 0.4])
-    assert "merge/loss" not in record.scalars()
-    AutoModelForCausalLM.from_pretrained(find_snapshot(tmp_path / "b" / "merged", "latest"))
-    assert any("published without measuring its loss" in entry.message for entry in caplog.records)
+    record = merger.records[0]
+    assert record.step == 26
+    assert record.allowed == {"evaluations": 2}
+    assert math.isfinite(record.gain)
 
 
 @given(
@@ -225,21 +232,21 @@ def test_without_a_budget_recipes_still_publish_and_searches_wait(loader, train,
     combine=st.floats(0, 1),
     batches=st.integers(1, 50),
 )
-def test_cheaper_plans_cost_less_and_the_largest_affordable_one_is_taken(evaluations, forward, combine, batches):
+def test_smaller_budgets_cost_less_and_the_largest_affordable_one_is_taken(evaluations, forward, combine, batches):
     durations = Durations()
     durations.learn(FORWARD, forward)
     durations.learn(COMBINE, combine)
     cost = MergeCost(batches, batches, min(4, batches), 1)
-    wanted = plans(evaluations, 2)
-    seconds = [cost.seconds(plan, durations) for plan in wanted]
-    assert wanted[0].evaluations == evaluations
+    wanted = budgets(evaluations, 2)
+    seconds = [cost.seconds(budget, durations) for budget in wanted]
+    assert wanted[0] == evaluations
     assert seconds == sorted(seconds, reverse=True)
-    assert all(plan.evaluations >= min(evaluations, 5) for plan in wanted)
-    for plan, needed in zip(wanted, seconds):
+    assert all(budget >= min(evaluations, 5) for budget in wanted)
+    for budget, needed in zip(wanted, seconds):
         chosen = affordable(wanted, cost, durations, needed)
         assert chosen is not None
         assert cost.seconds(chosen, durations) <= needed <= cost.seconds(chosen, durations) + 1e-9
-        assert chosen.evaluations >= plan.evaluations
+        assert chosen >= budget
     assert affordable(wanted, cost, durations, seconds[-1] * 0.99) is None
 
 
@@ -260,7 +267,7 @@ def test_overhead_is_the_share_of_wall_time_taken(monkeypatch):
     entered = now[0]
     now[0] += 1.0
     overhead.hide(0.4)  # the GPU was still training
-    overhead.take(0.2)  # an optimizer step waited
+    overhead.spend(0.2)  # an optimizer step waited
     overhead.leave(entered)
     assert overhead.busy_s == pytest.approx(1.0 + 0.6 + 0.2)
     overhead.begin(busy_s=3.0, wall_s=30.0)
@@ -269,7 +276,7 @@ def test_overhead_is_the_share_of_wall_time_taken(monkeypatch):
 
 def test_a_slice_ends_before_a_piece_that_would_take_too_long(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("traj_merge_callback.engine.schedule.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("traj_merge_callback.engine.budget.time.perf_counter", lambda: now[0])
 
     def pieces():
         for kind, seconds in [("a", 1.0), ("a", 1.0), ("b", 3.0), ("a", 1.0), ("a", 1.0), ("b", 3.0), ("a", 1.0)] * 2:

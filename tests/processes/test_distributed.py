@@ -28,10 +28,12 @@ RUNS_OF_TWO = [
     {"name": "fsdp2-plain", "strategy": "fsdp2", "merging": False},
     {"name": "fsdp2-2-2", "strategy": "fsdp2", "resume": "fsdp2"},
     {"name": "fsdp2-parts", "strategy": "fsdp2", "snapshot_files": "sharded", "shares": True},
-    {"name": "fsdp2-disks", "strategy": "fsdp2", "snapshot_files": "sharded", "node_local": True, "keep_last": 1},
+    {"name": "ddp-int8", "strategy": "ddp", "dtype": "int8", **SAVED},
+    {"name": "ddp-int8-2-2", "strategy": "ddp", "dtype": "int8", "resume": "ddp-int8"},
+    {"name": "fsdp2-disks", "strategy": "fsdp2", "snapshot_files": "sharded", "node_local": True, "on_error": "warn"},
     {"name": "fsdp2-bf16", "strategy": "fsdp2-bf16"},
     {"name": "fsdp2-bf16-plain", "strategy": "fsdp2-bf16", "merging": False},
-    {"name": "fsdp2-columns", "strategy": "fsdp2-columns", "snapshot_files": "sharded"},
+    {"name": "fsdp2-columns", "strategy": "fsdp2-columns", "snapshot_files": "sharded", **SAVED},
     {"name": "fsdp2-groups", "strategy": "fsdp2", "groups": "blocks", "evaluations": 14, "row": "mean"},
     {"name": "fsdp2-fails", "strategy": "fsdp2", "happens": "failure", "at": [3], "on_error": "warn"},
     {"name": "fsdp2-fails-first", "strategy": "fsdp2", "happens": "failure", "at": [1], "on_error": "warn"},
@@ -52,14 +54,21 @@ RUNS_OF_TWO_AFTER_FOUR = [
     {"name": "ddp-1-2", "strategy": "ddp", "resume": "one"},
     {"name": "fsdp2-1-2", "strategy": "fsdp2", "resume": "one"},
     {"name": "fsdp1-4-2", "strategy": "fsdp1", "tied": False, "resume": "fsdp1-4"},
+    {"name": "fsdp2-1-2-columns", "strategy": "fsdp2-columns", "resume": "one"},
+    {"name": "fsdp2-int8-1-2", "strategy": "fsdp2", "dtype": "int8", "resume": "one-int8"},
 ]
 RUNS_OF_ONE = [
     {"name": "one", "strategy": "none", **SAVED},
+    {"name": "one-int8", "strategy": "none", "dtype": "int8", **SAVED},
     {"name": "one-untied", "strategy": "none", "tied": False},
     {"name": "one-frozen", "strategy": "none", "frozen": True},
     {"name": "one-groups", "strategy": "none", "groups": "blocks", "evaluations": 14, "row": "mean"},
 ]
-RUN_OF_ONE_AFTER_TWO = [{"name": "fsdp2-2-1", "strategy": "none", "resume": "fsdp2"}]
+RUNS_OF_ONE_AFTER_TWO = [
+    {"name": "fsdp2-2-1", "strategy": "none", "resume": "fsdp2"},
+    {"name": "fsdp2-columns-2-1", "strategy": "none", "resume": "fsdp2-columns"},
+    {"name": "ddp-int8-2-1", "strategy": "none", "dtype": "int8", "resume": "ddp-int8"},
+]
 
 
 def launch(program: str, processes: int, *arguments: str, launcher: list[str] | None = None, check: bool = True):
@@ -88,7 +97,7 @@ def folder(tmp_path_factory):
     output = launch("loop.py", 2, str(folder), json.dumps(RUNS_OF_TWO))
     launch("loop.py", 4, str(folder), json.dumps(RUNS_OF_FOUR))
     launch("loop.py", 2, str(folder), json.dumps(RUNS_OF_TWO_AFTER_FOUR))
-    launch("loop.py", 1, str(folder), json.dumps(RUN_OF_ONE_AFTER_TWO))
+    launch("loop.py", 1, str(folder), json.dumps(RUNS_OF_ONE_AFTER_TWO))
     (folder / "output.txt").write_text(output)
     return folder
 
@@ -186,7 +195,7 @@ def heldout_of_runs(text):
 @pytest.mark.parametrize("run", ["fsdp2-parts", "fsdp2-columns", "fsdp1-2-2"])
 def test_snapshots_in_parts_become_model_folders(folder, run, tmp_path, heldout_of_runs):
     best = folder / run / "merged" / "best"
-    assert len(list(best.glob("*.distcp"))) == 2
+    assert len(list(best.glob("weights.rank-*.safetensors"))) == 2
     model = tiny_llama(hidden_size=36, intermediate_size=9, tie_word_embeddings=run != "fsdp1-2-2")
     with pytest.raises(ValueError, match="in parts"):
         load_merged(best, model)
@@ -202,21 +211,12 @@ def test_snapshots_in_parts_become_model_folders(folder, run, tmp_path, heldout_
         consolidate_snapshot(made, tmp_path / "again")
 
 
-def test_processes_with_disks_of_their_own_each_keep_their_part(folder, tmp_path):
+def test_sharded_files_need_a_folder_that_all_ranks_share(folder):
     disks = [folder / "fsdp2-disks" / f"disk-{rank}" for rank in range(2)]
-    assert (disks[0] / "metrics.jsonl").exists()
-    assert not (disks[1] / "metrics.jsonl").exists()
-    kept = [sorted(path.name for path in disk.glob("step-*")) for disk in disks]
-    assert kept[0] == kept[1] == ["step-00000012"]
-    together = tmp_path / "together"
-    together.mkdir()
-    for disk in disks:
-        for path in (disk / kept[0][0]).iterdir():
-            (together / path.name).write_bytes(path.read_bytes())
-    made = consolidate_snapshot(together, tmp_path / "model")
-    theirs = consolidate_snapshot(folder / "fsdp2-columns" / "merged" / "latest", tmp_path / "other")
-    ours, others = (LlamaForCausalLM.from_pretrained(path).state_dict() for path in (made, theirs))
-    assert all(torch.allclose(value, others[name], atol=1e-3) for name, value in ours.items())
+    assert not [path for disk in disks for path in disk.glob("*step-*")]
+    assert [record["snapshot"] for record in records(folder, "fsdp2-disks")] == [None, None]
+    assert same_weights(folder / "fsdp2-disks", folder / "fsdp2-plain")
+    assert "file system that all ranks share" in (folder / "output.txt").read_text()
 
 
 @pytest.mark.parametrize(
@@ -231,12 +231,18 @@ def test_processes_with_disks_of_their_own_each_keep_their_part(folder, tmp_path
         ("ddp-1-2", "one", False),
         ("fsdp2-1-2", "one", False),
         ("fsdp2-2-1", "fsdp2", False),
+        ("ddp-int8-2-2", "ddp-int8", True),
+        ("ddp-int8-2-1", "ddp-int8", False),
+        ("fsdp2-int8-1-2", "one-int8", False),
+        ("fsdp2-1-2-columns", "one", False),
+        ("fsdp2-columns-2-1", "fsdp2-columns", False),
     ],
 )
 def test_resuming_at_the_same_and_at_another_number_of_processes(folder, resumed, run, exactly):
     ours, theirs = records(folder, resumed)[-1], records(folder, run)[-1]
     assert ours["checkpoint_steps"] == theirs["checkpoint_steps"] == [6, 8, 10, 12]
-    tolerance = 0 if exactly else 1e-5
+    # int8 rows are rounded once more where columns are divided in another way.
+    tolerance = 0 if exactly else 1e-4 if "int8" in run else 1e-5
     assert ours["merged_loss"] == pytest.approx(theirs["merged_loss"], abs=tolerance)
     assert ours["live_loss"] == pytest.approx(theirs["live_loss"], abs=tolerance)
     assert ours["steps_saved"] == theirs["steps_saved"]
@@ -248,7 +254,7 @@ def test_a_process_that_fails_in_an_evaluation_fails_the_merge_in_all(folder):
             assert [record["step"] for record in records(folder, run, rank)] == [12]
         assert same_weights(folder / run, folder / "fsdp2-plain")
     output = (folder / "output.txt").read_text()
-    assert "[0] trajectory merging failed: FailedOnAllRanks: process 1 failed: MemoryError: no memory left" in output
+    assert "[0] trajectory merging failed: FailedOnAllRanks: rank 1 failed: MemoryError: no memory left" in output
     # A gradient that cannot be had in one process is done without in all of them.
     assert [record["step"] for record in records(folder, "fsdp2-fails-backward")] == [6, 12]
     assert "auto could not search with gradients" in output

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_search import evaluation
 
 from traj_merge_callback import Evaluation, Problem
-from traj_merge_callback.engine.selection import Selection
+from traj_merge_callback.engine.choose import Selection
 from traj_merge_callback.search.axes import PrincipalAxes
 from traj_merge_callback.search.objective import Objective
 from traj_merge_callback.search.program import best_point

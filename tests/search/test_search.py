@@ -8,7 +8,7 @@ import pytest
 from conftest import select
 
 from traj_merge_callback import Evaluation, Problem, available_searches, register_search
-from traj_merge_callback.engine.selection import Selection
+from traj_merge_callback.engine.choose import Selection
 from traj_merge_callback.search import _registered, resolve_search
 from traj_merge_callback.search.evaluation import Gradient
 from traj_merge_callback.search.objective import Objective

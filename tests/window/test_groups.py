@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from traj_merge_callback import CheckpointWindow, Problem
-from traj_merge_callback.engine.selection import Selection
+from traj_merge_callback.engine.choose import Selection
 from traj_merge_callback.search.evaluation import Gradient
 from traj_merge_callback.search.grouped import GroupedSearch
 from traj_merge_callback.search.objective import Objective

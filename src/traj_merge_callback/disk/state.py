@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..distributed import Processes
+from ..search.problem import SearchState
 from ..window.storage import BLOCK, decode_int8
 from ..window.window import CheckpointWindow
 from .atomic import remove_tree, shared_folder, write_tensors
@@ -31,25 +32,6 @@ from .parts import Copy, PartsIndex, part_path, ranges_of
 
 FORMAT_VERSION = 2
 _SHARED = "shared"
-
-
-@dataclass
-class SearchState:
-    """What a merge remembers for the next one.
-
-    Args:
-        previous: its weights.
-        row_losses: losses of single rows on the search split, by step; of each component of the objective.
-        memory: what the search itself remembers.
-    """
-
-    previous: list[float] | None = None
-    row_losses: dict[int, list[float]] = field(default_factory=dict)
-    memory: dict[str, Any] = field(default_factory=dict)
-
-    def forget_losses(self) -> None:
-        """Drop what was measured on other held-out data."""
-        self.row_losses, self.memory = {}, {}
 
 
 @dataclass

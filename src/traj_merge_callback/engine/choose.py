@@ -10,16 +10,14 @@ from typing import Any
 import numpy as np
 
 from ..config import MergeConfig
-from ..disk.state import SearchState
 from ..distributed import Processes
-from ..evaluate.candidate import Candidates
 from ..evaluate.heldout import HeldOutLoss
 from ..pieces import SEARCH, Pieces
 from ..search import Observed, Problem, Search, resolve_search
 from ..search.evaluation import Evaluation, Gradient
 from ..search.grouped import GroupedSearch
 from ..search.objective import Objective
-from ..search.problem import GRADIENT_COST
+from ..search.problem import GRADIENT_COST, SearchState
 from ..window.window import CheckpointWindow
 
 logger = logging.getLogger("traj_merge_callback")
@@ -165,7 +163,7 @@ class Chooser:
 
     def choose(
         self,
-        candidates: Candidates,
+        measure: Measure,
         window: CheckpointWindow,
         live: Evaluation,
         state: SearchState,
@@ -175,7 +173,7 @@ class Chooser:
         """Search for the best weights, in pieces.
 
         Args:
-            candidates: of the window.
+            measure: evaluates merges of the window; see :func:`select`.
             window: at least two rows.
             live: live on the search split.
             state: what the last merge remembers; what this one learns is written to it.
@@ -191,7 +189,7 @@ class Chooser:
         self._trying = "gradients" if self._config.search == "auto" and not self._without_gradients else None
         if self._without_gradients:
             make = lambda: resolve_search("reach")(problem)  # noqa: E731
-        chosen = yield from select(make, problem, candidates.measure, start, state.row_losses, self._processes)
+        chosen = yield from select(make, problem, measure, start, state.row_losses, self._processes)
         self._trying, shared = None, chosen.weights
         if window.groups is not None and shared is not None and not (self._ungrouped or self._without_gradients):
             self._trying = "groups"
@@ -199,7 +197,7 @@ class Chooser:
             left = evaluations - int(np.ceil(chosen.forward_equivalents))
             grouped, best = replace(problem, evaluations=left, gram=gram), shared
             make = lambda: GroupedSearch(grouped, start=best)  # noqa: E731
-            chosen = yield from select(make, grouped, candidates.measure, chosen, {}, self._processes)
+            chosen = yield from select(make, grouped, measure, chosen, {}, self._processes)
             self._trying = None
         state.previous = None if shared is None else shared.tolist()
         state.row_losses = {row: losses for row, losses in state.row_losses.items() if row in window.steps}

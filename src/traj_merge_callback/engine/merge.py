@@ -8,13 +8,13 @@ from contextlib import ExitStack
 from torch import nn
 
 from ..config import MergeConfig
-from ..disk.state import SearchState
 from ..evaluate.candidate import Candidates, weights_in
 from ..evaluate.fsdp import Units
 from ..evaluate.heldout import HeldOutLoss, Split
 from ..metrics import MergeRecord, report_losses
 from ..pieces import Pieces
 from ..search.evaluation import Evaluation
+from ..search.problem import SearchState
 from ..window.window import CheckpointWindow
 from .choose import Chooser
 from .publish import Publisher
@@ -93,7 +93,7 @@ class Merge:
                 raise ValueError(f"the live model's held-out loss on the search split is {live_search.loss}")
             live = merged = yield from candidates.evaluate("report")
             chosen, described = yield from self.chooser.choose(
-                candidates, window, live_search, state, step, evaluations
+                candidates.measure, window, live_search, state, step, evaluations
             )
             yield from candidates.load(chosen.weights)
             if chosen.weights is not None:

@@ -15,7 +15,6 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..config import MergeConfig
-from ..disk.state import RunState, SearchState
 from ..distributed import CollectiveTimeout, Processes
 from ..evaluate.heldout import HeldOutLoss, Split, device_of
 from ..evaluate.isolation import preserved_rng
@@ -23,7 +22,7 @@ from ..metrics import MergeRecord
 from ..pieces import BACKWARD, FORWARD, WAIT, Pieces
 from ..search.evaluation import Evaluation
 from ..search.grouped import GroupedSearch
-from ..search.problem import GRADIENT_COST
+from ..search.problem import GRADIENT_COST, SearchState
 from .budget import Durations, MergeCost, Overhead, Stopwatch, affordable, budgets
 from .merge import Merge
 
@@ -152,9 +151,10 @@ class Schedule:
         self._wait = wait
         self._durations = Durations()
         self._run: Run[MergeRecord | None] | None = None
-        # Makes the run of the merge under way once more, if it can be made another way; and what it learns.
+        # Begins the merge under way once more, if it can be made another way.
         self._again: Callable[[], None] | None = None
-        self._learned = SearchState()
+        self.learned = SearchState()
+        self._step = 0
         self._logged_budget: int | None = config.evaluations
 
     @property
@@ -167,12 +167,12 @@ class Schedule:
         """Whether a merge is not done yet."""
         return self._run is not None and self._again is not None
 
-    def begin(self, model: nn.Module, state: RunState, step: int, evaluations: int | None = None) -> bool:
+    def begin(self, model: nn.Module, state: SearchState, step: int, evaluations: int | None = None) -> bool:
         """Begin a merge of the window, whose newest row is of this step.
 
         Args:
             model: the model being trained.
-            state: of the run. What the merge learns is added to it when the merge is done.
+            state: what the last merge remembers; :attr:`learned` is what this one does, when it is done.
             step: optimizer step.
             evaluations: what may be spent; by default what the overhead budget can pay for.
 
@@ -185,11 +185,11 @@ class Schedule:
             return False
         if len({tuple(steps) for steps in self._processes.all_gather_object(list(self._merge.window.steps))}) > 1:
             raise RuntimeError("the windows of the ranks differ, because a checkpoint was lost on one of them")
-        state.last_merge_step, budget = step, evaluations
+        self._step, budget = step, evaluations
 
         def make() -> None:
-            self._learned = copy.deepcopy(state.search)
-            self._run = self._in_pieces(self._merge.pieces(model, self._learned, step, budget), model)
+            self.learned = copy.deepcopy(state)
+            self._run = self._in_pieces(self._merge.pieces(model, self.learned, step, budget), model)
 
         self._again = make
         make()
@@ -201,7 +201,7 @@ class Schedule:
         if matters and self._run is None and not self._durations.known:
             self._run = self._in_pieces(self._merge.probe(model), model)
 
-    def advance(self, state: RunState) -> MergeRecord | None:
+    def advance(self) -> MergeRecord | None:
         """Do as many pieces as may be done between two training steps; the record, if a merge is done with them."""
         if self._run is None:
             return None
@@ -209,22 +209,22 @@ class Schedule:
         # A piece of a new kind has to be tried.
         if allowance <= 0 or allowance < self._run.next_piece < math.inf:
             return None
-        return self._drive(state, lambda run: run.advance(min(allowance, pause)))
+        return self._drive(lambda run: run.advance(min(allowance, pause)))
 
-    def complete(self, state: RunState) -> MergeRecord | None:
+    def complete(self) -> MergeRecord | None:
         """Do all pieces that are left, while training waits; the record, if a merge is done with them."""
         if self._run is None:
             return None
         heldout, evaluations = self._heldout, self._config.evaluations
         batches = evaluations * heldout.num_batches("search") + 2 * heldout.num_batches("report")
         shown = self._config.progress and self._processes.is_rank_zero
-        title = f"merging at step {state.last_merge_step}"
+        title = f"merging at step {self._step}"
         with tqdm(total=batches, desc=title, unit="batch", delay=_PATIENCE_S, leave=False, disable=not shown) as bar:
 
             def count(kind: str | None) -> None:
                 bar.update(kind in _BATCH)
 
-            return self._drive(state, lambda run: run.complete(count))
+            return self._drive(lambda run: run.complete(count))
 
     def evaluate(self, model: nn.Module, split: Split) -> Evaluation:
         """Evaluate the model with the weights that it has now, at once."""
@@ -242,7 +242,7 @@ class Schedule:
     def _in_pieces(self, pieces: Pieces[MergeRecord | None], model: nn.Module) -> Run[MergeRecord | None]:
         return Run(pieces, self._durations, device_of(model), self._wait, self._processes)
 
-    def _drive(self, state: RunState, drive: Callable[[Run[MergeRecord | None]], None]) -> MergeRecord | None:
+    def _drive(self, drive: Callable[[Run[MergeRecord | None]], None]) -> MergeRecord | None:
         while True:
             run = self._run
             assert run is not None
@@ -263,7 +263,6 @@ class Schedule:
         if run.result is None:
             self._cut_batches()
             return None
-        state.search = self._learned
         return replace(run.result, seconds=run.seconds, longest_pause=run.longest_pause)
 
     def _restarts(self, failed: Run[MergeRecord | None], error: Exception) -> bool:
