@@ -1,9 +1,9 @@
-# make demo and make test work on a fresh clone: each creates .venv with the tested versions if it is not there.
+# make demo, make test and make docs work on a fresh clone: each creates .venv with the tested versions if needed.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs clean
 
 demo: $(VENV)/.installed
 	$(RUN) examples/demo.py
@@ -22,10 +22,18 @@ bench: $(VENV)/.installed
 	$(RUN) benchmarks/overhead.py --quick
 	$(RUN) benchmarks/search_quality.py --quick
 
+# The pages of README and docs/, and the API reference, in build/docs.
+docs: $(VENV)/.installed-docs
+	$(RUN) -m mkdocs build --strict --quiet
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs build
