@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from traj_merge_callback import CheckpointWindow
-from traj_merge_callback.engine.schedule import Stopwatch
+from traj_merge_callback.engine.budget import Stopwatch
 from traj_merge_callback.window.storage import DTYPES, in_memory
 
 SIZE = 8

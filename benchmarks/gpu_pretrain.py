@@ -28,7 +28,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 from traj_merge_callback import CheckpointWindow, HeldOutLoss, TrajectoryMerger
-from traj_merge_callback.engine.schedule import Stopwatch
+from traj_merge_callback.engine.budget import Stopwatch
 from traj_merge_callback.window.storage import in_memory
 
 TURN = 10

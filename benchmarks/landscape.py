@@ -17,10 +17,11 @@ from search_quality import SPECS, Case, windows
 from trajectories import load
 
 from traj_merge_callback import Problem
+from traj_merge_callback.distributed import Processes
 from traj_merge_callback.engine.choose import select
 from traj_merge_callback.pieces import finish
 from traj_merge_callback.search import Observed
-from traj_merge_callback.search.axes import PrincipalAxes
+from traj_merge_callback.search.space import PrincipalAxes
 from traj_merge_callback.search.surrogate import SurrogateSearch
 
 mpl.use("Agg")
@@ -54,7 +55,9 @@ def main() -> None:
     window = next(window for window in windows(spec, point) if window.name == "far")
     case = Case(trajectory, point, window, quick=False)
     search = Recorded(case.problem)
-    chosen = finish(select(search, case.problem, case.candidates.measure, case.start(), {}))
+    chosen = finish(
+        select(lambda: search, case.problem, case.candidates.measure, case.start(), {}, Processes(alone=True))
+    )
     best = case.optimum(chosen.weights if chosen.weights is not None else search.candidates[-1][0]).weights
     assert best is not None
 

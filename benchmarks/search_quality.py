@@ -31,20 +31,21 @@ from torch import nn
 from trajectories import BATCH, Spec, Trajectory, blocks_of, load, prose_blocks, put
 
 from traj_merge_callback import CheckpointWindow, Evaluation, HeldOutLoss, Problem
+from traj_merge_callback.distributed import Processes
 from traj_merge_callback.engine.choose import Selection, select
-from traj_merge_callback.evaluate.candidate import Candidates
-from traj_merge_callback.evaluate.gathering import weights_in
+from traj_merge_callback.evaluate.candidate import Candidates, weights_in
 from traj_merge_callback.evaluate.heldout import Split
 from traj_merge_callback.pieces import finish
 from traj_merge_callback.search import Observed, resolve_search
-from traj_merge_callback.search.axes import PrincipalAxes
 from traj_merge_callback.search.evaluation import Gradient
 from traj_merge_callback.search.grouped import GroupedSearch
 from traj_merge_callback.search.objective import Objective
+from traj_merge_callback.search.space import PrincipalAxes
 from traj_merge_callback.search.surrogate import SurrogateSearch
 
 SPECS = (Spec("llama", "python", 3e-3), Spec("gpt2", "cpp", 1.5e-3), Spec("llama", "cpp", 1e-3))
 QUICK = Spec("llama", "python", 1e-2, steps=240, points=(240,), sample_every=5, width=32, layers=1)
+ALONE = Processes(alone=True)
 ROWS = 8
 DEFAULT = "auto"
 # What may be spent by methods without an entry here: what a merge of the library may spend by default.
@@ -118,13 +119,15 @@ class Case:
         """Run a search by name."""
         problem = replace(self.problem, evaluations=evaluations - 1, memory={})
         search = resolve_search(name, options)(problem, **options)
-        return finish(select(search, problem, self.candidates.measure, self.start(), {}))
+        return finish(select(lambda: search, problem, self.candidates.measure, self.start(), {}, ALONE))
 
     def choose_grouped(self, chosen: Selection) -> Selection:
         """Go on to weights for each parameter group, three steps at most."""
         assert chosen.weights is not None
         problem = replace(self.problem, evaluations=3 * GroupedSearch.cost, gram=self.window.gram(grouped=True))
-        return finish(select(GroupedSearch(problem, chosen.weights), problem, self.candidates.measure, chosen, {}))
+        return finish(
+            select(lambda: GroupedSearch(problem, chosen.weights), problem, self.candidates.measure, chosen, {}, ALONE)
+        )
 
     def measure(
         self, weights: np.ndarray, parts: Sequence[int], *, gradient: bool = True
@@ -134,7 +137,7 @@ class Case:
 
     def evaluate(self, weights: np.ndarray, split: Split) -> Evaluation:
         """Evaluate a merge on a split."""
-        finish(self.candidates.take(weights))
+        finish(self.candidates.load(weights))
         return finish(self.candidates.evaluate(split))
 
     def surrogate_alone(self) -> Selection:

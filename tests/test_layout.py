@@ -6,10 +6,29 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "traj_merge_callback"
 FILES = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in SOURCE.rglob("*.py")}
-COLLECTIVES = {"all_reduce", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list", "barrier", "gather"}
+COLLECTIVES = {
+    "all_reduce",
+    "all_gather",
+    "all_gather_object",
+    "broadcast",
+    "broadcast_object_list",
+    "barrier",
+    "gather",
+}
 COLLECTIVES |= {"all_gather_into_tensor", "all_gather_single", "reduce_scatter_tensor", "reduce_scatter_single", "send"}
 COLLECTIVES |= {"recv", "scatter", "reduce", "all_to_all", "new_group", "monitored_barrier", "scatter_object_list"}
-WRITES = {"write_text", "write_bytes", "mkdir", "makedirs", "unlink", "rmtree", "rmdir", "rename", "symlink_to", "touch"}
+WRITES = {
+    "write_text",
+    "write_bytes",
+    "mkdir",
+    "makedirs",
+    "unlink",
+    "rmtree",
+    "rmdir",
+    "rename",
+    "symlink_to",
+    "touch",
+}
 WRITES |= {"save_file", "save_pretrained", "memmap", "copy2", "copyfile", "copytree", "truncate", "move", "fsync"}
 
 
@@ -71,7 +90,9 @@ def test_search_imports_no_torch():
         module = waiting.pop()
         seen.add(module)
         ours, others = imports(module)
-        assert not [name for name in others if name.split(".")[0] in ("torch", "safetensors", "lightning", "transformers")]
+        assert not [
+            name for name in others if name.split(".")[0] in ("torch", "safetensors", "lightning", "transformers")
+        ]
         waiting |= ours - seen
 
 

@@ -21,13 +21,15 @@ except ImportError as error:
     ) from error
 
 from .config import MergeConfig
-from .evaluate.batches import count_sequences
-from .evaluate.losses import count_targets
+from .disk.model_files import collect_checkpoint
+from .disk.state import remove_state
+from .evaluate.data import as_tensors
+from .evaluate.heldout import summed_nll
 from .merger import TrajectoryMerger
 from .metrics import PREFIX, MergeRecord
 from .window.amp import LossScaleWatch
 from .window.layout import unwrap
-from .window.sharding import is_fsdp
+from .window.sharding import has_fsdp
 
 __all__ = ["TrajMergeCallback"]
 
@@ -104,7 +106,7 @@ class TrajMergeCallback(pl.Callback):
         heldout = self._heldout if self._heldout is not None else _validation_loaders(trainer)
         default_folder = Path(trainer.log_dir or trainer.default_root_dir) / "merged"
         self._model = unwrap(trainer.strategy.model or pl_module)
-        if self._save_ckpt and any(is_fsdp(module) for module in self._model.modules()):
+        if self._save_ckpt and has_fsdp(self._model):
             raise ValueError("save_ckpt=True is not supported under FSDP: load the snapshot with load_merged instead")
         self.merger = TrajectoryMerger(
             heldout,
@@ -240,8 +242,7 @@ def _validation_loaders(trainer: pl.Trainer) -> Any:
 class _ValidationStep:
     """A module's ``validation_step`` as a held-out loss, with everything it logs silenced.
 
-    The step's mean loss is weighted with the batch's target tokens where the batch has labels, with its sequences
-    elsewhere.
+    See :func:`summed_nll` for how a batch's mean loss is weighted.
     """
 
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -282,9 +283,7 @@ class _ValidationStep:
                 f"{type(pl_module).__name__}.validation_step gave no loss: it should return a tensor or a mapping with "
                 "'loss', or log a name with 'loss' in it; or pass nll= to TrajMergeCallback"
             )
-        has_labels = isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor)
-        weight = count_targets(pl_module, batch) if has_labels else count_sequences(batch)
-        return loss.float().mean() * weight if weight else 0.0, weight
+        return summed_nll(pl_module, batch, loss)
 
 
 # Resuming: the window beside the trainer's checkpoint
@@ -307,8 +306,4 @@ def _saved_window(trainer: pl.Trainer) -> Path | None:
 def _collect_ckpt(trainer: pl.Trainer) -> Callable[[Path], None]:
     # Not trainer.save_checkpoint: it waits for the other processes, and its plugin may write later or elsewhere.
     checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
-    buffers = {name for name, _ in trainer.lightning_module.named_buffers(remove_duplicate=False)}
-    for name, value in checkpoint["state_dict"].items():
-        if name in buffers:  # which training goes on to write
-            checkpoint["state_dict"][name] = value.clone()
-    return lambda folder: write_checkpoint(folder / "merged.ckpt", checkpoint)
+    return collect_checkpoint("merged.ckpt", checkpoint, trainer.lightning_module)

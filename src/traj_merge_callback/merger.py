@@ -167,9 +167,7 @@ class TrajectoryMerger:
         )
         chooser = Chooser(self.config, self.heldout, self.processes)
         merge = Merge(model, self.window, self.config, self.heldout, chooser, publisher)
-        self._schedule = Schedule(
-            self.config, self.heldout, merge, self._overhead, self._writer.wait, self.processes
-        )
+        self._schedule = Schedule(self.config, self.heldout, merge, self._overhead, self._writer.wait, self.processes)
         self._waited_s = 0.0
         self._overhead.begin()
 

@@ -11,10 +11,9 @@ from test_search import evaluation
 
 from traj_merge_callback import Evaluation, Problem
 from traj_merge_callback.engine.choose import Selection
-from traj_merge_callback.search.axes import PrincipalAxes
 from traj_merge_callback.search.objective import Objective
-from traj_merge_callback.search.program import best_point
 from traj_merge_callback.search.quadratic import Quadratic
+from traj_merge_callback.search.space import PrincipalAxes, best_point
 from traj_merge_callback.search.surrogate import SurrogateSearch
 
 

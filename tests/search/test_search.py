@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import select
 
-from traj_merge_callback import Evaluation, Problem, available_searches, register_search
+from traj_merge_callback import Evaluation, Problem, Search, available_searches, register_search
 from traj_merge_callback.engine.choose import Selection
 from traj_merge_callback.search import _registered, resolve_search
 from traj_merge_callback.search.evaluation import Gradient
@@ -149,7 +149,7 @@ def test_the_same_seed_gives_the_same_search():
     np.testing.assert_array_equal(one, two)
 
 
-class Ten:
+class Ten(Search):
     """A user's own search, as in the documentation."""
 
     def __init__(self, problem, concentration=1.0):
@@ -158,9 +158,6 @@ class Ten:
 
     def ask(self):
         return self.rng.dirichlet(np.full(self.problem.size, self.concentration))
-
-    def tell(self, weights, loss):
-        pass
 
 
 def test_a_search_of_ones_own_by_name_and_by_path():
@@ -175,6 +172,11 @@ def test_a_search_of_ones_own_by_name_and_by_path():
         del _registered["ten"]
     with pytest.raises(ValueError, match="'gp' is a built-in search"):
         register_search("gp")
+    for search in (lambda problem: None, int):
+        with pytest.raises(ValueError, match=r"search='mine' is .*: must be a subclass of traj_merge_callback\.Search"):
+            register_search("mine")(search)
+    with pytest.raises(ValueError, match="must be a subclass"):
+        resolve_search("math:sqrt")
 
 
 def test_a_search_that_repeats_itself_ends():

@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_search import run, weights_of
 
-from traj_merge_callback.search.axes import PrincipalAxes
 from traj_merge_callback.search.objective import Objective
-from traj_merge_callback.search.program import best_point
+from traj_merge_callback.search.space import PrincipalAxes, best_point
 from traj_merge_callback.search.trajectory import fill_by_trapezoid, trajectory_quadratic
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..window.layout import ParameterLayout, clean_name, persistent_buffers, unwrap
-from ..window.sharding import is_fsdp
+from ..window.sharding import has_fsdp
 from .snapshots import read_merge
 
 STATE_DICT, TRANSFORMERS, PEFT = "state_dict", "transformers", "peft"
@@ -216,7 +216,7 @@ def load_merged(folder: str | Path, model: nn.Module) -> dict[str, Any]:
     """
     folder, model = Path(folder), unwrap(model)
     merge = read_merge(folder)
-    if any(is_fsdp(module) for module in model.modules()):
+    if has_fsdp(model):
         raise ValueError("load_merged needs a whole model: load the snapshot before FSDP is applied")
     if merge.get("sharded"):
         raise ValueError(
@@ -252,9 +252,13 @@ def _names_of(state: dict[str, Tensor], targets: dict[str, Tensor]) -> set[str]:
     return {name for name, target in targets.items() if target.data_ptr() in filled}
 
 
-def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write a trainer's checkpoint, as ``torch.load`` reads it."""
-    torch.save(checkpoint, path)
+def collect_checkpoint(name: str, checkpoint: dict[str, Any], model: nn.Module) -> Callable[[Path], None]:
+    """The function that writes a trainer's checkpoint of the weights that ``model`` holds now, later."""
+    buffers = {buffer for buffer, _ in model.named_buffers(remove_duplicate=False)}
+    for key, value in checkpoint["state_dict"].items():
+        if key in buffers:  # which training goes on to write
+            checkpoint["state_dict"][key] = value.clone()
+    return lambda folder: torch.save(checkpoint, folder / name)
 
 
 def collect_pretrained(owner: Any) -> Callable[[Path], None]:

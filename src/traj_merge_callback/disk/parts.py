@@ -116,11 +116,11 @@ class PartsIndex:
             done = 0
             while done < one.count:
                 number = one.start + done
-                for rank, column, there in written.get(one.tensor, []):
-                    if there.start <= number < there.start + there.count:
-                        break
-                else:
+                places = written.get(one.tensor, [])
+                holding = [place for place in places if place[2].start <= number < place[2].start + place[2].count]
+                if not holding:
                     raise ValueError(f"the files hold no {one.tensor!r} from number {number} on")
+                rank, column, there = holding[0]
                 count = min(one.count - done, there.start + there.count - number)
                 source = column + number - there.start
                 yield Copy(rank, slice(source, source + count), slice(begin + done, begin + done + count))

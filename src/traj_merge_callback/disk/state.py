@@ -191,5 +191,3 @@ def _int8_columns(folder: Path, name: str, copy: Copy) -> Tensor:
         values += opened.get_slice("anchor")[first * BLOCK : last * BLOCK]
     begin = copy.source.start - first * BLOCK
     return values[begin : begin + copy.source.stop - copy.source.start]
-
-

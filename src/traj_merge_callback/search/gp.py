@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable
 
 import numpy as np
 from skopt import Optimizer
 
-from . import Problem
+from .problem import Observed, Problem, Search
 from .recipes import ema, lawa
 
 
-class _BayesianSearch(ABC):
+class _BayesianSearch(Search):
     """First points, then scikit-optimize: a Gaussian process with GP-Hedge over EI, PI and UCB in a unit box."""
 
     def __init__(self, problem: Problem, box: list[tuple[float, float]], first: Iterable[np.ndarray]) -> None:
@@ -27,7 +27,7 @@ class _BayesianSearch(ABC):
         )
         self._live_loss = problem.live_loss
         if problem.live is not None:
-            self.tell(problem.live, problem.live_loss)
+            self._add(problem.live, problem.live_loss)
 
     @abstractmethod
     def _to_weights(self, point: list[float]) -> np.ndarray:
@@ -48,7 +48,10 @@ class _BayesianSearch(ABC):
                 self._told = len(self._points)
             return self._to_weights(self._optimizer.ask())
 
-    def tell(self, weights: np.ndarray, loss: float) -> None:
+    def tell(self, weights: np.ndarray, loss: float, observed: Observed) -> None:
+        self._add(weights, loss)
+
+    def _add(self, weights: np.ndarray, loss: float) -> None:
         # A Gaussian process cannot hold an infinite loss: the worst finite one says "not here" well enough.
         finite = [value for value in self._losses if np.isfinite(value)]
         self._losses.append(loss if np.isfinite(loss) else max([*finite, self._live_loss]))
@@ -144,8 +147,8 @@ class PairwiseSearch(_BayesianSearch):
         middle = self._to_weights([(1.0 + alpha) / 2.0])
         super().__init__(problem, [(alpha, 1.0)], [middle, self._to_weights([alpha])])
 
-    @staticmethod
-    def check_options(*, alpha: float = 0.5) -> None:
+    @classmethod
+    def check_options(cls, *, alpha: float = 0.5) -> None:  # type: ignore[override]
         """Raise a ValueError if ``alpha`` is not in [0, 1)."""
         if not 0.0 <= alpha < 1.0:
             raise ValueError(f"alpha={alpha}: must be in [0, 1)")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import Problem
+from .problem import Observed, Problem, Search
 
 
-class GreedySearch:
+class GreedySearch(Search):
     """Greedy soup (Model soups, arXiv 2203.05482) over the newest rows the budget allows.
 
     Every row is evaluated alone, then rows join the soup in the order of their loss where that lowers the soup's loss.
@@ -35,7 +35,7 @@ class GreedySearch:
         self._asked = [*self._soup, self._waiting.pop(0)]
         return np.mean([self._problem.row(age) for age in self._asked], axis=0)
 
-    def tell(self, weights: np.ndarray, loss: float) -> None:
+    def tell(self, weights: np.ndarray, loss: float, observed: Observed) -> None:
         if self._waiting is None:
             self._losses[len(self._losses)] = loss
         elif loss < self._soup_loss:

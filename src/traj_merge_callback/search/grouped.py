@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import Observed, Problem
-from .axes import PrincipalAxes
+from .problem import Observed, Problem, Search
 from .quadratic import NOISE_PER_TOKEN
+from .space import PrincipalAxes
 
 _ALPHA = 0.6
 # The first step tried along the direction, as a share of what would be right if groups did not depend on each other.
 _FIRST_STEP = 0.2
 
 
-class GroupedSearch:
+class GroupedSearch(Search):
     """Descent from the best weights of the whole model in the space of one weight vector per parameter group.
 
     There are groups times as many weights to choose and no more held-out data to choose them by: most of the gradient

@@ -1,4 +1,4 @@
-"""Closed-form merge weights (k-world): functions of the rows' number, steps and held-out losses.
+"""Closed-form merge weights (k-world): functions of the rows' number, steps and held-out losses, and as searches.
 
 Every function returns float64 weights of shape ``(k,)``, oldest row first, that sum to 1. Where a source's exact
 constant could not be verified, the docstring says which part is ours.
@@ -6,9 +6,14 @@ constant could not be verified, the docstring says which part is ours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
+
+from .objective import Objective
+from .problem import Observed, Problem, Search
 
 
 def lawa(k: int) -> np.ndarray:
@@ -119,3 +124,96 @@ def bema(k: int, step: int, *, eta: float = 0.2, rho: float = 10.0, gamma: float
 
 def _normalised(values: np.ndarray) -> np.ndarray:
     return values / values.sum()
+
+
+# Recipes as searches
+
+WeightsOf = Callable[..., np.ndarray]
+
+
+class _Recipe(Search):
+    """One candidate, a recipe's weights, after the losses of single rows have been measured if it needs them.
+
+    ``weights_of(problem, losses, **options)`` gives the weights; ``losses`` are those of the newest rows, oldest first.
+    """
+
+    weights_of: ClassVar[WeightsOf]
+    needs_losses: ClassVar[bool]
+
+    def __init__(self, problem: Problem, **options: Any) -> None:
+        self._problem = problem
+        self._options = options
+        # By age; the last evaluation is kept for the recipe itself.
+        self._losses = dict(problem.live_losses)
+        most = min(len(problem.steps), problem.evaluations - 1 + len(self._losses))
+        self._wanted = most if self.needs_losses else 0
+        self._done = False
+
+    @classmethod
+    def check_options(cls, **options: Any) -> None:
+        cls.weights_of(Problem(steps=(1, 2), evaluations=2, objective=Objective.single(1.0)), [1.0, 1.0], **options)
+
+    def ask(self) -> np.ndarray | None:
+        if len(self._losses) < self._wanted:
+            return self._problem.row(age=len(self._losses))
+        if self._done:
+            return None
+        self._done = True
+        losses = [self._losses[age] for age in reversed(range(len(self._losses)))]
+        weights = type(self).weights_of(self._problem, losses, **self._options)
+        return np.concatenate([np.zeros(self._problem.size - len(weights)), weights])
+
+    def tell(self, weights: np.ndarray, loss: float, observed: Observed) -> None:
+        if not self._done:
+            self._losses[len(self._losses)] = loss
+
+
+def _as_search(source: WeightsOf, weights_of: WeightsOf, *, needs_losses: bool = False) -> type[Search]:
+    """A search whose signature is ``problem`` and the recipe's own options."""
+    options = [p for p in inspect.signature(source).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    problem = inspect.Parameter("problem", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    attributes = {
+        "__doc__": source.__doc__,
+        "__signature__": inspect.Signature([problem, *options]),
+        "weights_of": staticmethod(weights_of),
+        "needs_losses": needs_losses,
+        "closed_form": not needs_losses,
+    }
+    return type(f"{source.__name__}_search", (_Recipe,), attributes)
+
+
+lawa_search = _as_search(lawa, lambda problem, _: lawa(problem.size))
+ema_search = _as_search(ema, lambda problem, _, **options: ema(problem.size, **options))
+wma_search = _as_search(wma, lambda problem, _: wma(problem.size))
+wsm_search = _as_search(wsm, lambda problem, _, **options: wsm(problem.size, **options))
+mwa_step_search = _as_search(mwa_step, lambda problem, _, **options: mwa_step(problem.steps, **options))
+mwa_loss_search = _as_search(mwa_loss, lambda _, losses, **options: mwa_loss(losses, **options), needs_losses=True)
+perplexity_search = _as_search(
+    perplexity, lambda _, losses, **options: perplexity(losses, **options), needs_losses=True
+)
+
+
+class BemaSearch(Search):
+    """BEMA (arXiv 2508.00180), with the paper's symbols as options; see :func:`bema`.
+
+    Args:
+        problem: the merge's problem, whose first two weights belong to theta_0 and EMA_t.
+        eta: bias power. kappa: EMA power. rho: lag. gamma: multiplier. Defaults are those of TRL's BEMACallback.
+    """
+
+    closed_form = True
+
+    def __init__(
+        self, problem: Problem, *, eta: float = 0.2, kappa: float = 0.5, rho: float = 10.0, gamma: float = 1.0
+    ) -> None:
+        self._candidates = [bema(len(problem.steps), problem.steps[-1], eta=eta, rho=rho, gamma=gamma)]
+
+    @staticmethod
+    def average_rate(
+        step: int, *, eta: float = 0.2, kappa: float = 0.5, rho: float = 10.0, gamma: float = 1.0
+    ) -> float:
+        """beta_t, which the window needs to keep EMA_t while checkpoints arrive."""
+        return bema_rate(step, kappa=kappa, rho=rho, gamma=gamma)
+
+    def ask(self) -> np.ndarray | None:
+        return self._candidates.pop() if self._candidates else None

@@ -7,11 +7,10 @@ import math
 
 import numpy as np
 
-from . import Observed, Problem
-from .axes import PrincipalAxes
-from .program import best_point, check_space
+from .problem import GRADIENT_COST, Observed, Problem, Search
 from .quadratic import NOISE_PER_TOKEN, Observation, Posterior, Prior, Quadratic, design, posterior, quadratic
 from .recipes import ema
+from .space import PrincipalAxes, best_point, check_space
 
 # Hyperparameters and their priors: the curvature, as the loss in nats it gives between the newest row and the mean of
 # all rows (log-normal), and alpha (normal).
@@ -24,7 +23,7 @@ _DRAWS = 16
 _CLEARLY = 2.0
 
 
-class SurrogateSearch:
+class SurrogateSearch(Search):
     """Bayesian optimisation with gradients in the affine space of merge weights: a few evaluations, not dozens.
 
     One backward pass yields the gradient with respect to all merge weights: k numbers for about three forward passes.
@@ -51,7 +50,6 @@ class SurrogateSearch:
     """
 
     needs_gradients = True
-    check_options = staticmethod(check_space)
 
     def __init__(self, problem: Problem, *, space: str = "affine", bounds: tuple[float, float] | None = None) -> None:
         assert problem.gram is not None
@@ -71,9 +69,15 @@ class SurrogateSearch:
         self._parts = problem.parts
         self.wants_parts = 1
         # To aim on one part, and then evaluate what was aimed at.
-        self.wants_gradient = self._budget >= 3 / self._parts + 1
+        self.wants_gradient = self._budget >= GRADIENT_COST / self._parts + 1
         # Rows that are all equal leave nothing to search for.
         self._done = self._axes.degenerate
+
+    @classmethod
+    def check_options(  # type: ignore[override]
+        cls, *, space: str = "affine", bounds: tuple[float, float] | None = None
+    ) -> None:
+        check_space(space, bounds)
 
     def ask(self) -> np.ndarray | None:
         if not self.wants_gradient:
@@ -87,7 +91,7 @@ class SurrogateSearch:
             self._done = True
             return
         share = min(1.0, float(parts.tokens.sum() / self._objective.tokens.sum()))
-        self._budget -= 3 * share
+        self._budget -= GRADIENT_COST * share
         here = self._axes.to_point(weights)
         self._observe(here, observed.losses, gradients, 1.0 / share - 1.0)
         if share == 1.0 and loss <= self._best_loss:
@@ -96,14 +100,14 @@ class SurrogateSearch:
         self._next = self._axes.to_weights(point)
         if self.wants_parts < self._parts:
             self.wants_parts = self._parts
-            self.wants_gradient = self._budget >= 3
+            self.wants_gradient = self._budget >= GRADIENT_COST
         else:
             noise = 0.0
             if self._best is not None:
                 noise = parts.stderr_along(self._axes.axes @ (point - self._best), self._objective.domains)
             noise = noise if math.isfinite(noise) else 0.0
             self._done = expected <= noise
-            self.wants_gradient = self._budget >= 4 and regret > _CLEARLY * noise
+            self.wants_gradient = self._budget >= GRADIENT_COST + 1 and regret > _CLEARLY * noise
         self._done |= self._budget < 1
 
     def _observe(self, point: np.ndarray, losses: np.ndarray, gradients: np.ndarray | None, missing: float) -> None:

@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from . import Observed, Problem
-from .axes import PrincipalAxes
 from .objective import Objective
-from .program import best_point, check_space
+from .problem import GRADIENT_COST, Observed, Problem, Search
 from .quadratic import Quadratic
+from .space import PrincipalAxes, best_point, check_space
 
 _SMALLEST_CURVATURE = 1e-9
 # What a loss cannot fall by, in nats: it is not known to more digits.
@@ -58,7 +57,7 @@ def trajectory_quadratic(losses: np.ndarray, products: np.ndarray, axes: Princip
     return replace(model, constant=constant)
 
 
-class TrajectorySearch:
+class TrajectorySearch(Search):
     """Quadratic programming on the trajectory surrogate, then quasi-Newton steps from the candidates evaluated.
 
     One loss and gradient at each row, newest first and remembered while the row is in the window, give the surrogate;
@@ -76,7 +75,6 @@ class TrajectorySearch:
     """
 
     needs_gradients = True
-    check_options = staticmethod(check_space)
 
     def __init__(self, problem: Problem, *, space: str = "affine", bounds: tuple[float, float] | None = None) -> None:
         self._bounds = check_space(space, bounds)
@@ -87,12 +85,18 @@ class TrajectorySearch:
         self._rows = problem.memory["rows"] = {key: row for key, row in known.items() if int(key) in problem.steps}
         unknown = [step for step in reversed(problem.steps) if str(step) not in self._rows]
         # A candidate is to be evaluated too.
-        self._unknown = unknown[: max(0, int((self._budget - 1) // 3))]
+        self._unknown = unknown[: max(0, int((self._budget - 1) // GRADIENT_COST))]
         self._axes: PrincipalAxes | None = None
         self._next: np.ndarray | None = None
         self.wants_gradient = True
         if not self._unknown:
             self._begin()
+
+    @classmethod
+    def check_options(  # type: ignore[override]
+        cls, *, space: str = "affine", bounds: tuple[float, float] | None = None
+    ) -> None:
+        check_space(space, bounds)
 
     def ask(self) -> np.ndarray | None:
         if self._unknown:
@@ -105,7 +109,7 @@ class TrajectorySearch:
             self._unknown = []
             return
         gradient = np.tensordot(self._problem.objective.weights, observed.gradients, axes=1)
-        self._budget -= 3
+        self._budget -= GRADIENT_COST
         if self._unknown:
             loss = float(self._problem.objective.weights @ observed.losses)
             slopes = dict(
@@ -161,7 +165,7 @@ class TrajectorySearch:
         self._point = best_point([self._model], Objective.single(0.0), self._axes, self._bounds, self._best)
         self._next = np.zeros(self._problem.size)
         self._next[self._members] = self._axes.to_weights(self._point)
-        self.wants_gradient = self._budget >= 3
+        self.wants_gradient = self._budget >= GRADIENT_COST
         return self._model.value(self._best) - self._model.value(self._point)
 
 

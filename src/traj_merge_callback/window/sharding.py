@@ -242,6 +242,11 @@ def is_fsdp(module: nn.Module) -> bool:
     return isinstance(module, (FSDPModule, FullyShardedDataParallel))
 
 
+def has_fsdp(model: nn.Module) -> bool:
+    """Whether a model's parameters, or some of them, are sharded by FSDP."""
+    return any(is_fsdp(module) for module in model.modules())
+
+
 def _reshard(module: nn.Module) -> None:
     if is_fsdp(module) and hasattr(module, "reshard"):  # FSDP1 does so by itself
         module.reshard()  # type: ignore[operator]
@@ -258,7 +263,7 @@ def find_sharding(model: nn.Module, processes: Processes, columns: int) -> Shard
     Raises:
         ValueError: its parameters are sharded in a way that is not supported.
     """
-    if any(is_fsdp(module) for module in model.modules()):
+    if has_fsdp(model):
         return FullyShardedColumns(processes, model)
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id"):
