@@ -16,6 +16,7 @@ from search_quality import ROWS, SPECS, heldout, windows
 from trajectories import load, put
 
 from traj_merge_callback import CheckpointWindow
+from traj_merge_callback.evaluate.install import installed
 from traj_merge_callback.window.storage import DTYPES
 
 MERGES = {"average": np.full(ROWS, 1 / ROWS), "extrapolating": np.array([0.0, 0.0, 0.0, -0.3, 0.2, 0.3, 0.4, 0.4])}
@@ -44,7 +45,7 @@ def main() -> None:
             for merge, weights in MERGES.items():
                 found = {}
                 for dtype, window in kept.items():
-                    with window.layout.installed(model, window.combine(weights)):
+                    with installed(window.layout, model, window.combine(weights)):
                         found[dtype] = loss.evaluate(model, "report").loss
                 name = f"{spec.name}, {kind.name} rows, {merge}"
                 cases[name] = {dtype: found[dtype] - found["float32"] for dtype in ("bfloat16", "int8")}

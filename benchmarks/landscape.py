@@ -38,7 +38,7 @@ class Recorded(SurrogateSearch):
     def tell(self, weights: np.ndarray, loss: float, observed: Observed) -> None:
         """Write down what was evaluated."""
         kind = "loss" if observed.gradients is None else "loss and gradient"
-        self.candidates.append((weights, kind + ("" if self.wants_parts > 1 else " on a quarter of the data")))
+        self.candidates.append((weights, kind + ("" if self.wants_parts != 1 else " on a quarter of the data")))
         super().tell(weights, loss, observed)
 
 

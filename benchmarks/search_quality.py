@@ -35,8 +35,9 @@ from traj_merge_callback.distributed import Processes
 from traj_merge_callback.engine.choose import Selection, select
 from traj_merge_callback.evaluate.candidate import Candidates, weights_in
 from traj_merge_callback.evaluate.heldout import Split
+from traj_merge_callback.evaluate.install import installed
 from traj_merge_callback.pieces import finish
-from traj_merge_callback.search import Observed, resolve_search
+from traj_merge_callback.search import Observed, Search, resolve_search
 from traj_merge_callback.search.evaluation import Gradient
 from traj_merge_callback.search.grouped import GroupedSearch
 from traj_merge_callback.search.objective import Objective
@@ -118,16 +119,16 @@ class Case:
     def choose(self, name: str, options: dict[str, Any], evaluations: int) -> Selection:
         """Run a search by name."""
         problem = replace(self.problem, evaluations=evaluations - 1, memory={})
-        search = resolve_search(name, options)(problem, **options)
+        build: Callable[..., Search] = resolve_search(name, options)
+        search = build(problem, **options)
         return finish(select(lambda: search, problem, self.candidates.measure, self.start(), {}, ALONE))
 
     def choose_grouped(self, chosen: Selection) -> Selection:
         """Go on to weights for each parameter group, three steps at most."""
         assert chosen.weights is not None
         problem = replace(self.problem, evaluations=3 * GroupedSearch.cost, gram=self.window.gram(grouped=True))
-        return finish(
-            select(lambda: GroupedSearch(problem, chosen.weights), problem, self.candidates.measure, chosen, {}, ALONE)
-        )
+        search = GroupedSearch(problem, chosen.weights)
+        return finish(select(lambda: search, problem, self.candidates.measure, chosen, {}, ALONE))
 
     def measure(
         self, weights: np.ndarray, parts: Sequence[int], *, gradient: bool = True
@@ -186,7 +187,7 @@ class Case:
 
     def report_row(self, row: np.ndarray) -> Evaluation:
         """Other weights on the report split."""
-        with self.window.layout.installed(self.model, torch.from_numpy(row)):
+        with installed(self.window.layout, self.model, torch.from_numpy(row)):
             return self.heldout.evaluate(self.model, "report")
 
     def start(self) -> Selection:

@@ -1,5 +1,6 @@
 """Merging states and sharded snapshots: read by other numbers of ranks, whole or refused, and never unpickled."""
 
+import itertools
 import json
 import pickle
 
@@ -67,7 +68,7 @@ def test_nothing_that_is_read_is_unpickled(tmp_path):
     saved_window(tmp_path / "state", model)
     for name in (".metadata", "state.pkl", "row-00.rank-00000.safetensors"):
         (tmp_path / "state" / name).write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(Exception, match="(?i)header|safetensor"):
+    with pytest.raises(Exception, match=r"(?i)header|safetensor"):
         load_state(tmp_path / "state", CheckpointWindow(model, 3), 5)
     snapshot = tmp_path / "snapshot"
     snapshot.mkdir()
@@ -76,7 +77,7 @@ def test_nothing_that_is_read_is_unpickled(tmp_path):
     tensors = {"weight": {"shape": [3], "front": 0, "dtype": "float32"}}
     merge = {"version": 1, "sharded": {"tensors": tensors, "parts": {"0": [["weight", 0, 3]]}}}
     (snapshot / "merge.json").write_text(json.dumps(merge))
-    with pytest.raises(Exception, match="(?i)header|safetensor"):
+    with pytest.raises(Exception, match=r"(?i)header|safetensor"):
         consolidate_snapshot(snapshot, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
@@ -125,7 +126,7 @@ def test_any_number_of_ranks_reads_what_any_other_number_wrote(sizes, writers, r
         found = []
         for rank in range(ranks):
             first, last = min(rank * share, len(whole)), min((rank + 1) * share, len(whole))
-            bounds = [(max(first, b), min(last, e)) for b, e in zip(begins, begins[1:])]
+            bounds = [(max(first, b), min(last, e)) for b, e in itertools.pairwise(begins)]
             found.append(
                 tuple(Range(f"t{i}", int(lo - begins[i]), int(hi - lo)) for i, (lo, hi) in enumerate(bounds) if lo < hi)
             )

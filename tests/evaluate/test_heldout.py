@@ -1,6 +1,7 @@
 """The held-out loss against one computed by hand, its two splits, and what it accepts."""
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from traj_merge_callback import CheckpointWindow, HeldOutLoss
-from traj_merge_callback.evaluate.batches import interleaved
-from traj_merge_callback.evaluate.gathering import weights_in
+from traj_merge_callback.evaluate.candidate import weights_in
+from traj_merge_callback.evaluate.data import fingerprint, read_heldout
+from traj_merge_callback.evaluate.install import installed
 from traj_merge_callback.evaluate.isolation import isolated
 from traj_merge_callback.pieces import finish
 
@@ -302,21 +304,40 @@ def test_the_gradient_is_that_of_the_token_weighted_loss_and_leaves_no_trace(hel
     window.push(model, 2)
 
     def merged(weight):
-        with window.layout.installed(model, window.combine([1 - weight, weight])):
+        with installed(window.layout, model, window.combine([1 - weight, weight])):
             return loss.evaluate(model, "search").loss
 
-    with window.layout.installed(model, window.combine([0.5, 0.5])):
+    with installed(window.layout, model, window.combine([0.5, 0.5])):
         _, parts = gradient_of(loss, model, window, window.project_pieces)
     slope = parts.of(frozenset(["heldout"]))
     assert slope[1] - slope[0] == pytest.approx((merged(0.51) - merged(0.49)) / 0.02, rel=2e-2)
     np.testing.assert_allclose(window.gram()[0, 0], float((3.0 / 4.0 * parameter.detach()).square().sum()), rtol=1e-4)
 
 
-def test_shares_of_processes_become_the_batches_of_one():
+class Shares:
+    """The ranks' exchanges, with every rank's batches known beforehand."""
+
+    size = 3
+
+    def __init__(self, shares):
+        self.shares = shares
+
+    def raise_on_all(self):
+        return nullcontext()
+
+    def all_gather_object(self, value):
+        return self.shares if isinstance(value, list) else [fingerprint(share, 0) for share in self.shares]
+
+
+def test_shares_of_ranks_are_gathered_without_repeats():
+    # 46 numbers for three ranks: a sampler repeats the first ones, so that each rank has as many.
     sequences = torch.arange(46).view(23, 2)
-    shares = [list(sequences[rank::3].split(4)) for rank in range(3)]
-    mixed = interleaved([[{"ids": batch} for batch in share] for share in shares], 4)
-    assert [batch["ids"].tolist() for batch in mixed] == [batch.tolist() for batch in sequences.split(4)]
-    # Padded to different lengths they cannot be one batch: they come in turn.
-    ragged = [[torch.zeros(2, 5)], [torch.zeros(2, 7)], []]
-    assert [tuple(batch.shape) for batch in interleaved(ragged, 2)] == [(2, 5), (2, 7)]
+    padded = torch.cat([sequences, sequences[:1]])
+    shares = [[{"ids": batch} for batch in padded[rank::3].split(4)] for rank in range(3)]
+    for mine in shares:
+        found = read_heldout("text", mine, 99, 0, Shares(shares))
+        assert sorted(torch.cat([batch["ids"] for batch in found]).tolist()) == sequences.tolist()
+        assert [len(batch["ids"]) for batch in found] == [4, 4, 4, 4, 4, 3]
+    # As many batches as are wanted, those that every rank read first.
+    found = read_heldout("text", shares[0], 4, 0, Shares(shares))
+    assert [batch["ids"][0].tolist() for batch in found] == [sequences[i].tolist() for i in (0, 1, 2, 12)]

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from traj_merge_callback import CheckpointWindow, HeldOutLoss
+from traj_merge_callback.evaluate.install import installed
 from traj_merge_callback.evaluate.isolation import isolated
 
 
@@ -136,7 +137,7 @@ def test_a_ctrl_c_at_any_moment_leaves_live_weights_bit_exact(heldout):
         try:
             timer.start()
             for _ in range(100):
-                with window.layout.installed(model, window.combine([0.5, 0.5])):
+                with installed(window.layout, model, window.combine([0.5, 0.5])):
                     loss.evaluate(model, "search")
         except KeyboardInterrupt:
             interrupted += 1
@@ -190,7 +191,7 @@ def test_a_compiled_model_is_evaluated_without_recompiling(heldout, compile_all)
     assert not [slot.name for slot in window.layout.slots if "_orig_mod" in slot.name]
     plain = tiny_llama(dropout=0.0)
     loss = HeldOutLoss(DataLoader(heldout, batch_size=4), batches=4)
-    with window.layout.installed(model, window.combine([1.0])):
+    with installed(window.layout, model, window.combine([1.0])):
         assert loss.evaluate(model, "search").loss == pytest.approx(loss.evaluate(plain, "search").loss, abs=1e-6)
     model(**batch).loss.backward()
     assert len(compiled) == graphs
@@ -208,7 +209,7 @@ def test_autocast_does_not_serve_weights_of_another_candidate(heldout):
     window.push(model, 2)
     with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():  # an outer context, whose cache would be stale
         new = loss.evaluate(model, "search").loss
-        with window.layout.installed(model, window.combine([1.0, 0.0])):
+        with installed(window.layout, model, window.combine([1.0, 0.0])):
             assert loss.evaluate(model, "search").loss == old
         assert loss.evaluate(model, "search").loss == new != old
 

@@ -26,7 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import realtext
 from traj_merge_callback import TrajectoryMerger
-from traj_merge_callback.evaluate.losses import language_model_nll
+from traj_merge_callback.evaluate.heldout import language_model_nll
 
 several = "WORLD_SIZE" in os.environ
 if several:
@@ -92,6 +92,12 @@ def eventful(what, at):
             handle.remove()
 
     return nll
+
+
+def held_out(loss):
+    """The sequences that are held out, sorted, and a digest of which split each is in."""
+    batches = [batch.batch["input_ids"] for split in loss._batches.values() for batch in split]
+    return sorted(torch.cat(batches).tolist()), loss.digest
 
 
 def kill_while_writing(folder):
@@ -190,6 +196,7 @@ def run(
     if merger:
         found["columns"] = merger.window.layout.numel if merger.window else None
         found["bytes"] = merger.window.nbytes if merger.window else None
+        found["heldout"] = held_out(merger.heldout)
         merger.finish(model)
         found["records"] = [json.loads(record.to_json()) for record in merger.records]
     (folder / f"found-{rank}.json").write_text(json.dumps(found))

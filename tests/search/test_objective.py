@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_search import evaluation
 
-from traj_merge_callback import Evaluation, Problem
+from traj_merge_callback import Evaluation, Problem, Search
 from traj_merge_callback.engine.choose import Selection
 from traj_merge_callback.search.objective import Objective
 from traj_merge_callback.search.quadratic import Quadratic
@@ -82,14 +82,14 @@ def test_a_hopeless_candidate_costs_only_the_part_it_was_evaluated_on():
         costs.append(len(done.nll) / batches)
         return done, None
 
-    class Two:
+    class Two(Search):
         def __init__(self):
             self.candidates, self.told = [np.array([0.1, 0.9]), np.array([0.9, 0.1]), np.array([0.0, 1.0])], []
 
         def ask(self):
             return self.candidates.pop(0) if self.candidates else None
 
-        def tell(self, weights, loss):
+        def tell(self, weights, loss, observed):
             self.told.append(loss)
 
     live = Evaluation(base, np.ones(batches), ("",) * batches, tuple(range(batches)))
@@ -105,7 +105,7 @@ def test_a_hopeless_candidate_costs_only_the_part_it_was_evaluated_on():
 def test_a_candidate_evaluated_in_part_cannot_win():
     live = evaluation(2.0, 2.0, 2.0, 2.0)
 
-    class Aim:
+    class Aim(Search):
         wants_parts = 1
         asked = 0
 
@@ -113,7 +113,7 @@ def test_a_candidate_evaluated_in_part_cannot_win():
             self.asked += 1
             return np.array([0.5, 0.5]) if self.asked < 4 else None
 
-        def tell(self, weights, loss):
+        def tell(self, weights, loss, observed):
             assert loss == pytest.approx(1.0)
 
     seen = []

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from traj_merge_callback import find_snapshot, load_merged
-from traj_merge_callback.evaluate.losses import language_model_nll
+from traj_merge_callback.evaluate.heldout import language_model_nll
 from traj_merge_callback.lightning import TrajMergeCallback
 from traj_merge_callback.pieces import COMBINE, FORWARD
 

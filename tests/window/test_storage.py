@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from traj_merge_callback import CheckpointWindow, HeldOutLoss
-from traj_merge_callback.window.storage import on_disk
+from traj_merge_callback.disk.mapped import on_disk
+from traj_merge_callback.evaluate.install import installed
 
 
 class Walk(nn.Module):
@@ -123,7 +124,7 @@ def test_merges_of_int8_rows_lose_nothing_that_matters(train, heldout):
     for weights in (np.full(8, 1 / 8), [0, 0, 0, -0.3, 0.2, 0.3, 0.4, 0.4]):
         found = {}
         for dtype, window in windows.items():
-            with window.layout.installed(model, window.combine(weights)):
+            with installed(window.layout, model, window.combine(weights)):
                 found[dtype] = loss.evaluate(model, "report").loss
         assert found["int8"] == pytest.approx(found["float32"], abs=1e-4)
     live = loss.evaluate(model, "report").loss

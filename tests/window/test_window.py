@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from traj_merge_callback import CheckpointWindow
+from traj_merge_callback.evaluate.install import installed
 
 
 class Net(nn.Module):
@@ -127,7 +128,7 @@ def test_installed_weights_compute_like_a_model_that_has_them_and_leave_the_live
             value.add_(1)
     window.push(model, 2)
     live = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(KeyboardInterrupt), window.layout.installed(model, window.combine([1.0, 0.0])):
+    with pytest.raises(KeyboardInterrupt), installed(window.layout, model, window.combine([1.0, 0.0])):
         assert torch.equal(model.first.weight, before["first.weight"])
         assert model.tied.weight is model.first.weight
         assert torch.equal(model.norm.running_mean, before["norm.running_mean"])

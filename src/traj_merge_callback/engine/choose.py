@@ -185,10 +185,12 @@ class Chooser:
         """
         problem = yield from self._problem(window, live, state, step, evaluations)
         start = Selection(None, problem.live_loss, live)
-        make: Callable[[], Search] = lambda: self._search(problem, **self._config.search_options)  # noqa: E731
+        build: Callable[..., Search] = self._search
+        make: Callable[[], Search] = lambda: build(problem, **self._config.search_options)  # noqa: E731
         self._trying = "gradients" if self._config.search == "auto" and not self._without_gradients else None
         if self._without_gradients:
-            make = lambda: resolve_search("reach")(problem)  # noqa: E731
+            reach: Callable[..., Search] = resolve_search("reach")
+            make = lambda: reach(problem)  # noqa: E731
         chosen = yield from select(make, problem, measure, start, state.row_losses, self._processes)
         self._trying, shared = None, chosen.weights
         if window.groups is not None and shared is not None and not (self._ungrouped or self._without_gradients):

@@ -5,25 +5,23 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..distributed import Processes
 from ..pieces import BACKWARD, EXCHANGE, FORWARD, Pieces, finish
 from ..search.evaluation import PARTS, Evaluation, Gradient
 from ..window.layout import unwrap
-from .batches import count_sequences, fingerprint, map_tensors, select_sequences
-from .data import read_together
+from .data import count_sequences, fingerprint, map_tensors, read_heldout, select_sequences
 from .isolation import isolated
-from .losses import Nll, language_model_nll
 
+Nll: TypeAlias = Callable[[nn.Module, Any], tuple[Tensor | float, Tensor | float | int]]
 Split = Literal["search", "report"]
 # Given whether gradients are wanted, a context in which the model can be evaluated without a trace.
 Ready = Callable[[bool], AbstractContextManager[Any]]
@@ -47,7 +45,7 @@ _MIN_UNITS = 8
 
 
 @dataclass(frozen=True)
-class _Unit:
+class _Batch:
     domain: str
     batch: Any
 
@@ -104,13 +102,12 @@ class HeldOutLoss:
         self.searched = frozenset(loaders) - self.report_only
         if not self.searched:
             raise ValueError(f"report_only={sorted(self.report_only)} leaves no domain to search on")
-        self._units: dict[Split, list[_Unit]] = {"search": [], "report": []}
-        self._share = 1.0
+        self._batches: dict[Split, list[_Batch]] = {"search": [], "report": []}
         self._digest = hashlib.sha256()
         for name, loader in loaders.items():
             fraction = 0.0 if name in self.report_only else search_fraction
-            self._deal(name, read_together(name, loader, batches, seed, self._processes), fraction)
-        for split, units in self._units.items():
+            self._deal(name, read_heldout(name, loader, batches, seed, self._processes), fraction)
+        for split, units in self._batches.items():
             if not any(unit.domain in self.searched for unit in units):
                 raise ValueError(
                     f"heldout leaves no sequence for the {split} split: give at least 2 different sequences "
@@ -133,13 +130,14 @@ class HeldOutLoss:
                 dealt[owner[digest]].append(index)
                 self._digest.update(digest + owner[digest].encode())
             for split, indices in dealt.items():
-                self._units[split] += _cut(_Unit(domain, batch), indices, pieces)
+                self._batches[split] += _cut(_Batch(domain, batch), indices, pieces)
 
     def _divide(self) -> list[list[int]]:
         """The batches of each part of the search split, a like share of every domain's, those of a domain together."""
         domains = sorted(self.searched)
-        used = [[index for index, unit in enumerate(self._units["search"]) if unit.domain == name] for name in domains]
-        used = [indices[: math.ceil(self._share * len(indices))] for indices in used]
+        used = [
+            [index for index, unit in enumerate(self._batches["search"]) if unit.domain == name] for name in domains
+        ]
         parts: list[list[int]] = [[] for _ in range(max(1, min(PARTS, *map(len, used))))]
         for indices in used:
             for part, share in zip(parts, np.array_split(indices, len(parts)), strict=True):
@@ -158,29 +156,19 @@ class HeldOutLoss:
 
     def num_batches(self, split: Split) -> int:
         """How many batches one evaluation on the split takes."""
-        return len(self._units["report"]) if split == "report" else sum(map(len, self._parts))
-
-    def use(self, share: float) -> None:
-        """Let the search split be a share of itself, at least one batch of each domain, until said otherwise."""
-        self._share = share
-        self._parts = self._divide()
+        return len(self._batches["report"]) if split == "report" else sum(map(len, self._parts))
 
     def cut(self, pieces: int) -> None:
         """Cut every batch into so many, by sequences, where it has as many: each is evaluated in that less time."""
-        for split, units in self._units.items():
+        for split, units in self._batches.items():
             cut = [_cut(unit, list(range(count_sequences(unit.batch))), pieces) for unit in units]
-            self._units[split] = list(itertools.chain(*cut))
+            self._batches[split] = list(itertools.chain(*cut))
         self._parts = self._divide()
-
-    @property
-    def searchable(self) -> int:
-        """How many batches the whole search split has."""
-        return sum(unit.domain in self.searched for unit in self._units["search"])
 
     @property
     def longest(self) -> int:
         """Sequences in the largest batch."""
-        return max(count_sequences(unit.batch) for units in self._units.values() for unit in units)
+        return max(count_sequences(unit.batch) for units in self._batches.values() for unit in units)
 
     def evaluate(self, model: nn.Module, split: Split) -> Evaluation:
         """Evaluate ``model`` as it stands, in eval mode and without gradients, leaving no trace (see ``isolated``).
@@ -197,7 +185,7 @@ class HeldOutLoss:
 
     def evaluate_pieces(self, model: nn.Module, split: Split, ready: Ready) -> Pieces[Evaluation]:
         """:meth:`evaluate` in pieces of a batch, each inside ``ready(False)``, which may give it other weights."""
-        indices = range(len(self._units["report"])) if split == "report" else sorted(itertools.chain(*self._parts))
+        indices = range(len(self._batches["report"])) if split == "report" else sorted(itertools.chain(*self._parts))
         return (yield from self._evaluating(model, split, indices, ready))
 
     def sample_pieces(self, model: nn.Module, ready: Ready) -> Pieces[Evaluation]:
@@ -238,7 +226,7 @@ class HeldOutLoss:
         domains: list[str] = []
         for part in parts:
             units = self._parts[part]
-            for domain, group in itertools.groupby(units, key=lambda index: self._units["search"][index].domain):
+            for domain, group in itertools.groupby(units, key=lambda index: self._batches["search"][index].domain):
                 if gradient is not None:
                     gradient.clear_gradient()
                 found = yield from self._evaluating(model, "search", group, ready, gradient)
@@ -262,7 +250,7 @@ class HeldOutLoss:
         """Evaluate batches of a split, as many at a time as there are processes."""
         model = unwrap(model)
         indices = tuple(chosen)
-        units = [self._units[split][index] for index in indices]
+        units = [self._batches[split][index] for index in indices]
         turns = range(0, len(units), self._processes.size)
         values = np.zeros((len(turns), 2))
         for turn, first in enumerate(turns):
@@ -286,10 +274,10 @@ class HeldOutLoss:
         return Evaluation(found[:, 0], found[:, 1], tuple(unit.domain for unit in units), indices)
 
 
-def _cut(unit: _Unit, indices: list[int], pieces: int) -> list[_Unit]:
+def _cut(unit: _Batch, indices: list[int], pieces: int) -> list[_Batch]:
     """Some sequences of a batch as so many batches, or fewer if there are not as many sequences."""
     parts = np.array_split(indices, min(pieces, len(indices))) if indices else []
-    return [_Unit(unit.domain, select_sequences(unit.batch, part.tolist())) for part in parts]
+    return [_Batch(unit.domain, select_sequences(unit.batch, part.tolist())) for part in parts]
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -303,3 +291,71 @@ def device_of(model: nn.Module) -> torch.device:
 
 def _to_device_of(model: nn.Module, batch: Any) -> Any:
     return map_tensors(batch, lambda tensor: tensor.to(device_of(model), non_blocking=True))
+
+
+# From a model and a batch to a summed negative log-likelihood
+
+_IGNORED = -100
+
+
+def language_model_nll(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+    """``(summed NLL in nats, target tokens)`` of a model that returns its mean loss per target token as ``.loss``.
+
+    Args:
+        model: called as ``model(**batch)``, like every Hugging Face model.
+        batch: a mapping with "labels", shape ``(sequences, length)``; labels of -100 are no targets. A causal model
+            predicts labels from the second position on.
+
+    Raises:
+        TypeError: the batch is no mapping with labels, or the output has no loss; the message names ``nll=``.
+    """
+    if not isinstance(batch, Mapping) or not ("labels" in batch or "shift_labels" in batch):
+        raise TypeError(
+            f"held-out batches must be mappings with 'labels', got {_describe(batch)}; "
+            "for other batches pass nll=, a function (model, batch) -> (summed NLL, tokens)"
+        )
+    tokens = count_targets(model, batch)
+    if tokens == 0:
+        return torch.zeros(()), 0
+    # In eval mode a decoder would otherwise build a key-value cache that nobody reads.
+    no_cache = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    output = model(**{**no_cache, **batch})
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None and isinstance(output, tuple) and output:
+        loss = output[0]
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"{type(model).__name__} returned no .loss for a batch with labels; "
+            "pass nll=, a function (model, batch) -> (summed NLL, tokens)"
+        )
+    return loss.float().mean() * tokens, tokens
+
+
+def count_targets(model: nn.Module, batch: Mapping[str, Any]) -> int:
+    """The number of labels the model's loss averages over: not -100, and shifted by one for causal models."""
+    if "shift_labels" in batch:
+        labels = batch["shift_labels"]
+    else:
+        labels = batch["labels"][..., 1:] if shifts_labels(model) and batch["labels"].dim() > 1 else batch["labels"]
+    return int((labels != _IGNORED).sum())
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether the model shifts labels itself: causal decoders do, encoder-decoders and masked models do not."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    loss_function = getattr(model, "loss_function", None)
+    return loss_function is None or getattr(loss_function, "__name__", "") == "ForCausalLMLoss"
+
+
+def _describe(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return f"a mapping with keys {sorted(map(str, batch))}"
+    return f"a {type(batch).__name__}"
+
+
+def summed_nll(model: nn.Module, batch: Any, mean_loss: Tensor) -> tuple[Tensor | float, int]:
+    """A mean loss as ``(summed NLL, tokens)``: weighted with the batch's labels, without labels with its sequences."""
+    has_labels = isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor)
+    weight = count_targets(model, batch) if has_labels else count_sequences(batch)
+    return mean_loss.float().mean() * weight if weight else 0.0, weight

@@ -67,7 +67,7 @@ class SurrogateSearch(Search):
             self._next = self._axes.middle
         self._budget = float(problem.evaluations)
         self._parts = problem.parts
-        self.wants_parts = 1
+        self.wants_parts: int = 1
         # To aim on one part, and then evaluate what was aimed at.
         self.wants_gradient = self._budget >= GRADIENT_COST / self._parts + 1
         # Rows that are all equal leave nothing to search for.

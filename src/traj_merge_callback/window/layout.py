@@ -10,14 +10,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..distributed import Processes
-from ..evaluate.interrupts import delayed_interrupts
 from .sharding import EqualShares, Shard, Sharding, find_sharding
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.parallel.DataParallel)
@@ -188,45 +186,6 @@ class ParameterLayout:
     def views(self, row: Tensor) -> dict[str, Tensor]:
         """The named, shaped views of a flat row of shape ``(numel,)``, in the order of ``slots``."""
         return {slot.name: row[slot.offset : slot.offset + slot.numel].view(slot.shard.local) for slot in self.slots}
-
-    @contextmanager
-    def installed(self, model: nn.Module, row: Tensor) -> Iterator[None]:
-        """Within the context, ``model`` computes with ``row`` (shape ``(numel,)``) instead of its own weights.
-
-        Parameters that are gathered by units keep their own (see ``gathering``).
-        The live weights' storage is never written: each parameter points elsewhere and is pointed back, so restoring
-        is bit-exact whatever happens inside, and optimizers, hooks and compiled graphs keep the same Parameter objects.
-        """
-        model = unwrap(model)
-        tensors = self.tensors(model)
-        buffers = persistent_buffers(model)
-        views = self.views(row)
-        live: list[tuple[Tensor, Tensor]] = []
-        replaced: list[tuple[BufferPlace, Tensor]] = []
-        with delayed_interrupts():
-            try:
-                for slot, tensor in zip(self.slots, tensors, strict=True):
-                    if slot.is_parameter and slot.shard.unit is None:
-                        merged = views[slot.name].to(device=tensor.device, dtype=tensor.dtype)
-                        live.append((tensor, tensor.data))
-                        tensor.data = merged
-                for name, places in buffers.items():
-                    if (view := views.get(clean_name(name))) is None:
-                        continue
-                    for place in places:
-                        buffer = place.tensor
-                        replaced.append((place, buffer))
-                        merged = view.to(device=buffer.device, dtype=buffer.dtype, copy=True)
-                        place.module._buffers[place.name] = merged
-                # Autocast keeps low-precision copies of weights by tensor identity, and these just changed content.
-                torch.clear_autocast_cache()
-                yield
-            finally:
-                for tensor, data in live:
-                    tensor.data = data
-                for place, buffer in replaced:
-                    place.module._buffers[place.name] = buffer
-                torch.clear_autocast_cache()
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, list[BufferPlace]]:

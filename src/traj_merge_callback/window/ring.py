@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -122,15 +121,8 @@ class Ring:
             target.copy_(value)
         self._take_over(state)
 
-    def numbers(self) -> dict[str, Callable[[slice], Tensor]]:
-        """What :meth:`state_dict` holds, as functions that read some columns of a row as plain numbers."""
-        found: dict[str, Callable[[slice], Tensor]] = {name: row.__getitem__ for name, row in self._shared().items()}
-        for index in range(len(self.steps)):
-            found[_row_name(index)] = functools.partial(self.rows.numbers, self.place(index))
-        return found
-
-    def load_numbers(self, state: dict[str, Any], read: Callable[[str, Tensor], None]) -> None:
-        """Take over what :meth:`numbers` gave, the newest rows if there are more than fit.
+    def load_rows(self, state: dict[str, Any], read: Callable[[str, Tensor], None]) -> None:
+        """Take over a saved window whose columns were divided in another way, the newest rows if more than fit.
 
         Args:
             state: of a ``state_dict``, "shared" being names, and without "rows".

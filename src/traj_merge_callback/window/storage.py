@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,27 +21,6 @@ def in_memory(*, pinned: bool = False, device: torch.device | None = None) -> Al
 
     def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned and device is None)
-
-    return allocate
-
-
-def on_disk(folder: Path) -> Allocate:
-    """Tensors that are safetensors files in ``folder``, mapped into memory: the system keeps in RAM what fits."""
-
-    def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        folder.mkdir(parents=True, exist_ok=True)
-        size = math.prod(shape) * dtype.itemsize
-        if not size:
-            return torch.empty(shape, dtype=dtype)
-        kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8"}[dtype]
-        header = json.dumps({name: {"dtype": kind, "shape": shape, "data_offsets": [0, size]}}).encode()
-        header += b" " * (-len(header) % 64 + 56)  # with its length in front, data begin at a multiple of 64
-        path = folder / f"{name}.safetensors"
-        with path.open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            file.truncate(8 + len(header) + size)
-        mapped = np.memmap(path, dtype=np.uint8, mode="r+", offset=8 + len(header), shape=(size,))
-        return torch.from_numpy(mapped).view(dtype).view(shape)
 
     return allocate
 
@@ -88,10 +63,6 @@ class DenseRows:
         """What was stored, as float32 deltas to the base; ``scratch`` is float32, at least as long and may be used."""
         (values,) = stored
         return values if values.dtype is torch.float32 else scratch[: len(values)].copy_(values)
-
-    def numbers(self, index: int, part: slice) -> Tensor:
-        """Some columns of a row, as numbers that :meth:`write` makes the same row of."""
-        return self._rows[index, part]
 
     def state(self, index: int) -> dict[str, Tensor]:
         """A row as named tensors, which share its memory."""
@@ -153,14 +124,9 @@ class Int8Rows:
     def decode(self, stored: tuple[Tensor, ...], part: slice, scratch: Tensor) -> Tensor:
         """See :meth:`DenseRows.decode`."""
         deltas, scales = stored
-        values = scratch[: len(deltas)].copy_(deltas)
-        values.view(-1, BLOCK).mul_(scales[:, None])
+        values = decode_int8(deltas, scales, scratch[: len(deltas)])
         skipped = part.start % BLOCK
         return values[skipped : skipped + part.stop - part.start]
-
-    def numbers(self, index: int, part: slice) -> Tensor:
-        """See :meth:`DenseRows.numbers`; with the same anchor."""
-        return self._decode(index, part).add_(self._anchor[part])
 
     def state(self, index: int) -> dict[str, Tensor]:
         """A row as named tensors, which share its memory; the anchor is in :meth:`shared_state`."""
@@ -180,6 +146,12 @@ class Int8Rows:
         self._scales[index, part.start // BLOCK : part.stop // BLOCK].copy_(scales)
         blocks = blocks.div(scales.clamp_(min=torch.finfo(torch.float32).tiny)[:, None]).round_().clamp_(-127, 127)
         self._deltas[index, part].copy_(blocks.view(-1))
+
+
+def decode_int8(deltas: Tensor, scales: Tensor, out: Tensor) -> Tensor:
+    """Whole blocks of int8 deltas times their scales, as float32 deltas to the anchor, in ``out``."""
+    out.copy_(deltas).view(-1, BLOCK).mul_(scales[:, None])
+    return out
 
 
 Rows = DenseRows | Int8Rows

@@ -383,13 +383,8 @@ class CheckpointWindow:
         self.settle()
         self._ring.load_state_dict(state)
 
-    def numbers(self) -> dict[str, Callable[[slice], Tensor]]:
-        """What :meth:`state_dict` holds, as functions that read some columns of a row as plain numbers."""
-        self.settle()
-        return self._ring.numbers()
-
     @torch.no_grad()
-    def load_numbers(self, state: dict[str, Any], read: Callable[[str, Tensor], None]) -> None:
-        """Take over what :meth:`numbers` gave; see :meth:`Ring.load_numbers`."""
+    def load_rows(self, state: dict[str, Any], read: Callable[[str, Tensor], None]) -> None:
+        """Take over a saved window whose columns were divided in another way; see :meth:`Ring.load_rows`."""
         self.settle()
-        self._ring.load_numbers(state, read)
+        self._ring.load_rows(state, read)
