@@ -16,7 +16,7 @@ from search_quality import ROWS, SPECS, heldout, windows
 from trajectories import load, put
 
 from traj_merge_callback import CheckpointWindow
-from traj_merge_callback.evaluate.install import installed
+from traj_merge_callback.evaluate.weights import installed
 from traj_merge_callback.window.storage import DTYPES
 
 MERGES = {"average": np.full(ROWS, 1 / ROWS), "extrapolating": np.array([0.0, 0.0, 0.0, -0.3, 0.2, 0.3, 0.4, 0.4])}

@@ -35,7 +35,7 @@ from traj_merge_callback.distributed import Processes
 from traj_merge_callback.engine.choose import Selection, select
 from traj_merge_callback.evaluate.candidate import Candidates, weights_in
 from traj_merge_callback.evaluate.heldout import Split
-from traj_merge_callback.evaluate.install import installed
+from traj_merge_callback.evaluate.weights import installed
 from traj_merge_callback.pieces import finish
 from traj_merge_callback.search import Observed, Search, resolve_search
 from traj_merge_callback.search.evaluation import Gradient

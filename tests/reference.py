@@ -23,7 +23,7 @@ def gradient(model, rows, weights, sequences):
     weights = torch.tensor(weights, requires_grad=True)
     loss = evaluate(model, merge(rows, weights), sequences)
     loss.backward()
-    return float(loss), weights.grad.tolist()
+    return loss.item(), weights.grad.tolist()
 
 
 def one_gradient(k, length=0.1):

@@ -15,8 +15,8 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 from traj_merge_callback import CheckpointWindow, HeldOutLoss
 from traj_merge_callback.evaluate.candidate import weights_in
 from traj_merge_callback.evaluate.data import fingerprint, read_heldout
-from traj_merge_callback.evaluate.install import installed
 from traj_merge_callback.evaluate.isolation import isolated
+from traj_merge_callback.evaluate.weights import installed
 from traj_merge_callback.pieces import finish
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from traj_merge_callback import CheckpointWindow, HeldOutLoss
 from traj_merge_callback.disk.mapped import on_disk
-from traj_merge_callback.evaluate.install import installed
+from traj_merge_callback.evaluate.weights import installed
 
 
 class Walk(nn.Module):

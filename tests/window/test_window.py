@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from traj_merge_callback import CheckpointWindow
-from traj_merge_callback.evaluate.install import installed
+from traj_merge_callback.evaluate.weights import installed
 
 
 class Net(nn.Module):

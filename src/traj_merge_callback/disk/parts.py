@@ -91,7 +91,7 @@ class PartsIndex:
                 name: {"shape": [int(n) for n in t["shape"]], "front": int(t["front"]), "dtype": t["dtype"]}
                 for name, t in values["tensors"].items()
             }
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"the index of parts is not valid ({type(error).__name__}: {error})") from error
         return cls(tensors, parts)
 

@@ -17,8 +17,8 @@ from ..disk.model_files import class_name, collect_description, collect_gathered
 from ..disk.parts import PartsIndex, snapshot_part, snapshot_part_path
 from ..disk.snapshots import SnapshotStore
 from ..distributed import FailedOnAllRanks, Processes
-from ..evaluate.candidate import Weights, WholeWeights
 from ..evaluate.fsdp import ShardedWeights
+from ..evaluate.weights import Weights, WholeWeights
 from ..failures import Failures
 from ..pieces import PUBLISH, WAIT, Pieces
 from ..window.window import CheckpointWindow

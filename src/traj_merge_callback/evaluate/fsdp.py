@@ -29,8 +29,8 @@ from ..distributed import (
 from ..pieces import EXCHANGE, Pieces
 from ..window.layout import ParameterLayout, Slot, unwrap
 from ..window.sharding import Unit
-from .install import add_gradients, installed
 from .isolation import isolated
+from .weights import add_gradients, installed
 
 
 @dataclass(frozen=True)
