@@ -9,7 +9,7 @@ from reference import one_gradient, train_and_merge
 from traj_merge_callback import Search, TrajectoryMerger, load_merged, register_search
 from traj_merge_callback.search import _registered
 
-STEPS = 24
+STEPS = 120
 
 
 class OneGradient(Search):
@@ -52,14 +52,14 @@ def taking_steps(model, train):
     return take_step
 
 
-def test_the_engine_makes_the_merge_of_the_reference(train, heldout, tmp_path, search):
-    sequences = torch.unique(heldout.blocks, dim=0)
+def test_the_engine_makes_the_merge_of_the_reference(text, train, tmp_path, search):
+    sequences = torch.unique(text[1][:240], dim=0)
     model = tiny_llama(dropout=0.0)
     weights, (live_loss, merged_loss) = train_and_merge(model, taking_steps(model, train), STEPS, sequences)
 
     ours = tiny_llama(dropout=0.0)
     take_step = taking_steps(ours, train)
-    batches = [{"input_ids": batch, "labels": batch} for batch in sequences.split(8)]
+    batches = [{"input_ids": batch, "labels": batch} for batch in sequences.split(16)]
     options = {"window_size": 4, "capture_every": 2, "merge_every": STEPS, "output_dir": str(tmp_path), **AT_ONCE}
     merger = TrajectoryMerger(batches, search=search, on_error="raise", **options)
     for step in range(1, STEPS + 1):

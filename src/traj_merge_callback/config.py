@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from .search import resolve_search
 from .search.grouped import GroupedSearch
@@ -11,10 +12,29 @@ from .search.objective import KINDS
 from .window.groups import check_groups
 from .window.storage import DTYPES
 
+T = TypeVar("T")
 # Samples that a row is made of, where that is not said.
 _MOST_SAMPLES = 8
 
 
+def _refusing_removed_options(cls: type[T]) -> type[T]:
+    """Say what to use instead of an option that earlier versions had."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def checked(self: T, *args: Any, **options: Any) -> None:
+        if "eval_device" in options:
+            raise TypeError(
+                f"eval_device={options['eval_device']!r}: this option was removed with schedule='background'; "
+                "merges are made on the training device, with schedule='interleaved' or 'blocking'"
+            )
+        init(self, *args, **options)
+
+    cls.__init__ = checked  # type: ignore[assignment]
+    return cls
+
+
+@_refusing_removed_options
 @dataclass(frozen=True)
 class MergeConfig:
     """Options of :class:`TrajectoryMerger` and of both callbacks, which take exactly these names.
@@ -105,14 +125,6 @@ class MergeConfig:
     seed: int = 0
     on_error: str = "warn"
     progress: bool = True
-
-    def __new__(cls, *args: Any, **options: Any) -> MergeConfig:  # noqa: D102
-        if "eval_device" in options:
-            raise TypeError(
-                f"eval_device={options['eval_device']!r}: this option was removed with schedule='background'; "
-                "merges are made on the training device, with schedule='interleaved' or 'blocking'"
-            )
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         minimums = {

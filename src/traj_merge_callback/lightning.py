@@ -102,12 +102,14 @@ class TrajMergeCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Build the engine, read the held-out data, and take over the window of a resumed run."""
         self._last_step = trainer.global_step
-        # Both may talk to the other processes, so every process asks.
+        # Both may run collectives, so every rank asks.
         heldout = self._heldout if self._heldout is not None else _validation_loaders(trainer)
         default_folder = Path(trainer.log_dir or trainer.default_root_dir) / "merged"
         self._model = unwrap(trainer.strategy.model or pl_module)
         if self._save_ckpt and has_fsdp(self._model):
             raise ValueError("save_ckpt=True is not supported under FSDP: load the snapshot with load_merged instead")
+        # Not trainer.save_checkpoint: it waits for the other ranks, and its plugin may write later or elsewhere.
+        dump = trainer._checkpoint_connector.dump_checkpoint
         self.merger = TrajectoryMerger(
             heldout,
             nll=self._nll or _ValidationStep(trainer, pl_module),
@@ -115,7 +117,9 @@ class TrajMergeCallback(pl.Callback):
             to_device=lambda batch: _transfer(trainer, batch),
             log=lambda record: self._log(trainer, record),
             log_everywhere=True,
-            extra=(lambda: _collect_ckpt(trainer)) if self._save_ckpt else None,
+            extra=(lambda: collect_checkpoint("merged.ckpt", dump(weights_only=True), pl_module))
+            if self._save_ckpt
+            else None,
             **{**self._options, "output_dir": self.config.output_dir or str(default_folder)},
         )
         self.merger.prepare(self._model)
@@ -286,9 +290,6 @@ class _ValidationStep:
         return summed_nll(pl_module, batch, loss)
 
 
-# Resuming: the window beside the trainer's checkpoint
-
-
 def _beside(path: Any) -> Path | None:
     """The folder for a checkpoint's merging state; None for remote storage."""
     return None if "://" in str(path) else Path(f"{path}.merge")
@@ -301,9 +302,3 @@ def _saved_window(trainer: pl.Trainer) -> Path | None:
         if base is not None and (folder := base / f"step-{trainer.global_step:08d}").is_dir():
             return folder
     return None
-
-
-def _collect_ckpt(trainer: pl.Trainer) -> Callable[[Path], None]:
-    # Not trainer.save_checkpoint: it waits for the other processes, and its plugin may write later or elsewhere.
-    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
-    return collect_checkpoint("merged.ckpt", checkpoint, trainer.lightning_module)

@@ -33,7 +33,7 @@ def ragged_batches(heldout, lengths=(32, 17, 9, 25)):
 
 
 def sequences(loss: HeldOutLoss, split: str) -> set[tuple[int, ...]]:
-    units = loss._units[split]
+    units = loss._batches[split]
     return {tuple(row.tolist()) for unit in units for row in unit.batch["input_ids"]}
 
 
@@ -59,7 +59,7 @@ def test_loss_equals_one_computed_by_hand_on_ragged_batches(heldout):
     for split in ("search", "report"):
         mine = [
             (ids, mask, labels)
-            for unit in loss._units[split]
+            for unit in loss._batches[split]
             for ids, mask, labels in zip(*(unit.batch[k] for k in ("input_ids", "attention_mask", "labels")))
         ]
         assert loss.evaluate(model, split).loss == pytest.approx(by_hand(model, mine), abs=1e-5)
@@ -162,7 +162,7 @@ def test_any_batch_works_with_an_nll_of_ones_own():
         return functional.cross_entropy(model(inputs), targets, reduction="sum"), len(targets)
 
     loss = HeldOutLoss(DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4), nll=nll)
-    rows = [torch.cat([unit.batch[0] for unit in loss._units[s]]) for s in ("search", "report")]
+    rows = [torch.cat([unit.batch[0] for unit in loss._batches[s]]) for s in ("search", "report")]
     assert sum(map(len, rows)) == 12
     indices = [int((x == row).all(1).nonzero()[0, 0]) for row in rows[1]]
     expected = functional.cross_entropy(model(x[indices]), y[indices]).item()

@@ -18,7 +18,6 @@ from torchmetrics import MeanMetric
 from traj_merge_callback import find_snapshot, load_merged
 from traj_merge_callback.evaluate.heldout import language_model_nll
 from traj_merge_callback.lightning import TrajMergeCallback
-from traj_merge_callback.pieces import COMBINE, FORWARD
 
 OPTIONS = {"window_size": 4, "capture_every": 2, "merge_every": 4, "evaluations": 5, "heldout_batches": 4} | AT_ONCE
 
@@ -348,28 +347,6 @@ def test_an_interrupted_run_leaves_no_thread_and_no_half_written_file(tmp_path, 
         fit(tmp_path, train, heldout, callback, Interrupt())
     assert our_threads() == []
     assert not list((tmp_path / "merged").glob(".*"))
-
-
-def test_a_merge_that_could_not_be_measured_is_logged_without_a_loss(tmp_path, train, heldout):
-    class Expensive(pl.Callback):
-        def on_train_start(self, trainer, pl_module):
-            durations = callback.merger._runs._durations
-            durations.learn(FORWARD, 3600.0)
-            durations.learn(COMBINE, 1e-6)
-
-    spread = {"schedule": "interleaved", "max_overhead": 0.5, "search": "lawa", "merge_at_end": False}
-    callback = merging(tmp_path, **spread)
-    _, module = fit(tmp_path, train, heldout, callback, Expensive(), module=Module(), max_steps=16)
-    _, plain = fit(tmp_path / "plain", train, heldout, module=Module(), max_steps=16)
-    assert same_weights(plain, module)
-    records = callback.merger.records
-    assert [record.merged_loss for record in records] == [None] * len(records)
-    assert len(records) >= 2
-    (path,) = (tmp_path / "logs").rglob("metrics.csv")
-    with path.open() as file:
-        logged = [row for row in csv.DictReader(file) if row.get("merge/seconds")]
-    assert [int(row["step"]) for row in logged] == [record.step for record in records]
-    load_merged(find_snapshot(tmp_path / "merged", "latest"), module)
 
 
 @pytest.mark.filterwarnings("ignore:.*shuffle.*")
