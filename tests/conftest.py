@@ -8,12 +8,14 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 import realtext
+from traj_merge_callback import Evaluation
 from traj_merge_callback.distributed import Processes
 from traj_merge_callback.engine import choose
 from traj_merge_callback.pieces import finish
@@ -107,3 +109,8 @@ def select(search, problem, measure, start, row_losses):
 
     alone = Processes(alone=True)
     return finish(choose.select(lambda: search, problem, measuring, start, row_losses, alone))
+
+
+def evaluation(*losses):
+    """An evaluation with one batch of one token for each loss."""
+    return Evaluation(np.array(losses), np.ones(len(losses)), ("",) * len(losses), tuple(range(len(losses))))

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from .search import resolve_search
 from .search.grouped import GroupedSearch
 from .search.objective import KINDS
-from .window.groups import check_groups
+from .window.layout import check_groups
 from .window.storage import DTYPES
 
 T = TypeVar("T")

@@ -27,7 +27,7 @@ from .evaluate.data import as_tensors
 from .evaluate.heldout import summed_nll
 from .merger import TrajectoryMerger
 from .metrics import PREFIX, MergeRecord
-from .window.amp import LossScaleWatch
+from .window.capture import LossScaleWatch
 from .window.layout import unwrap
 from .window.sharding import has_fsdp
 

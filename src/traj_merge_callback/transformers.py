@@ -25,7 +25,7 @@ from .config import MergeConfig
 from .disk.model_files import collect_pretrained
 from .merger import TrajectoryMerger
 from .metrics import MergeRecord
-from .window.amp import LossScaleWatch
+from .window.capture import LossScaleWatch
 
 __all__ = ["TrajMergeCallback"]
 

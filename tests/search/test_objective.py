@@ -4,10 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from conftest import select
+from conftest import evaluation, select
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_search import evaluation
 
 from traj_merge_callback import Evaluation, Problem, Search
 from traj_merge_callback.engine.choose import Selection

@@ -5,9 +5,9 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import select
+from conftest import evaluation, select
 
-from traj_merge_callback import Evaluation, Problem, Search, available_searches, register_search
+from traj_merge_callback import Problem, Search, available_searches, register_search
 from traj_merge_callback.engine.choose import Selection
 from traj_merge_callback.search import _registered, resolve_search
 from traj_merge_callback.search.evaluation import Gradient
@@ -21,11 +21,6 @@ ON_THE_SIMPLEX = sorted(set(available_searches()) - {"bema", "surrogate", "traje
 def quadratic(target):
     """A held-out loss with its minimum at ``target``."""
     return lambda weights: 1.0 + float(np.square(np.asarray(weights) - target).sum())
-
-
-def evaluation(*losses):
-    """An evaluation with one batch of one token for each loss."""
-    return Evaluation(np.array(losses), np.ones(len(losses)), ("",) * len(losses), tuple(range(len(losses))))
 
 
 def measuring(loss, seen, gradient=None):

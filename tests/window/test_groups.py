@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import select, tiny_llama
+from conftest import evaluation, select, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_search import evaluation
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -15,8 +14,7 @@ from traj_merge_callback.engine.choose import Selection
 from traj_merge_callback.search.evaluation import Gradient
 from traj_merge_callback.search.grouped import GroupedSearch
 from traj_merge_callback.search.objective import Objective
-from traj_merge_callback.window.groups import parameter_groups
-from traj_merge_callback.window.layout import ParameterLayout
+from traj_merge_callback.window.layout import ParameterLayout, parameter_groups
 
 
 def grouped_names(model, groups="blocks"):

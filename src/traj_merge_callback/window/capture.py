@@ -1,4 +1,4 @@
-"""Copying live weights out while training goes on."""
+"""Copying live weights out while training goes on; and whether mixed precision skipped an optimizer step."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 
 class Capture:
-    """Copies tensors to a row in the background, of exactly one step: no optimizer writes them before they are read.
+    """Copies tensors in the background, while the next forward and backward pass run, but before any optimizer writes.
 
-    On CUDA the copy runs on a stream of its own, beside the next forward and backward pass, and the training stream
-    waits for it before the next optimizer step. On the CPU a worker thread copies, and the optimizer step waits for it.
-    The wait is a pre-hook of every ``torch.optim.Optimizer``; who writes weights otherwise calls :meth:`wait` first.
-    Optimizers of ``torch.optim`` that are given a closure (Lightning does) wait after the closure, which is where the
-    forward and backward passes are.
+    On CUDA the copy runs on a stream of its own, and the training stream waits for it before the next optimizer step.
+    On the CPU a worker thread copies, and the optimizer step waits for it. The wait is a pre-hook of every
+    ``torch.optim.Optimizer``; code that writes weights in another way calls :meth:`wait` first. Optimizers of
+    ``torch.optim`` that are given a closure (by Lightning) wait after the closure, which runs the forward and backward
+    passes.
 
     Args:
         asynchronous: False copies at once.
@@ -29,6 +29,7 @@ class Capture:
 
     def __init__(self, *, asynchronous: bool) -> None:
         self.waited_s = 0.0
+        # Futures and events of the last capture, until someone has waited for them.
         self._reading: Future[None] | None = None
         self._jobs: list[Future[None]] = []
         self._copied: dict[torch.device, torch.cuda.Event] = {}
@@ -41,12 +42,16 @@ class Capture:
             guard = functools.partial(_guard, weakref.ref(self))
             self._hook = register_optimizer_step_pre_hook(torch.compiler.disable(guard))
 
-    def begin(self, pairs: list[tuple[Tensor, Tensor]], settle: Callable[[], None]) -> None:
-        """Copy each source to its target, both of the same shape, and then call ``settle``, which reads only targets.
+    def begin(self, pairs: list[tuple[Tensor, Tensor]], then: Callable[[], None]) -> None:
+        """Start to copy each source to its target; when all are copied, call ``then`` in the worker thread.
 
         The capture before must be settled.
+
+        Args:
+            pairs: targets and sources of the same shapes.
+            then: reads targets, but no sources.
         """
-        # The memory itself: a parameter may point elsewhere while a merged model is evaluated.
+        # A detached tensor keeps its memory; a parameter points elsewhere while a merged model is evaluated.
         pairs = [(target, source.detach()) for target, source in pairs]
         for device in {source.device for _, source in pairs if source.is_cuda}:
             stream = self._streams.setdefault(device, torch.cuda.Stream(device))
@@ -60,29 +65,29 @@ class Capture:
         on_cpu = [(target, source) for target, source in pairs if not source.is_cuda]
         events = list(self._copied.values())
         if self._worker is None:
-            _read(on_cpu)
-            _settle(events, settle)
+            _copy(on_cpu)
+            _call_after(events, then)
             return
-        self._reading = self._worker.submit(_read, on_cpu)
-        self._jobs = [self._reading, self._worker.submit(_settle, events, settle)]
+        self._reading = self._worker.submit(_copy, on_cpu)
+        self._jobs = [self._reading, self._worker.submit(_call_after, events, then)]
 
     def wait(self) -> None:
-        """Wait until the sources may be written: the CPU for the worker, on CUDA only the training stream."""
+        """Wait until the sources may be written: on the CPU this thread waits, on CUDA only the training stream."""
         for device, event in self._copied.items():
             torch.cuda.current_stream(device).wait_event(event)
         self._copied = {}
         if self._reading is not None:
             started = time.perf_counter()
-            # Not its result: what went wrong is no business of the optimizer step that waits here.
+            # An error of the copy is raised by settle, and not in the optimizer step that waits here.
             wait([self._reading])
             self._reading = None
             self.waited_s += time.perf_counter() - started
 
     def settle(self) -> None:
-        """Wait until the last capture is complete.
+        """Wait until the last capture is complete, ``then`` included.
 
         Raises:
-            Exception: what went wrong in it.
+            Exception: what the copy or ``then`` raised.
         """
         self.wait()
         jobs, self._jobs = self._jobs, []
@@ -99,20 +104,20 @@ class Capture:
 
 
 @torch.no_grad()
-def _read(pairs: list[tuple[Tensor, Tensor]]) -> None:
+def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
     for target, source in pairs:
         target.copy_(source)
 
 
 @torch.no_grad()
-def _settle(events: list[torch.cuda.Event], settle: Callable[[], None]) -> None:
+def _call_after(events: list[torch.cuda.Event], then: Callable[[], None]) -> None:
     for event in events:
         event.synchronize()
-    settle()
+    then()
 
 
 def _guard(capture: weakref.ref[Capture], optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
-    """Wait, or let the closure that an optimizer was given be followed by waiting."""
+    """Before an optimizer step: wait for the capture, or replace the step's closure by one that waits at its end."""
     owner = capture()
     if owner is None or (owner._reading is None and not owner._copied):
         return None
@@ -131,3 +136,25 @@ def _guard(capture: weakref.ref[Capture], optimizer: torch.optim.Optimizer, args
     if len(args) > 1:
         return (args[0], closure_then_wait, *args[2:]), kwargs
     return args, {**kwargs, "closure": closure_then_wait}
+
+
+class LossScaleWatch:
+    """Tells from the loss scale of mixed precision whether a step was skipped: gradients that overflow lower it.
+
+    Trainers count skipped steps as steps, since a fused optimizer is called all the same and skips the update itself.
+    The scale stays on its device until :meth:`skipped` is called, so that watching makes no CPU wait for its GPU.
+    """
+
+    def __init__(self) -> None:
+        self._scaler: Any = None
+        self._before: Tensor | None = None
+
+    def before_step(self, scaler: Any) -> None:
+        """Note the scale between the backward pass and the optimizer step; ``scaler`` is a GradScaler or None."""
+        scale = getattr(scaler, "_scale", None)
+        self._scaler = scaler
+        self._before = None if scale is None else scale.detach().clone()
+
+    def skipped(self) -> bool:
+        """Whether the step after the last :meth:`before_step` was skipped."""
+        return self._before is not None and bool(self._scaler._scale < self._before)

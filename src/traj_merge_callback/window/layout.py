@@ -1,16 +1,19 @@
-"""Which tensors of a model are merged, and where each of them lies in a row.
+"""Which tensors of a model are merged, which columns of a row hold each of them, and to which group it belongs.
 
 A row is one flat vector of N numbers. :class:`ParameterLayout` maps it to the model: parameters in the order of
-``named_parameters`` (tied ones once; under FSDP those of a module that are gathered together side by side), then the
-floating-point buffers of the ``state_dict``. With several processes each holds its own columns (see ``sharding``).
+``named_parameters`` (tied ones once; under FSDP those of each unit side by side), then the floating-point buffers of
+the ``state_dict``. With several ranks each holds its own columns (see ``sharding``). :func:`parameter_groups` sorts the
+tensors into groups that may have merge weights of their own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +21,15 @@ from torch import Tensor, nn
 from ..distributed import Processes
 from .sharding import EqualShares, Shard, Sharding, find_sharding
 
+# What a word of a parameter's name says about the group of its tensor, in the models people train; the first kind that
+# matches a whole word counts.
+_KINDS = {
+    "norms": r"\w*(norm|ln_?\w?|bn\d?)",
+    "attention": r"\w*(attn|attention)\w*|[qkvo]_proj|qkv|query|key|value",
+    "mlp": r"\w*(mlp|ffn?|feed_?forward|experts?|gate_proj|up_proj|down_proj|dense\w*|c_fc)",
+    "embeddings": r"\w*(embed\w*|wte|wpe)",
+    "head": r"\w*(lm_head|head|output)",
+}
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.parallel.DataParallel)
 
 
@@ -41,9 +53,15 @@ def clean_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Slot:
-    """One merged tensor: its name in the ``state_dict``, and the place of its numbers in a row.
+    """One merged tensor, and the columns of a row that hold this rank's shard of it.
 
-    Where only a part of the tensor is in this process's rows, ``numel`` counts that part's numbers.
+    Args:
+        name: of the tensor in the ``state_dict``.
+        dtype: of the tensor.
+        offset: its first column.
+        numel: how many columns it has: the numbers of the shard.
+        is_parameter: whether it is a parameter, and no buffer.
+        shard: which of the tensor's numbers they are.
     """
 
     name: str
@@ -55,18 +73,18 @@ class Slot:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the whole tensor."""
+        """Shape of the whole tensor, whatever the shard."""
         return self.shard.shape
 
     @property
     def whole_numel(self) -> int:
-        """How many numbers the whole tensor has."""
+        """How many numbers the whole tensor has, on all ranks together."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class BufferPlace:
-    """A module and the name of its buffer."""
+    """A module and the attribute that is its buffer."""
 
     module: nn.Module
     name: str
@@ -86,7 +104,7 @@ class ParameterLayout:
         model: the model being trained; wrappers (compile, DDP) are looked through.
         trainable_only: keep only parameters that require gradients, so that a LoRA run keeps kilobytes. False keeps
             every floating-point parameter.
-        sharding: which part of each tensor is in this process's rows; by default all of it.
+        sharding: which shard of each tensor this rank's rows hold; by default the whole tensor.
 
     Raises:
         ValueError: nothing to merge, or complex parameters.
@@ -107,38 +125,38 @@ class ParameterLayout:
         last = len(self.sharding.units)
         slots: list[Slot] = []
         offset = 0
-        for name, dtype, is_parameter, part in sorted(
+        for name, dtype, is_parameter, shard in sorted(
             found, key=lambda item: last if item[3].unit is None else item[3].unit
         ):
-            numel = math.prod(part.local)
-            slots.append(Slot(name, dtype, offset, numel, is_parameter, part))
+            numel = math.prod(shard.local)
+            slots.append(Slot(name, dtype, offset, numel, is_parameter, shard))
             offset += numel
         self.slots = tuple(slots)
         self.numel = offset
 
     @classmethod
     def divided(cls, model: nn.Module, processes: Processes, *, trainable_only: bool) -> ParameterLayout:
-        """The layout of this process's columns.
+        """The layout of the columns that this rank holds, of a model that several ranks train.
 
         Raises:
-            ValueError: the model's parameters are sharded in a way that is not supported, differ between processes, or
-                are frozen and sharded.
+            ValueError: the model's parameters are sharded in a way that is not supported, differ between ranks, or are
+                frozen and sharded.
         """
         model = unwrap(model)
-        columns = sum(p.numel() for p in model.parameters() if _is_merged(p, trainable_only))
-        layout = cls(model, trainable_only=trainable_only, sharding=find_sharding(model, processes, columns))
+        numel = sum(p.numel() for p in model.parameters() if _is_merged(p, trainable_only))
+        layout = cls(model, trainable_only=trainable_only, sharding=find_sharding(model, processes, numel))
         described = repr([(slot.name, slot.shape, slot.dtype) for slot in layout.slots])
         if len(set(processes.all_gather_object(hashlib.sha256(described.encode()).digest()))) > 1:
             raise ValueError(
-                "processes have different parameters (pipeline or tensor parallelism?), which is not supported: every "
-                f"process must have the same ones, whole or as shards of FSDP; here they begin {described[:100]}..."
+                "ranks have different parameters (pipeline or tensor parallelism?), which is not supported: every rank "
+                f"must have the same ones, whole or as shards of FSDP; here they begin {described[:100]}..."
             )
         if isinstance(layout.sharding, EqualShares):
             first = next(tensor for _, tensor, is_parameter in layout._walk(model) if is_parameter)
             if len(set(processes.all_gather_object(tuple(first.detach().reshape(-1)[:64].tolist())))) > 1:
                 raise ValueError(
-                    "processes have different weights that are not shards of one model: merging together needs DDP or "
-                    "FSDP (its first step comes after the model is wrapped)"
+                    "ranks have different weights that are not shards of one model: merging together needs DDP or FSDP "
+                    "(its first step comes after the model is wrapped)"
                 )
         if layout.sharding.units:
             frozen = [name for name, p in model.named_parameters() if not _is_merged(p, trainable_only)]
@@ -150,6 +168,7 @@ class ParameterLayout:
         return layout
 
     def _walk(self, model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+        """The name of every merged tensor, the model's own tensor, and whether it is a parameter."""
         for name, parameter in model.named_parameters():
             if _is_merged(parameter, self.trainable_only):
                 yield clean_name(name), parameter, True
@@ -159,10 +178,10 @@ class ParameterLayout:
                 yield clean_name(name), buffer, False
 
     def tensors(self, model: nn.Module) -> list[Tensor]:
-        """The model's own tensors in the order of ``slots``; under FSDP, shards.
+        """The model's own tensors in the order of ``slots``; under FSDP, those that hold this rank's shards.
 
         Raises:
-            ValueError: the model's merged parameters are not those of the layout any more (names or shapes changed).
+            ValueError: names or shapes of the merged parameters changed since the layout was made.
         """
         self.sharding.reshard()
         found = {name: tensor for name, tensor, _ in self._walk(unwrap(model))}
@@ -173,23 +192,23 @@ class ParameterLayout:
         return [found[slot.name] for slot in self.slots]
 
     def locals(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The parts of the model's tensors that this process's rows hold, in the shapes of :meth:`views`."""
+        """This rank's shard of each of the model's :meth:`tensors`, no copies, in the shapes of :meth:`views`."""
         return [self.sharding.local(slot.shard, tensor) for slot, tensor in zip(self.slots, tensors, strict=True)]
 
     def volatile(self, model: nn.Module, tensors: list[Tensor]) -> list[bool]:
-        """Which of the tensors a forward pass may write: buffers, and embeddings renormalized as they are read."""
+        """Which of the model's :meth:`tensors` a forward pass may write: buffers, and embeddings with ``max_norm``."""
         modules = [module for module in unwrap(model).modules() if getattr(module, "max_norm", None) is not None]
         renormalized = {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
         pairs = zip(self.slots, tensors, strict=True)
         return [not slot.is_parameter or id(tensor) in renormalized for slot, tensor in pairs]
 
     def views(self, row: Tensor) -> dict[str, Tensor]:
-        """The named, shaped views of a flat row of shape ``(numel,)``, in the order of ``slots``."""
+        """Each slot's columns of a row of shape ``(numel,)``, as views shaped like its shard, by name."""
         return {slot.name: row[slot.offset : slot.offset + slot.numel].view(slot.shard.local) for slot in self.slots}
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, list[BufferPlace]]:
-    """Buffers that belong to the state_dict: the first name of each, and every place that holds the same tensor."""
+    """The buffers of the ``state_dict``: by the first name of each, every place that holds the same tensor."""
     names: dict[int, str] = {}
     places: dict[str, list[BufferPlace]] = {}
     for prefix, module in model.named_modules():
@@ -206,9 +225,79 @@ def _is_merged(parameter: Tensor, trainable_only: bool) -> bool:
 
 
 def _difference(then: dict[str, tuple[int, ...]], now: dict[str, tuple[int, ...]]) -> str:
-    parts = [f"{name} is new" for name in now.keys() - then.keys()]
-    parts += [f"{name} is gone" for name in then.keys() - now.keys()]
+    changes = [f"{name} is new" for name in now.keys() - then.keys()]
+    changes += [f"{name} is gone" for name in then.keys() - now.keys()]
     common = then.keys() & now.keys()
-    parts += [f"{name} was {then[name]}, is {now[name]}" for name in common if then[name] != now[name]]
-    parts = sorted(parts) or ["their order changed"]
-    return "; ".join(parts[:5]) + (f"; and {len(parts) - 5} more" if len(parts) > 5 else "")
+    changes += [f"{name} was {then[name]}, is {now[name]}" for name in common if then[name] != now[name]]
+    changes = sorted(changes) or ["their order changed"]
+    return "; ".join(changes[:5]) + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
+
+
+@dataclass(frozen=True)
+class ParameterGroups:
+    """A partition of a layout's slots into named groups.
+
+    Args:
+        names: of the groups, in the order of the rows of grouped merge weights.
+        members: for each slot of the layout the index of its group.
+    """
+
+    names: tuple[str, ...]
+    members: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def check_groups(groups: str | Mapping[str, list[str]] | None) -> None:
+    """Raise a ValueError or TypeError if ``groups`` is neither None nor what :func:`parameter_groups` takes."""
+    if groups is None or groups == "blocks":
+        return
+    if isinstance(groups, str):
+        raise ValueError(f"groups={groups!r}: must be None, 'blocks', or a dict of name patterns")
+    if not isinstance(groups, Mapping):
+        raise TypeError(f"groups={groups!r}: must be None, 'blocks', or a dict of name patterns")
+    for name, patterns in groups.items():
+        if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns) or not patterns:
+            raise TypeError(f"groups[{name!r}]={patterns!r}: must be a list of patterns such as ['model.layers.0.*']")
+
+
+def parameter_groups(layout: ParameterLayout, groups: str | Mapping[str, list[str]]) -> ParameterGroups:
+    """Sort the merged tensors of a model into groups.
+
+    Args:
+        layout: the merged tensors.
+        groups: "blocks": each block's attention, each block's MLP, all norms, embeddings and head; or a mapping from
+            group names to lists of patterns of parameter names (shell style, ``*`` for anything). The first group with
+            a pattern that matches takes a tensor; tensors that no pattern matches become the group "other".
+
+    Raises:
+        ValueError: a group whose patterns match no merged tensor that the groups before it have left.
+    """
+    if isinstance(groups, str):
+        labels = [_block_label(slot.name) for slot in layout.slots]
+        names = list(dict.fromkeys(labels))
+    else:
+        labels = [_pattern_label(slot.name, groups) for slot in layout.slots]
+        if empty := [name for name in groups if name not in labels]:
+            some = ", ".join(slot.name for slot in layout.slots[:5])
+            raise ValueError(f"groups={empty} match no merged tensor; their names are like {some}")
+        names = [*groups, *(["other"] if "other" in labels and "other" not in groups else [])]
+    return ParameterGroups(tuple(names), tuple(names.index(label) for label in labels))
+
+
+def _block_label(name: str) -> str:
+    words = name.split(".")
+    block = next((f"block {word} " for word in words if word.isdigit()), "")
+    for kind, pattern in _KINDS.items():
+        if any(re.fullmatch(pattern, word.lower()) for word in words):
+            # Norms hold so few numbers that those of all blocks share one vector of weights.
+            return kind if kind == "norms" else block + kind
+    return f"{block}other"
+
+
+def _pattern_label(name: str, groups: Mapping[str, list[str]]) -> str:
+    for group, patterns in groups.items():
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            return group
+    return "other"

@@ -1,120 +1,276 @@
-"""The arithmetic of the window's products, on some columns at a time: each row is read once, in chunks."""
+"""The arithmetic of the window's products: columns in pieces and chunks, and sums over parameter groups and ranks.
+
+A row has N columns, far too many for one tensor operation or for the time between two training steps:
+
+- a *region* is all the columns of one parameter group that the same number of ranks hold: they have the same merge
+  weights, and the same factor when products are summed over ranks;
+- a *chunk* is some neighbouring columns of one region, as many as one tensor operation works on;
+- a *piece* is a list of chunks, as many as are computed between two training steps.
+
+:class:`Columns` divides the columns so, and sums products over regions and ranks; :func:`combine`, :func:`project` and
+:func:`gram` compute one piece of a product, reading each row once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .storage import CHUNK, Rows
-from .streaming import stretches
+from ..distributed import Processes
+from ..pieces import EXCHANGE, Pieces
+from .layout import ParameterGroups, ParameterLayout, Slot
+from .storage import BLOCK, CHUNK, StoredRow
 
-# Columns that a piece of a product covers: a few milliseconds' reading.
+# Columns of a piece: a few milliseconds' reading.
 PIECE = 1 << 23
-# A GPU wants larger chunks than a cache.
+# Columns of a chunk on a GPU, where CHUNK would be too few to be worth a kernel.
 _DEVICE_CHUNK = 1 << 22
 
-# Columns, and the region they belong to: those of a parameter group that as many processes hold.
-Chunk = tuple[int, slice]
-Span = tuple[int, int, int]
+
+class Region(NamedTuple):
+    """The columns of one parameter group that the same number of ranks hold: the group's index, and that number."""
+
+    group: int
+    copies: int
 
 
-def pieces_of(spans: list[Span], device: torch.device) -> Iterator[list[Chunk]]:
-    """The columns of ``(region, first, last)`` in chunks, as many at a time as a piece of a product covers."""
-    chunk = CHUNK if device.type == "cpu" else _DEVICE_CHUNK
-    piece: list[Chunk] = []
-    columns = 0
-    for group, first, last in spans:
-        for start in range(first, last, chunk):
-            part = slice(start, min(start + chunk, last))
-            if columns + part.stop - part.start > PIECE:
-                yield piece
-                piece, columns = [], 0
-            piece.append((group, part))
-            columns += part.stop - part.start
-    if piece:
-        yield piece
+class Chunk(NamedTuple):
+    """Neighbouring columns of one region, which is given by its index in :meth:`Columns.regions`."""
+
+    region: int
+    columns: slice
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """The rows that merge weights belong to, oldest first.
+class Columns:
+    """The columns that this rank holds, divided into regions and pieces.
+
+    With ``grouped`` its methods tell parameter groups apart; without, the whole model is one group.
 
     Args:
-        rows: where each row is kept: its storage, and its index there.
-        extra: how many of them, in front, are not in the storage of the last one; that storage may have a base.
+        layout: where each tensor's columns are.
+        groups: the parameter groups, if there are any.
+        processes: the ranks that train the model together.
     """
 
-    rows: list[tuple[Rows, int]]
-    extra: int
+    def __init__(self, layout: ParameterLayout, groups: ParameterGroups | None, processes: Processes) -> None:
+        self._layout = layout
+        self._groups = groups
+        self._processes = processes
+        kinds = [(grouped, longest) for grouped in (False, True) for longest in (CHUNK, _DEVICE_CHUNK)]
+        counts = processes.all_reduce_max(*(len(self._cut(*kind)) for kind in kinds))
+        self._num_pieces = {kind: int(count) for kind, count in zip(kinds, counts, strict=True)}
 
-    @torch.no_grad()
-    def combine(self, values: np.ndarray, piece: list[Chunk], out: Tensor) -> None:
-        """Write ``values[group] @ rows`` to the columns of ``out``; ``values`` has shape ``(groups, rows)``."""
-        # Rows of weight zero are not read: sparse merges are cheaper, and a bad row spoils no merge without it.
-        used = [[int(index) for index in np.flatnonzero(weights)] for weights in values]
-        order = [(*self.rows[index], part) for group, part in piece for index in used[group]]
-        read = stretches(order, out.device)
-        for group, part in piece:
-            weights = values[group]
-            total = out[part] if out.dtype is torch.float32 else torch.empty(out[part].shape, device=out.device)
-            base = self.rows[-1][0].base(part)
-            begun = base is not None
-            if base is not None:
-                total.copy_(base).mul_(float(weights[self.extra :].sum()))
-            for index in used[group]:
-                weight = float(weights[index])
-                if begun:
-                    total.add_(next(read), alpha=weight)
-                else:
-                    torch.mul(next(read), weight, out=total)
-                    begun = True
-            if not begun:
-                total.zero_()
-            if total.dtype is not out.dtype:
-                out[part].copy_(total)
+    @property
+    def num_pieces(self) -> int:
+        """How many pieces a product on the CPU has, the same number on all ranks."""
+        return self._num_pieces[False, CHUNK]
 
-    @torch.no_grad()
-    def project(self, piece: list[Chunk], vector: Tensor, products: Tensor) -> None:
-        """Add the products of some columns with ``vector`` to ``products``, float64 of shape ``(groups, rows)``.
+    def num_groups(self, grouped: bool) -> int:
+        """How many vectors of merge weights there are."""
+        return len(self._groups) if grouped and self._groups is not None else 1
 
-        The newest row's is its own, the others' are those of their deltas to it.
+    def regions(self, grouped: bool) -> list[Region]:
+        """The regions that have columns on this rank."""
+        return sorted({Region(group, slot.shard.copies) for group, slot in self._slots(grouped)})
+
+    def pieces(self, grouped: bool, device: torch.device) -> list[list[Chunk]]:
+        """The columns in pieces, for work on a device; as many as on the rank that has most, the last of them empty."""
+        longest = CHUNK if device.type == "cpu" else _DEVICE_CHUNK
+        pieces = self._cut(grouped, longest)
+        return pieces + [[]] * (self._num_pieces[grouped, longest] - len(pieces))
+
+    def sum(self, products: Tensor, *, grouped: bool, summands: bool) -> Pieces[np.ndarray]:
+        """Sum products over the regions of each group, and over ranks.
+
+        Args:
+            products: of each region, float64, shape ``(regions, ...)``.
+            grouped: see the class.
+            summands: whether the products of several ranks with the same columns are summands of one; otherwise they
+                are the same number, and count once.
+
+        Returns:
+            Shape ``(groups, ...)``, or ``(...)`` if not grouped; bit-identical on all ranks.
         """
-        for group, part, index, values in self._differences(piece, vector.device):
-            products[group, index] += torch.dot(values, vector[part].float())
+        sums = np.zeros((self.num_groups(grouped), *products.shape[1:]))
+        for region, product in zip(self.regions(grouped), products.cpu().numpy(), strict=True):
+            sums[region.group] += product if summands else product / region.copies
+        if self._processes.size > 1:
+            yield EXCHANGE
+            sums = self._processes.all_gather_array(sums).sum(axis=0)
+        return sums if grouped else sums[0]
 
-    @torch.no_grad()
-    def gram(self, piece: list[Chunk], products: Tensor) -> None:
-        """Add the inner products of the deltas to the newest row, float64 of shape ``(groups, rows, rows)``."""
-        last = len(self.rows) - 1
-        longest = max((part.stop - part.start for _, part in piece), default=0)
-        deltas = torch.zeros(len(self.rows), longest, device=products.device)
-        for group, part, index, values in self._differences(piece, products.device):
-            filled = deltas[:, : part.stop - part.start]
-            if index < last:
-                filled[index].copy_(values)
-            if index == last - 1:
-                products[group] += (filled @ filled.T).double()
+    def _slots(self, grouped: bool) -> list[tuple[int, Slot]]:
+        """Every slot, with the index of its group."""
+        members = self._groups.members if grouped and self._groups is not None else [0] * len(self._layout.slots)
+        return list(zip(members, self._layout.slots, strict=True))
 
-    def _differences(self, piece: list[Chunk], device: torch.device) -> Iterator[tuple[int, slice, int, Tensor]]:
-        """For each chunk the newest row, and then every other one, oldest first, as its deltas to the newest.
+    def _cut(self, grouped: bool, longest: int) -> list[list[Chunk]]:
+        """The columns in pieces, of chunks of at most ``longest`` columns."""
+        pieces: list[list[Chunk]] = []
+        room = 0
+        for region, whole in self._longest_chunks(grouped):
+            for start in range(whole.start, whole.stop, longest):
+                columns = slice(start, min(start + longest, whole.stop))
+                if not pieces or columns.stop - columns.start > room:
+                    pieces.append([])
+                    room = PIECE
+                pieces[-1].append(Chunk(region, columns))
+                room -= columns.stop - columns.start
+        return pieces
 
-        Yields the group, the columns, the row's index and the values, which are valid until the next.
-        """
-        last = len(self.rows) - 1
-        read = stretches([(*self.rows[index], part) for _, part in piece for index in [last, *range(last)]], device)
-        buffers = torch.empty(2, max((part.stop - part.start for _, part in piece), default=0), device=device)
-        for group, part in piece:
-            reference, difference = buffers[:, : part.stop - part.start]
-            base = self.rows[-1][0].base(part)
-            base = None if base is None else base.to(device)
-            newest = reference.copy_(next(read))
-            yield group, part, last, newest if base is None else torch.add(newest, base, out=difference)
-            for index in range(last):
-                row = torch.sub(next(read), newest, out=difference)
-                if base is not None and index < self.extra:
-                    row.sub_(base)
-                yield group, part, index, row
+    def _longest_chunks(self, grouped: bool) -> list[Chunk]:
+        """The columns in as few chunks as possible."""
+        regions = self.regions(grouped)
+        chunks: list[Chunk] = []
+        for group, slot in self._slots(grouped):
+            region, end = regions.index(Region(group, slot.shard.copies)), slot.offset + slot.numel
+            if chunks and chunks[-1].region == region:
+                chunks[-1] = Chunk(region, slice(chunks[-1].columns.start, end))
+            else:
+                chunks.append(Chunk(region, slice(slot.offset, end)))
+        return chunks
+
+
+# The functions below compute one piece of a product. ``rows`` are those of the window, oldest first. Rows in the newest
+# row's storage are decoded as deltas to that storage's base (int8's anchor), if it has one; leading rows never are.
+
+
+@torch.no_grad()
+def combine(rows: list[StoredRow], weights: np.ndarray, piece: list[Chunk], out: Tensor) -> None:
+    """Write ``weights[region] @ rows`` to a piece's columns of ``out``.
+
+    Args:
+        rows: of the window.
+        weights: merge weights of each region, shape ``(regions, rows)``.
+        piece: the columns.
+        out: shape ``(N,)``, of any dtype and device.
+    """
+    # Rows of weight zero are not read: sparse merges are cheaper, and a bad row spoils no merge without it.
+    used = [[int(index) for index in np.flatnonzero(values)] for values in weights]
+    decoded = _decoded([(rows[index], columns) for region, columns in piece for index in used[region]], out.device)
+    for region, columns in piece:
+        values = weights[region]
+        target = out[columns]
+        total = target if out.dtype is torch.float32 else torch.empty(target.shape, device=out.device)
+        base = rows[-1].storage.base(columns)
+        begun = base is not None
+        if base is not None:
+            total.copy_(base).mul_(float(values[_num_leading(rows) :].sum()))
+        for index in used[region]:
+            weight = float(values[index])
+            if begun:
+                total.add_(next(decoded), alpha=weight)
+            else:
+                torch.mul(next(decoded), weight, out=total)
+                begun = True
+        if not begun:
+            total.zero_()
+        if total.dtype is not out.dtype:
+            target.copy_(total)
+
+
+@torch.no_grad()
+def project(rows: list[StoredRow], piece: list[Chunk], vector: Tensor, products: Tensor) -> None:
+    """Add a piece's inner products of the newest row, and of the other rows' deltas to it, with ``vector``.
+
+    Args:
+        rows: of the window.
+        piece: the columns.
+        vector: shape ``(N,)``.
+        products: float64, on the device of ``vector``, shape ``(regions, rows)``; added to.
+    """
+    for chunk, index, values in _newest_and_deltas(rows, piece, vector.device):
+        products[chunk.region, index] += torch.dot(values, vector[chunk.columns].float())
+
+
+@torch.no_grad()
+def gram(rows: list[StoredRow], piece: list[Chunk], products: Tensor) -> None:
+    """Add a piece's inner products of the rows' deltas to the newest row.
+
+    Args:
+        rows: of the window.
+        piece: the columns.
+        products: float64, shape ``(regions, rows, rows)``, on the device to compute on; added to.
+    """
+    last = len(rows) - 1
+    deltas = torch.zeros(len(rows), _longest(piece), device=products.device)  # the newest row's own stay zero
+    for chunk, index, values in _newest_and_deltas(rows, piece, products.device):
+        filled = deltas[:, : chunk.columns.stop - chunk.columns.start]
+        if index < last:
+            filled[index].copy_(values)
+        if index == last - 1:
+            products[chunk.region] += (filled @ filled.T).double()
+
+
+def _newest_and_deltas(
+    rows: list[StoredRow], piece: list[Chunk], device: torch.device
+) -> Iterator[tuple[Chunk, int, Tensor]]:
+    """For each chunk the newest row, and then every other one, oldest first, as its deltas to the newest row.
+
+    Yields the chunk, the row's index, and float32 values that are valid until the next are asked for.
+    """
+    last, leading = len(rows) - 1, _num_leading(rows)
+    order = [last, *range(last)]
+    decoded = _decoded([(rows[index], chunk.columns) for chunk in piece for index in order], device)
+    buffers = torch.empty(2, _longest(piece), device=device)
+    for chunk in piece:
+        reference, difference = buffers[:, : chunk.columns.stop - chunk.columns.start]
+        base = rows[-1].storage.base(chunk.columns)
+        base = None if base is None else base.to(device)
+        newest = reference.copy_(next(decoded))
+        yield chunk, last, newest if base is None else torch.add(newest, base, out=difference)
+        for index in range(last):
+            # Of two rows with the same base the base cancels.
+            row = torch.sub(next(decoded), newest, out=difference)
+            if base is not None and index < leading:
+                row.sub_(base)
+            yield chunk, index, row
+
+
+def _num_leading(rows: list[StoredRow]) -> int:
+    return sum(row.storage is not rows[-1].storage for row in rows)
+
+
+def _longest(piece: list[Chunk]) -> int:
+    return max((columns.stop - columns.start for _, columns in piece), default=0)
+
+
+def _decoded(wanted: list[tuple[StoredRow, slice]], device: torch.device) -> Iterator[Tensor]:
+    """Decode some columns of rows one after the other, as float32 deltas to the base of their storage, on a device.
+
+    Each result is valid until the next is asked for. From CPU memory to a CUDA device the next columns are copied, on a
+    stream of their own, while the ones before are worked on.
+    """
+    longest = max((columns.stop - columns.start for _, columns in wanted), default=0)
+    scratch = torch.empty(longest + 2 * BLOCK, device=device)
+    stored = [row.storage.stored(row.place, columns) for row, columns in wanted]
+    to_cuda = device.type == "cuda" and stored and not stored[0][0].is_cuda
+    for (row, columns), tensors in zip(wanted, _sent_ahead(stored, device) if to_cuda else stored, strict=True):
+        yield row.storage.decode(tuple(tensor.to(device) for tensor in tensors), columns, scratch)
+
+
+def _sent_ahead(stored: list[tuple[Tensor, ...]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """Copy tensors to a CUDA device, always one item ahead of the one that is worked on."""
+    copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    arrived: list[tuple[tuple[Tensor, ...], torch.cuda.Event]] = []
+
+    def send(tensors: tuple[Tensor, ...]) -> None:
+        # Memory that the computation has just given back may still be read by it.
+        copying.wait_stream(computing)
+        with torch.cuda.stream(copying):
+            there = tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+            arrived.append((there, copying.record_event()))
+
+    send(stored[0])
+    for index in range(len(stored)):
+        there, event = arrived.pop()
+        if index + 1 < len(stored):
+            send(stored[index + 1])
+        computing.wait_event(event)
+        for tensor in there:
+            tensor.record_stream(computing)
+        yield there

@@ -1,8 +1,8 @@
-"""Which part of each tensor of a model the rows of this process hold.
+"""Which columns of the window this rank holds: its shard of each tensor of the model.
 
-One process holds everything. Under DDP, whose processes have the same weights, each process of a machine holds an equal
-share of the columns. Under FSDP each process holds the shards that it trains. Tensors that no sharding covers are held
-whole by every process.
+A single rank holds every column (:class:`Sharding`). Under DDP, where all ranks have the same weights, the ranks of a
+machine hold equal shares of the columns (:class:`EqualShares`). Under FSDP each rank holds the shards that it trains
+(:class:`FullyShardedColumns`). Buffers, and parameters that are not sharded, are held whole by every rank.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from ..distributed import Processes
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of one tensor in this process's rows.
+    """The range of one tensor's numbers that this rank's rows hold.
 
-    The tensor is thought of with the sharded dimension in front, and then flat; parts are contiguous there.
+    The range is one of the *flat tensor*: the tensor with its sharded dimension moved to the front, flattened.
 
     Args:
         shape: of the whole tensor.
-        held: shape that the model's own tensor shows between steps.
-        local: shape of the part, with the sharded dimension in front.
-        start: where in the flat tensor the part begins.
+        held: shape of the model's own tensor between steps (under FSDP1, of its flat shard).
+        local: shape of the shard, with the sharded dimension in front.
+        start: where the shard begins in the flat tensor.
         dim: the sharded dimension.
-        copies: how many processes hold these numbers.
-        unit: index of the unit that the tensor is gathered with; None if it is held whole, or gathered with the row.
+        copies: how many ranks hold these numbers.
+        unit: index in ``Sharding.units`` of the FSDP unit that gathers the tensor; None without FSDP, or if it is held
+            whole.
     """
 
     shape: tuple[int, ...]
@@ -43,13 +44,13 @@ class Shard:
 
 @dataclass
 class Unit:
-    """Parameters of an FSDP module that are gathered together for its forward pass.
+    """An FSDP unit: an FSDP module and the parameters that are gathered together for its forward pass.
 
     Args:
         module: the FSDP module.
-        ranks: of the processes that hold shards of it.
-        has_units: whether there are other units inside.
-        places: where each parameter is, by its ``id``: a module and an attribute, several if it is tied.
+        ranks: that hold shards of it.
+        has_units: whether other units are inside it.
+        places: by each parameter's ``id``, the module and attribute where it is; several if it is tied.
     """
 
     module: nn.Module
@@ -59,10 +60,10 @@ class Unit:
 
 
 class Sharding:
-    """One process: everything is here.
+    """A single rank, which holds every column.
 
     Args:
-        processes: that train the model together.
+        processes: the ranks that train the model together.
     """
 
     def __init__(self, processes: Processes) -> None:
@@ -70,36 +71,45 @@ class Sharding:
         self.units: list[Unit] = []
 
     def shard(self, name: str, tensor: Tensor, is_parameter: bool) -> Shard:
-        """Which part of a tensor is here."""
+        """This rank's shard of a tensor.
+
+        Args:
+            name: of the tensor, for errors.
+            tensor: the model's own.
+            is_parameter: whether it is a parameter, and no buffer.
+
+        Raises:
+            ValueError: it is sharded in a way that is not supported.
+        """
         shape = tuple(tensor.shape)
         return Shard(shape, shape, shape, copies=self.processes.size)
 
     def local(self, shard: Shard, tensor: Tensor) -> Tensor:
-        """That part as it is now, in the memory of the live weights."""
+        """The live weights of a shard, in their own memory, in the shape ``shard.local``."""
         return tensor.detach()
 
     def reshard(self) -> None:
-        """Bring live parameters into the state in which they are trained."""
+        """Make the model's parameters shards again, as they are between steps."""
 
 
 class EqualShares(Sharding):
-    """DDP: the processes of a machine divide the columns among themselves.
+    """DDP: each rank of a machine holds an equal share of the parameters' columns.
 
     Args:
-        processes: that train the model together.
-        columns: how many numbers the merged parameters have.
+        processes: the ranks that train the model together.
+        numel: how many numbers the merged parameters have.
     """
 
-    def __init__(self, processes: Processes, columns: int) -> None:
+    def __init__(self, processes: Processes, numel: int) -> None:
         super().__init__(processes)
         self.ranks = processes.local_ranks()
         if len(set(processes.all_gather_object(len(self.ranks)))) > 1:
-            # Machines with unlike numbers of processes have no columns in common: each process holds all of them.
+            # Machines with unlike numbers of ranks would have unlike shares: each rank holds all columns instead.
             self.ranks = [processes.rank]
         self.group = processes.subgroup(self.ranks)
-        self.share = -(-columns // len(self.ranks))
+        self.share = -(-numel // len(self.ranks))
         self._first = self.ranks.index(processes.rank) * self.share
-        self._seen = 0
+        self._seen = 0  # columns of the parameters that were sharded so far
 
     def shard(self, name: str, tensor: Tensor, is_parameter: bool) -> Shard:
         """See :class:`Sharding`; called for one tensor after the other, in the order of the columns."""
@@ -117,14 +127,14 @@ class EqualShares(Sharding):
 
 
 class FullyShardedColumns(Sharding):
-    """FSDP: parameters are sharded by torch, and rows hold the shards.
+    """FSDP: rows hold the shards that torch has made.
 
     Args:
-        processes: that train the model together.
+        processes: the ranks that train the model together.
         model: the model, with ``fully_shard`` applied to it or wrapped in ``FullyShardedDataParallel``.
 
     Raises:
-        ValueError: parameters that are sharded in a way that is not supported; the message says how, and what is.
+        ValueError: parameters are sharded in a way that is not supported; the message says how, and what is.
     """
 
     def __init__(self, processes: Processes, model: nn.Module) -> None:
@@ -141,7 +151,7 @@ class FullyShardedColumns(Sharding):
                 self._note_flat(unit, handle)
 
     def _walk(self, module: nn.Module, current: int | None) -> None:
-        """Find the units, and which of them each parameter belongs to: that of the nearest FSDP module above."""
+        """Find the units, and each parameter's: that of the nearest FSDP module above it."""
         if id(module) in self._visited:
             return
         self._visited.add(id(module))
@@ -155,7 +165,7 @@ class FullyShardedColumns(Sharding):
                 continue
             known = self._unit_of.setdefault(id(parameter), current)
             if known != current:
-                # Tied across units: it is there for as long as the outermost module computes.
+                # A parameter tied across units is gathered by the outermost one, for the whole forward pass.
                 places = self.units[known].places.pop(id(parameter))
                 self.units[0].places[id(parameter)] = places
                 known = self._unit_of[id(parameter)] = 0
@@ -164,7 +174,7 @@ class FullyShardedColumns(Sharding):
             self._walk(child, current)
 
     def _note_flat(self, unit: Unit, handle: object) -> None:
-        """FSDP1: where this process's shard of a flat parameter lies in the original ones."""
+        """FSDP1: which range of each original parameter this rank's shard of the flat parameter covers."""
         flat = handle.flat_param  # type: ignore[attr-defined]
         if not handle._use_orig_params:  # type: ignore[attr-defined]
             raise ValueError(
@@ -209,16 +219,17 @@ class FullyShardedColumns(Sharding):
             self._join(unit, (self.processes.rank,), name)
             return Shard(shape, shape, shape, copies=copies, unit=unit)
         group = mesh.get_group(sharded[0])
-        dim, count, place = placements[sharded[0]].dim, mesh.size(sharded[0]), mesh.get_local_rank(sharded[0])
+        dim, count, rank = placements[sharded[0]].dim, mesh.size(sharded[0]), mesh.get_local_rank(sharded[0])
         local = tensor.to_local().movedim(dim, 0)  # type: ignore[attr-defined]
-        first = min(place * -(-tensor.shape[dim] // count), tensor.shape[dim])
+        first = min(rank * -(-tensor.shape[dim] // count), tensor.shape[dim])
         self._join(unit, tuple(dist.get_process_group_ranks(group)), name)
         start = first * math.prod(local.shape[1:])
         return Shard(shape, shape, tuple(local.shape), start, dim, copies, unit)
 
     def _join(self, unit: int, ranks: tuple[int, ...], name: str) -> None:
+        """Note which ranks hold shards of a unit; all of its parameters must agree."""
         if self.units[unit].ranks not in ((), ranks):
-            raise ValueError(f"parameter {name!r} is sharded over other processes than the rest of its FSDP module")
+            raise ValueError(f"parameter {name!r} is sharded over other ranks than the rest of its FSDP module")
         self.units[unit].ranks = ranks
 
     def local(self, shard: Shard, tensor: Tensor) -> Tensor:
@@ -228,13 +239,13 @@ class FullyShardedColumns(Sharding):
         return tensor.detach()
 
     def reshard(self) -> None:
-        """Free whole parameters that a validation has left behind; the next forward pass gathers them again."""
+        """Free parameters that FSDP2 left gathered after a validation; the next forward pass gathers them again."""
         for unit in self.units:
             _reshard(unit.module)
 
 
 def is_fsdp(module: nn.Module) -> bool:
-    """Whether ``fully_shard`` was applied to a module, or it is a FullyShardedDataParallel."""
+    """Whether a module is an FSDP unit: ``fully_shard`` was applied to it, or it is a FullyShardedDataParallel."""
     if not dist.is_available() or not dist.is_initialized():
         return False
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -252,13 +263,13 @@ def _reshard(module: nn.Module) -> None:
         module.reshard()  # type: ignore[operator]
 
 
-def find_sharding(model: nn.Module, processes: Processes, columns: int) -> Sharding:
-    """How the rows of a model are divided among processes.
+def find_sharding(model: nn.Module, processes: Processes, numel: int) -> Sharding:
+    """The sharding of a model's columns, by how it is trained.
 
     Args:
         model: the model, without wrappers.
-        processes: that train it together.
-        columns: how many numbers its merged parameters have, where they are not sharded.
+        processes: the ranks that train it together.
+        numel: how many numbers its merged parameters have; only used where they are not sharded.
 
     Raises:
         ValueError: its parameters are sharded in a way that is not supported.
@@ -276,4 +287,4 @@ def find_sharding(model: nn.Module, processes: Processes, columns: int) -> Shard
                 f"parameter {name!r} is a DTensor outside of FSDP: tensor parallelism is not supported; use FSDP "
                 "(fully_shard) or DDP"
             )
-    return EqualShares(processes, columns) if processes.size > 1 else Sharding(processes)
+    return EqualShares(processes, numel) if processes.size > 1 else Sharding(processes)

@@ -1,28 +1,50 @@
-"""How rows are kept: as float32, bfloat16 or int8 deltas to an anchor; in memory, in a file, or on the device."""
+"""How the window's rows are kept: as float32, bfloat16 or int8 deltas; in CPU memory, on the device or in a file.
+
+:class:`DenseRows` and :class:`Int8Rows` store rows of N numbers by index. :class:`Ring` is the window's memory: one of
+these for the last k checkpoints, and the few rows beside them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-# Numbers that share a scale: 4 bytes for 64 are 1/16 of a byte each.
+# Neighbouring int8 deltas that share one float32 scale: 4 bytes for 64 of them, 1/16 of a byte each.
 BLOCK = 64
-# Elements of a row that an operation works on at a time: enough to be worth two threads, small enough for the cache.
+# Columns of a row that one tensor operation works on: enough to be worth two threads, few enough for the cache.
 CHUNK = 1 << 20
 
+# Allocates an uninitialized tensor, given a name (of its file, where it is one), a shape and a dtype.
 Allocate = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
 
 
 def in_memory(*, pinned: bool = False, device: torch.device | None = None) -> Allocate:
-    """Tensors in CPU memory (pinned, so that a GPU can copy to it while it computes), or on a device."""
+    """Allocate tensors on ``device``, by default in CPU memory; pinned, so that a GPU copies to it while it computes."""
 
     def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned and device is None)
 
     return allocate
+
+
+def decode_int8(deltas: Tensor, scales: Tensor, out: Tensor) -> Tensor:
+    """Whole blocks of int8 deltas times their blocks' scales, in float32.
+
+    Args:
+        deltas: int8, shape ``(blocks * BLOCK,)``.
+        scales: float32, shape ``(blocks,)``.
+        out: float32, at least as long as ``deltas``; its beginning is written.
+
+    Returns:
+        The beginning of ``out``, shape ``(blocks * BLOCK,)``.
+    """
+    values = out[: len(deltas)].copy_(deltas)
+    values.view(-1, BLOCK).mul_(scales[:, None])
+    return values
 
 
 class DenseRows:
@@ -32,7 +54,7 @@ class DenseRows:
         count: number of rows.
         numel: N, the numbers of a row.
         dtype: float32 or bfloat16.
-        allocate: where the rows are.
+        allocate: where the rows are kept.
     """
 
     def __init__(self, count: int, numel: int, dtype: torch.dtype, allocate: Allocate) -> None:
@@ -44,41 +66,48 @@ class DenseRows:
         return self._rows.nbytes
 
     def row(self, index: int) -> Tensor:
-        """A row itself, shape ``(numel,)``."""
+        """Row ``index`` itself (no copy), shape ``(numel,)``."""
         return self._rows[index]
 
     def write(self, index: int, values: Tensor, *, renew: bool = False) -> None:
-        """Put ``values`` of shape ``(numel,)`` into a row; there is no anchor to renew."""
+        """Store ``values``, shape ``(numel,)``, as row ``index``; ``renew`` has no effect, as there is no anchor."""
         self._rows[index].copy_(values)
 
-    def base(self, part: slice) -> Tensor | None:
-        """What all rows are deltas to on some columns, or None."""
+    def base(self, columns: slice) -> Tensor | None:
+        """Some columns of the row that all rows are stored as deltas to; None, as these are not."""
         return None
 
-    def stored(self, index: int, part: slice) -> tuple[Tensor, ...]:
-        """Some columns of a row, as they are stored."""
-        return (self._rows[index, part],)
+    def stored(self, index: int, columns: slice) -> tuple[Tensor, ...]:
+        """The stored tensors that hold some columns of a row (no copy)."""
+        return (self._rows[index, columns],)
 
-    def decode(self, stored: tuple[Tensor, ...], part: slice, scratch: Tensor) -> Tensor:
-        """What was stored, as float32 deltas to the base; ``scratch`` is float32, at least as long and may be used."""
+    def decode(self, stored: tuple[Tensor, ...], columns: slice, scratch: Tensor) -> Tensor:
+        """Those columns as float32 deltas to :meth:`base`, or as the numbers themselves where that is None.
+
+        Args:
+            stored: by :meth:`stored`, or a copy of it on another device.
+            columns: the same columns.
+            scratch: float32, on the device of ``stored``, at least ``2 * BLOCK`` longer than the columns; the result
+                may lie in it.
+        """
         (values,) = stored
         return values if values.dtype is torch.float32 else scratch[: len(values)].copy_(values)
 
     def state(self, index: int) -> dict[str, Tensor]:
-        """A row as named tensors, which share its memory."""
+        """The named tensors that row ``index`` is stored as (no copy)."""
         return {"row": self._rows[index]}
 
     def shared_state(self) -> dict[str, Tensor]:
-        """What belongs to all rows: nothing."""
+        """The named tensors that all rows are decoded with: none."""
         return {}
 
 
 class Int8Rows:
-    """Rows as int8 deltas to a float32 anchor, with a float32 scale for every 64 of them.
+    """Rows as int8 deltas to a float32 *anchor* row, with one float32 scale for every block of 64.
 
-    The anchor is a row; as long as it is renewed once in a window's length, the rows held are not far from it. What
-    rounding leaves is at most 1/254 of the largest delta among 64 neighbours; renewing the anchor rounds the other rows
-    once more. A row takes 1 + 4/64 bytes per number, the anchor 4.
+    The anchor is a copy of one of the checkpoints written. The rounding error of a number is at most 1/254 of the
+    largest delta of its block, so the anchor is renewed once every k rows, which keeps it near the rows held; renewing
+    it rounds each of the other rows once more. A row takes 1 + 4/64 bytes per number, the anchor 4.
 
     Args:
         count, numel, allocate: see :class:`DenseRows`.
@@ -98,65 +127,217 @@ class Int8Rows:
         return self._deltas.nbytes + self._scales.nbytes + self._anchor.nbytes
 
     def write(self, index: int, values: Tensor, *, renew: bool = False) -> None:
-        """Put ``values`` of shape ``(numel,)`` into a row; if it is finite it may be the new anchor."""
+        """Store ``values``, shape ``(numel,)``, as row ``index``; with ``renew`` they become the anchor, if finite."""
         renew = renew and all(bool(torch.isfinite(chunk).all()) for chunk in values.split(CHUNK))
         others = [other for other in range(len(self._deltas)) if other != index]
         for start in range(0, self._deltas.shape[1], CHUNK):
-            part = slice(start, min(start + CHUNK, self._deltas.shape[1]))
-            new = torch.zeros(part.stop - part.start, device=self._anchor.device)
-            new[: self._numel - start].copy_(values[part])
-            anchor = self._anchor[part]
+            columns = slice(start, min(start + CHUNK, self._deltas.shape[1]))
+            new = torch.zeros(columns.stop - columns.start, device=self._anchor.device)
+            new[: self._numel - start].copy_(values[columns])
+            anchor = self._anchor[columns]
             if renew:
                 for other in others:
-                    self._encode(other, part, self._decode(other, part).add_(anchor).sub_(new))
+                    self._encode(other, columns, self._decode(other, columns).add_(anchor).sub_(new))
                 anchor.copy_(new)
-            self._encode(index, part, new.sub_(anchor))
+            self._encode(index, columns, new.sub_(anchor))
 
-    def base(self, part: slice) -> Tensor | None:
-        """The anchor on some columns."""
-        return self._anchor[part]
+    def base(self, columns: slice) -> Tensor | None:
+        """Some columns of the anchor."""
+        return self._anchor[columns]
 
-    def stored(self, index: int, part: slice) -> tuple[Tensor, ...]:
-        """The deltas and scales of the whole blocks that hold some columns of a row."""
-        blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
+    def stored(self, index: int, columns: slice) -> tuple[Tensor, ...]:
+        """The deltas and scales of the whole blocks that hold some columns of a row (no copy)."""
+        blocks = slice(columns.start // BLOCK, -(-columns.stop // BLOCK))
         return self._deltas[index, blocks.start * BLOCK : blocks.stop * BLOCK], self._scales[index, blocks]
 
-    def decode(self, stored: tuple[Tensor, ...], part: slice, scratch: Tensor) -> Tensor:
+    def decode(self, stored: tuple[Tensor, ...], columns: slice, scratch: Tensor) -> Tensor:
         """See :meth:`DenseRows.decode`."""
         deltas, scales = stored
-        values = decode_int8(deltas, scales, scratch[: len(deltas)])
-        skipped = part.start % BLOCK
-        return values[skipped : skipped + part.stop - part.start]
+        values = decode_int8(deltas, scales, scratch)
+        skipped = columns.start % BLOCK
+        return values[skipped : skipped + columns.stop - columns.start]
 
     def state(self, index: int) -> dict[str, Tensor]:
-        """A row as named tensors, which share its memory; the anchor is in :meth:`shared_state`."""
+        """The named tensors that row ``index`` is stored as (no copy), without the anchor."""
         return {"deltas": self._deltas[index], "scales": self._scales[index]}
 
     def shared_state(self) -> dict[str, Tensor]:
-        """What belongs to all rows."""
+        """The named tensors that all rows are decoded with: the anchor."""
         return {"anchor": self._anchor}
 
-    def _decode(self, index: int, part: slice) -> Tensor:
-        scratch = torch.empty(part.stop - part.start + 2 * BLOCK, device=self._anchor.device)
-        return self.decode(self.stored(index, part), part, scratch)
+    def _decode(self, index: int, columns: slice) -> Tensor:
+        scratch = torch.empty(columns.stop - columns.start + 2 * BLOCK, device=self._anchor.device)
+        return self.decode(self.stored(index, columns), columns, scratch)
 
-    def _encode(self, index: int, part: slice, deltas: Tensor) -> None:
+    def _encode(self, index: int, columns: slice, deltas: Tensor) -> None:
+        """Store float32 deltas to the anchor; ``columns`` are whole blocks."""
         blocks = deltas.view(-1, BLOCK)
         scales = blocks.abs().amax(dim=1).div_(127.0)
-        self._scales[index, part.start // BLOCK : part.stop // BLOCK].copy_(scales)
+        self._scales[index, columns.start // BLOCK : columns.stop // BLOCK].copy_(scales)
         blocks = blocks.div(scales.clamp_(min=torch.finfo(torch.float32).tiny)[:, None]).round_().clamp_(-127, 127)
-        self._deltas[index, part].copy_(blocks.view(-1))
-
-
-def decode_int8(deltas: Tensor, scales: Tensor, out: Tensor) -> Tensor:
-    """Whole blocks of int8 deltas times their scales, as float32 deltas to the anchor, in ``out``."""
-    out.copy_(deltas).view(-1, BLOCK).mul_(scales[:, None])
-    return out
+        self._deltas[index, columns].copy_(blocks.view(-1))
 
 
 Rows = DenseRows | Int8Rows
 
 
-def make_rows(count: int, numel: int, dtype: str, allocate: Allocate) -> Rows:
-    """Rows for a dtype's name."""
-    return Int8Rows(count, numel, allocate) if dtype == "int8" else DenseRows(count, numel, DTYPES[dtype], allocate)
+class StoredRow(NamedTuple):
+    """One row of the window: the storage that keeps it, and its index there."""
+
+    storage: Rows
+    place: int
+
+
+class Ring:
+    """The window's memory: a ring of ``size`` rows, where a new row overwrites the oldest, and the rows beside it.
+
+    Beside the ring, where they are needed:
+
+    - ``leading``: BEMA's two *leading rows*, which stand in front of the window as if they were its oldest rows.
+    - ``mean``: the mean begun of the weights sampled since the last row, which becomes the next row.
+    - ``arrival``: the live weights as they were captured last, where rows are no exact copies of them.
+    - ``staging``: one row for a merged model, for whoever evaluates it.
+
+    Args:
+        size: k, the number of rows.
+        numel: N, the numbers of a row.
+        dtype: how a row is kept: "float32", "bfloat16" or "int8".
+        live: dtype of ``arrival``; None if rows are exact copies of live weights, which then need no ``arrival``.
+        leading: whether there are leading rows.
+        mean: whether rows are means.
+        allocate: where the ring is kept.
+        allocate_beside: where everything else is kept.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        numel: int,
+        dtype: str,
+        *,
+        live: torch.dtype | None,
+        leading: bool,
+        mean: bool,
+        allocate: Allocate,
+        allocate_beside: Allocate,
+    ) -> None:
+        self.size = size
+        self.dtype = dtype
+        self.rows: Rows = (
+            Int8Rows(size, numel, allocate) if dtype == "int8" else DenseRows(size, numel, DTYPES[dtype], allocate)
+        )
+        self.leading = DenseRows(2, numel, torch.float32, allocate_beside) if leading else None
+        self.mean = allocate_beside("mean", (numel,), torch.float32) if mean else None
+        self.arrival = None if live is None else allocate_beside("arrival", (numel,), live)
+        self.staging = allocate_beside("staging", (numel,), torch.float32)
+        self.steps: list[int] = []  # of the rows held, oldest first
+        self.pushed = 0  # rows ever added
+        self.sampled = 0  # checkpoints in the mean begun
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything."""
+        kept = [self.rows.nbytes, 0 if self.leading is None else self.leading.nbytes]
+        return sum(kept) + sum(row.nbytes for row in (self.mean, self.arrival, self.staging) if row is not None)
+
+    @property
+    def next(self) -> int:
+        """Index in ``rows`` of the row that is written next."""
+        return self.pushed % self.size
+
+    def add(self, step: int) -> None:
+        """Make row ``next`` the newest one, of optimizer step ``step``."""
+        self.pushed += 1
+        self.steps = [*self.steps, step][-self.size :]
+
+    def drop_newest(self) -> None:
+        """Remove the newest row."""
+        self.pushed -= 1
+        self.steps = self.steps[:-1]
+
+    def place(self, position: int) -> int:
+        """Index in ``rows`` of the row at ``position`` among those held, oldest first."""
+        return (self.pushed - len(self.steps) + position) % self.size
+
+    def in_order(self) -> list[StoredRow]:
+        """The rows that merge weights belong to, oldest first: the leading rows, if there are any, and those held."""
+        if not self.steps:
+            return []
+        leading = [] if self.leading is None else [StoredRow(self.leading, 0), StoredRow(self.leading, 1)]
+        return leading + [StoredRow(self.rows, self.place(index)) for index in range(len(self.steps))]
+
+    # Keeping and restoring
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :meth:`CheckpointWindow.state_dict`."""
+        return {
+            "steps": list(self.steps),
+            "dtype": self.dtype,
+            "pushed": self.pushed,
+            "sampled": self.sampled,
+            "rows": [self.rows.state(self.place(index)) for index in range(len(self.steps))],
+            "shared": self._shared(),
+        }
+
+    def _shared(self) -> dict[str, Tensor]:
+        """Everything beside the ring that later rows and merges depend on."""
+        tensors = dict(self.rows.shared_state())
+        if self.leading is not None:
+            tensors |= {"start": self.leading.row(0), "average": self.leading.row(1)}
+        if self.mean is not None:
+            tensors["mean"] = self.mean
+        if self.arrival is not None:
+            tensors["arrival"] = self.arrival
+        return tensors
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :meth:`CheckpointWindow.load_state_dict`."""
+        self._check_kind(state)
+        mine, theirs = self._shared(), state["shared"]
+        pairs = [(mine[name], theirs[name]) for name in mine]
+        for index, place in self._fitting(state):
+            row = self.rows.state(place)
+            pairs += [(row[name], state["rows"][index][name]) for name in row]
+        wrong = [(tuple(value.shape), tuple(target.shape)) for target, value in pairs if target.shape != value.shape]
+        if wrong:
+            raise ValueError(f"a saved row has shape {wrong[0][0]}; this model's rows have shape {wrong[0][1]}")
+        for target, value in pairs:
+            target.copy_(value)
+        self._adopt_counts(state)
+
+    def load_rows(self, state: dict[str, Any], read: Callable[[str, Tensor], None]) -> None:
+        """See :meth:`CheckpointWindow.load_rows`."""
+        self._check_kind(state)
+        for name, row in self._shared().items():
+            read(name, row)
+        for index, place in self._fitting(state):
+            read(_row_name(index), self.staging)
+            self.rows.write(place, self.staging)
+        self._adopt_counts(state)
+
+    def _check_kind(self, state: dict[str, Any]) -> None:
+        mine, theirs = self._shared(), state["shared"]
+        if ("mean" in theirs) is not ("mean" in mine):
+            raise ValueError("the saved window's rows are means and this one's are not, or the other way round")
+        if ("average" in theirs) is not ("average" in mine):
+            raise ValueError(
+                "the saved window has running sums and this one has not, or the other way round: the search differs"
+            )
+        if state["dtype"] != self.dtype:
+            raise ValueError(f"the saved window's rows are {state['dtype']}; this one's dtype={self.dtype!r}")
+
+    def _fitting(self, state: dict[str, Any]) -> list[tuple[int, int]]:
+        """The newest saved rows, as many as fit: the index of each in ``state["rows"]``, and in ``rows`` here."""
+        saved = len(state["steps"])
+        return [
+            (index, (state["pushed"] - saved + index) % self.size) for index in range(max(0, saved - self.size), saved)
+        ]
+
+    def _adopt_counts(self, state: dict[str, Any]) -> None:
+        self.steps = list(state["steps"])[-self.size :]
+        self.pushed, self.sampled = state["pushed"], state["sampled"]
+
+
+def _row_name(index: int) -> str:
+    """The name, in a saved state, of the row at position ``index``, oldest first."""
+    return f"row-{index:02d}"

@@ -17,13 +17,10 @@ from torch import Tensor, nn
 
 from ..distributed import Processes
 from ..pieces import COMBINE, PROJECT, Pieces, finish
+from . import products
 from .capture import Capture
-from .columns import Columns
-from .groups import ParameterGroups, parameter_groups
-from .layout import ParameterLayout
-from .products import Matrix
-from .ring import Ring
-from .storage import CHUNK, DTYPES, Allocate, DenseRows, in_memory
+from .layout import ParameterGroups, ParameterLayout, parameter_groups
+from .storage import CHUNK, DTYPES, Allocate, DenseRows, Ring, StoredRow, in_memory
 
 
 class CheckpointWindow:
@@ -35,22 +32,23 @@ class CheckpointWindow:
         dtype: how a row is kept: "float32", "bfloat16", "int8" (deltas to a float32 anchor, with a scale for every 64),
             or "auto": bfloat16 if all merged tensors are bfloat16 (then nothing is lost), float32 otherwise.
         trainable_only: keep only parameters that require gradients.
-        average_rate: for BEMA: a function from a step to beta_t. Two more rows, always float32, stand in front of the
-            window, the first checkpoint ever pushed (theta_0) and ``EMA_t = (1 - beta_t) EMA_{t-1} + beta_t theta_t``
-            over all pushes.
+        average_rate: for BEMA: a function from a step to beta_t. Two more rows, the *leading rows*, then stand in front
+            of the window, always float32: the first checkpoint ever pushed (theta_0), and
+            ``EMA_t = (1 - beta_t) EMA_{t-1} + beta_t theta_t`` over all pushes.
         mean_rows: a row is the mean of the model at its push and at every :meth:`sample` since the push before.
         groups: parameter groups that may have merge weights of their own (see :func:`parameter_groups`).
         allocate: where rows are kept; by default in CPU memory, pinned when the model is on a CUDA device.
-        buffered: captures arrive in memory of their own before they become rows, as they do anyway where rows are no
-            exact copies; for rows that are kept where writing can take long.
-        asynchronous: :meth:`push` and :meth:`sample` return before the copy is made; no optimizer step writes the
-            weights before (see :class:`Capture`), and everything that reads rows waits for it.
-        processes: those that train the model together. Each then holds the columns of its own shards (FSDP), or an
-            equal share of all (DDP); vectors and rows are these columns, and products with vectors are exchanged.
+        buffered: copy live weights to a row in memory first, as happens anyway where rows are no exact copies, and from
+            there to their row; for rows on disk, which an optimizer step should not wait for.
+        asynchronous: :meth:`push` and :meth:`sample` return before the copy is made; the next optimizer step (see
+            :class:`Capture`) and everything that reads rows wait for it.
+        processes: the ranks that train the model together. Each holds the columns of its own shards (FSDP), or an equal
+            share of all columns (DDP); N, rows and vectors are of these columns, and the results of :meth:`project` and
+            :meth:`gram` are summed over ranks.
 
     Memory in bytes per merged number: a row takes 4 as float32, 2 as bfloat16, 1.0625 as int8 (and their anchor 4); the
-    staging row for the merge at hand 4; the row where live weights arrive another 4 (2 for a bfloat16 model), unless
-    rows are exact copies (float32, or bfloat16 of a bfloat16 model) and not buffered; the mean begun 4, BEMA's rows 8.
+    staging row for a merged model 4; the row where live weights arrive another 4 (2 for a bfloat16 model), unless rows
+    are exact copies (float32, or bfloat16 of a bfloat16 model) and not buffered; the mean begun 4, the leading rows 8.
 
     Example::
 
@@ -95,17 +93,17 @@ class CheckpointWindow:
             self.layout.numel,
             dtype,
             live=None if exact else torch.bfloat16 if all_bfloat16 else torch.float32,
-            running_sums=average_rate is not None,
+            leading=average_rate is not None,
             mean=mean_rows,
             allocate=allocate or pinned,
-            beside=pinned,
+            allocate_beside=pinned,
         )
-        self._columns = Columns(self.layout, self.groups, self.processes)
+        self._columns = products.Columns(self.layout, self.groups, self.processes)
         self._average_rate = average_rate
         self._capture = Capture(asynchronous=asynchronous)
         self._readers = 0
         self._lock = threading.Lock()
-        self._pushing = False
+        self._pushing = False  # whether the last capture is of a push, and has not been waited for
 
     @property
     def size(self) -> int:
@@ -128,8 +126,8 @@ class CheckpointWindow:
 
     @property
     def num_weights(self) -> int:
-        """How many merge weights ``combine`` takes: ``len(self)``, and two more in front for BEMA's running sums."""
-        return (2 if self._ring.sums is not None and self._ring.steps else 0) + len(self)
+        """How many merge weights ``combine`` takes: ``len(self)``, and two more in front for the leading rows."""
+        return len(self._ring.in_order())
 
     @property
     def nbytes(self) -> int:
@@ -138,12 +136,12 @@ class CheckpointWindow:
 
     @property
     def row_nbytes(self) -> int:
-        """Bytes that one row takes, without what the rows share."""
+        """Bytes that one row takes, without the anchor that all int8 rows share."""
         return sum(tensor.nbytes for tensor in self._ring.rows.state(0).values())
 
     @property
     def num_pieces(self) -> int:
-        """How many pieces a product has."""
+        """How many pieces a product on the CPU has."""
         return self._columns.num_pieces
 
     @property
@@ -160,19 +158,19 @@ class CheckpointWindow:
 
     @torch.no_grad()
     def sample(self, model: nn.Module) -> None:
-        """Let the model's weights take part in the mean that the next :meth:`push` makes a row.
+        """Add the model's weights to the mean that the next :meth:`push` completes.
 
         Raises:
-            ValueError: the rows of this window are no means, or the model's parameters changed names or shapes.
+            ValueError: the rows of this window are not means, or the model's parameters changed names or shapes.
         """
         if self._ring.mean is None:
             raise ValueError("this window's rows are single checkpoints: construct it with mean_rows=True")
-        self._take(model, self._accumulate)
+        self._copy_live(model, self._accumulate)
 
     @torch.no_grad()
     def push(self, model: nn.Module, step: int) -> None:
-        """Copy the model's weights, or their mean with those sampled, as the newest row; the oldest row leaves a full
-        window.
+        """Make the model's weights, or their mean with those sampled, the newest row; of a full window the oldest
+        leaves.
 
         Raises:
             ValueError: ``step`` is not after the newest row's, or the model's parameters changed names or shapes.
@@ -182,15 +180,15 @@ class CheckpointWindow:
             raise ValueError(f"step={step} is not after the newest checkpoint's step {ring.steps[-1]}")
         index, first = ring.next, not ring.steps
 
-        def settle() -> None:
+        def write_rows() -> None:
             if ring.mean is not None:
                 self._accumulate()
                 ring.sampled = 0
             values = ring.arrival if ring.mean is None else ring.mean
             if values is not None:
                 ring.rows.write(index, values, renew=index == 0)
-            if ring.sums is not None and self._average_rate is not None:
-                start, average = ring.sums.row(0), ring.sums.row(1)
+            if ring.leading is not None and self._average_rate is not None:
+                start, average = ring.leading.row(0), ring.leading.row(1)
                 row = ring.arrival if ring.arrival is not None else ring.rows.state(index)["row"]
                 if first:
                     start.copy_(row)
@@ -198,12 +196,16 @@ class CheckpointWindow:
                 else:
                     average.lerp_(row.float(), self._average_rate(step))
 
-        self._take(model, settle, index)
+        self._copy_live(model, write_rows, index)
         self._pushing = True
         ring.add(step)
 
-    def _take(self, model: nn.Module, settle: Callable[[], None], index: int | None = None) -> None:
-        """Copy live weights to where they arrive: the row itself if it is an exact copy."""
+    def _copy_live(self, model: nn.Module, then: Callable[[], None], index: int | None = None) -> None:
+        """Begin to copy live weights to the ring's ``arrival``, or to row ``index`` itself if rows are exact copies.
+
+        ``then`` is called when the copy is complete, in the capture's thread if it is asynchronous. Tensors that a
+        forward pass may write are copied at once.
+        """
         self.settle()
         target = self._ring.arrival
         if target is None:
@@ -216,26 +218,27 @@ class CheckpointWindow:
         for (view, tensor), at_once in zip(pairs, volatile, strict=True):
             if at_once:
                 view.copy_(tensor)
-        self._capture.begin([pair for pair, at_once in zip(pairs, volatile, strict=True) if not at_once], settle)
+        self._capture.begin([pair for pair, at_once in zip(pairs, volatile, strict=True) if not at_once], then)
 
     def _accumulate(self) -> None:
+        """Add the live weights that have arrived to the mean begun."""
         mean, arrival = self._ring.mean, self._ring.arrival
         assert mean is not None
         assert arrival is not None
         self._ring.sampled += 1
         if self._ring.sampled == 1:
-            # Not as a mean with what was there: a checkpoint that is not finite spoils its own row and no other.
+            # Copied, and not averaged with weight 1 over the mean before: NaNs of that one must not spoil this one.
             mean.copy_(arrival)
             return
         for start in range(0, self.layout.numel, CHUNK):
-            part = slice(start, start + CHUNK)
-            mean[part].lerp_(arrival[part].float(), 1.0 / self._ring.sampled)
+            columns = slice(start, start + CHUNK)
+            mean[columns].lerp_(arrival[columns].float(), 1.0 / self._ring.sampled)
 
     def settle(self) -> None:
         """Wait until the last capture is complete.
 
         Raises:
-            Exception: what went wrong in it; the row it should have become is not in the window then.
+            Exception: what went wrong in it; the row that it was to become is no longer in the window.
         """
         pushing, self._pushing = self._pushing, False
         try:
@@ -251,7 +254,7 @@ class CheckpointWindow:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Within the context nothing may be captured: the rows are being read, piece by piece or in another thread."""
+        """Within the context rows are read, piece by piece or in another thread: the caller must capture nothing."""
         with self._lock:
             self._readers += 1
         try:
@@ -266,7 +269,7 @@ class CheckpointWindow:
         return self._readers > 0
 
     def staging_on(self, device: torch.device) -> Tensor:
-        """A float32 row on a device for the merge at hand: the window's own on the CPU, elsewhere a new one."""
+        """A float32 row, shape ``(N,)``, for a merged model on a device: on the CPU always the same, else a new one."""
         return self._ring.staging if device.type == "cpu" else torch.empty(self.layout.numel, device=device)
 
     # Products
@@ -276,8 +279,8 @@ class CheckpointWindow:
 
         Args:
             weights: merge weights, oldest row first, shape ``(num_weights,)`` for the whole model or
-                ``(groups, num_weights)`` with a vector for each parameter group; normally they sum to 1. None for the
-                live weights of the last capture, exactly, however rows are kept.
+                ``(groups, num_weights)`` with a vector for each parameter group; normally they sum to 1. None stands
+                for the live weights of the last capture, which are exact however rows are kept.
             out: tensor of shape ``(N,)`` to write to, on any device; by default a new one.
 
         Raises:
@@ -286,36 +289,36 @@ class CheckpointWindow:
         return finish(self.combine_pieces(weights, out))
 
     def combine_pieces(self, weights: Sequence[float] | np.ndarray | None, out: Tensor | None = None) -> Pieces[Tensor]:
-        """:meth:`combine` in pieces."""
+        """:meth:`combine` as a generator that yields before each piece."""
         out = torch.empty(self.layout.numel) if out is None else out
         rows = self.num_weights
         values = np.eye(rows)[-1] if weights is None else np.asarray(weights, dtype=np.float64)
         grouped = values.ndim == 2 and self.groups is not None
-        if values.shape != ((self._columns.groups(True), rows) if grouped else (rows,)):
+        if values.shape != ((self._columns.num_groups(True), rows) if grouped else (rows,)):
             raise ValueError(f"weights has shape {values.shape}; the window has {rows} rows")
         if not np.isfinite(values).all():
             raise ValueError(f"weights={values.tolist()} are not all finite")
-        values = np.atleast_2d(values)[[group for group, _ in self._columns.regions(grouped)]]
+        by_region = np.atleast_2d(values)[[region.group for region in self._columns.regions(grouped)]]
         for piece in self._columns.pieces(grouped, out.device):
             yield COMBINE
-            matrix = self._matrix()
+            stored = self._stored_rows()
             live = self._ring.arrival
             if weights is not None or live is None:
-                matrix.combine(values, piece, out)
+                products.combine(stored, by_region, piece, out)
                 continue
-            for _, part in piece:
-                out[part].copy_(live[part])
+            for _, columns in piece:
+                out[columns].copy_(live[columns])
         return out
 
     def project(self, vector: Tensor, *, grouped: bool = False) -> np.ndarray:
         """``W @ vector`` in float64, shape ``(num_weights,)``.
 
-        Neighbouring rows are nearly equal, and the differences between the products are what matters. So the products
-        are taken with deltas to the newest row and added to that row's product in float64: nothing cancels.
+        Rows of one run are nearly equal, and the small differences between their products are what a search uses.
+        Therefore float32 products are computed of each row's delta to the newest row, and added to the newest row's
+        product in float64: no digits cancel.
 
         Args:
-            vector: shape ``(N,)``, for instance the flattened gradient of a loss; with several processes each passes
-                its columns of it.
+            vector: shape ``(N,)``, for instance the flattened gradient of a loss; each rank passes its own columns.
             grouped: sum over the columns of each parameter group separately: shape ``(groups, num_weights)``.
 
         Raises:
@@ -324,67 +327,84 @@ class CheckpointWindow:
         return finish(self.project_pieces(vector, grouped=grouped))
 
     def project_pieces(self, vector: Tensor, *, grouped: bool = False, summands: bool = False) -> Pieces[np.ndarray]:
-        """:meth:`project` in pieces, on the device of ``vector``.
+        """:meth:`project` as a generator that yields before each piece; computed on the device of ``vector``.
 
         Args:
             vector, grouped: see :meth:`project`.
-            summands: where several processes hold the same columns, the vector meant is the sum of theirs (as of the
-                gradients of each one's batches), and not what each of them has.
+            summands: where several ranks hold the same columns, each passes one summand of the vector there (such as
+                the gradient on its own batches); otherwise all of them pass the same numbers.
         """
         if tuple(vector.shape) != (self.layout.numel,):
             raise ValueError(f"vector has shape {tuple(vector.shape)}; rows have shape ({self.layout.numel},)")
         regions = self._columns.regions(grouped)
-        products = torch.zeros(len(regions), self.num_weights, dtype=torch.float64, device=vector.device)
+        found = torch.zeros(len(regions), self.num_weights, dtype=torch.float64, device=vector.device)
         for piece in self._columns.pieces(grouped, vector.device):
             yield PROJECT
-            self._matrix().project(piece, vector, products)
-        products[:, :-1] += products[:, -1:]
-        return (yield from self._columns.sum(products, grouped=grouped, summands=summands))
+            products.project(self._stored_rows(), piece, vector, found)
+        found[:, :-1] += found[:, -1:]
+        return (yield from self._columns.sum(found, grouped=grouped, summands=summands))
 
     def gram(self, *, grouped: bool = False) -> np.ndarray:
         """Inner products of the rows' deltas to the newest row, shape ``(num_weights, num_weights)``, in float64.
 
-        ``d' G d`` with merge weights' differences ``d`` that sum to 0 is the squared distance between two merges.
+        With ``d`` the difference of two vectors of merge weights, which sums to 0, ``d' G d`` is the squared distance
+        between the two merged models.
 
         Args:
-            grouped: over the columns of each parameter group separately: shape ``(groups, num_weights, num_weights)``.
+            grouped: sum over the columns of each parameter group separately: shape
+                ``(groups, num_weights, num_weights)``.
         """
         return finish(self.gram_pieces(grouped=grouped))
 
     def gram_pieces(self, *, grouped: bool = False) -> Pieces[np.ndarray]:
-        """:meth:`gram` in pieces."""
+        """:meth:`gram` as a generator that yields before each piece."""
         rows = self.num_weights
-        products = torch.zeros(len(self._columns.regions(grouped)), rows, rows, dtype=torch.float64)
-        for piece in self._columns.pieces(grouped, products.device):
+        found = torch.zeros(len(self._columns.regions(grouped)), rows, rows, dtype=torch.float64)
+        for piece in self._columns.pieces(grouped, found.device):
             yield PROJECT
-            self._matrix().gram(piece, products)
-        return (yield from self._columns.sum(products, grouped=grouped, summands=False))
+            products.gram(self._stored_rows(), piece, found)
+        return (yield from self._columns.sum(found, grouped=grouped, summands=False))
 
-    def _matrix(self) -> Matrix:
-        """The rows as they are, when the last capture is complete."""
+    def _stored_rows(self) -> list[StoredRow]:
+        """The rows that merge weights belong to, oldest first, once the last capture is complete."""
         self.settle()
-        return self._ring.matrix()
+        return self._ring.in_order()
 
     # Keeping and restoring
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps, the rows as stored and what belongs to them, as tensors that share the window's memory."""
+        """The window's contents, as tensors that share its memory.
+
+        Keys: "steps" of the rows, oldest first; "dtype"; "pushed", the number of pushes ever made; "sampled", the
+        number of checkpoints in the mean begun; "rows", the named tensors that each row is stored as; "shared", by name
+        what there is beside the rows: the int8 "anchor", the leading rows "start" and "average", the "mean" begun, and
+        "arrival", the live weights of the last capture.
+        """
         self.settle()
         return self._ring.state_dict()
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the rows of a ``state_dict``, the newest ones if it holds more than fit.
+        """Restore the rows of a :meth:`state_dict`, or the newest ones if it holds more than fit.
 
         Raises:
             ValueError: the rows have another length or dtype, or are means where this window's are not (or the other
-                way round), or the running sums of BEMA are missing or left over.
+                way round), or the leading rows are missing or left over.
         """
         self.settle()
         self._ring.load_state_dict(state)
 
     @torch.no_grad()
     def load_rows(self, state: dict[str, Any], read: Callable[[str, Tensor], None]) -> None:
-        """Take over a saved window whose columns were divided in another way; see :meth:`Ring.load_rows`."""
+        """Restore rows saved by ranks with other columns, the newest ones if there are more than fit.
+
+        Args:
+            state: a :meth:`state_dict` without "rows"; of "shared" only the names are read.
+            read: called with the name of a row ("row-00" is the oldest) or of a shared tensor, and a tensor whose first
+                N numbers it fills, decoded.
+
+        Raises:
+            ValueError: see :meth:`load_state_dict`.
+        """
         self.settle()
         self._ring.load_rows(state, read)
