@@ -69,7 +69,7 @@ class MergeConfig:
             output folder, the engine uses "merged" in the working directory.
         keep_last: how many of the newest snapshots are kept; 0 with ``keep_best=False`` publishes none.
         keep_best: whether the snapshot of lowest merged loss is kept beside them.
-        snapshot_files: under FSDP, "whole": the first process gathers and writes the model, "sharded": every process
+        snapshot_files: under FSDP, "whole": rank 0 gathers and writes the model, "sharded": every rank
             writes its part (``consolidate_snapshot`` makes a model folder of it), or "auto": whole up to 5 GB.
         dtype: how rows are kept: "auto", "float32", "bfloat16" or "int8" (1.0625 bytes per number, and 4 for all rows).
         window_storage: where rows are kept: "memory" (of the CPU), "disk" (memory-mapped files in ``output_dir``), or
@@ -78,13 +78,13 @@ class MergeConfig:
             waits.
         max_pause: longest time in seconds that an interleaved merge may take between two training steps; None: three
             training steps' time. Held-out batches that take longer are cut, as far as single sequences.
-        max_overhead: largest share of wall time that everything here may take; merges then start when they are paid
-            for, with fewer candidates and less held-out text where that is needed. None: no limit. The merge at the
-            end of training is not bound by it, nor by ``max_pause``.
+        max_overhead: largest share of wall time that everything here may take; a merge that is due starts when it is
+            paid for, with fewer candidates if that is sooner. None: no limit. The merge at the end of training is not
+            bound by it, nor by ``max_pause``.
         trainable_only: merge only parameters that require gradients (and floating-point buffers).
         merge_at_end: merge once more at the last step if no merge was due there.
         load_merged_at_end: put the best snapshot into the model when training ends.
-        process_timeout: seconds that the processes of a run wait for one another in a merge; after that merging is off.
+        process_timeout: seconds that a collective of a merge may take; after that merging is off for the run.
         seed: seed of everything random here; the training run's own random state is never touched.
         on_error: "warn": a failure during training is logged once with its cause and training goes on; "raise".
         progress: show a progress bar when a merge takes longer than a second.

@@ -17,7 +17,7 @@ class Failures:
 
     Args:
         on_error: "warn" logs the first failure of each kind with its traceback and goes on; "raise" lets it through.
-        is_rank_zero: whether this is the first process, which alone logs what failed in others.
+        is_rank_zero: whether this is rank 0, which alone logs what failed on other ranks.
     """
 
     def __init__(self, on_error: str, is_rank_zero: bool = True) -> None:

@@ -48,7 +48,7 @@ class TrajMergeCallback(pl.Callback):
       reads one. With ``save_ckpt=True`` each also holds ``merged.ckpt`` for ``load_from_checkpoint``.
     - Resuming with ``fit(ckpt_path=...)`` restores the window from ``<checkpoint>.ckpt.merge``, which is written and
       removed together with the checkpoint. Checkpoints on remote storage have none.
-    - Under DDP, FSDPStrategy and ModelParallelStrategy (FSDP2) the processes merge together, each its own columns.
+    - Under DDP, FSDPStrategy and ModelParallelStrategy (FSDP2) the ranks merge together, each its own columns.
       DeepSpeed ZeRO stage 3 and tensor parallelism are refused at the start of ``fit``.
 
     Args:
@@ -92,12 +92,10 @@ class TrajMergeCallback(pl.Callback):
         """Let the merging state be written and removed together with the trainer's checkpoints."""
         self.teardown(trainer, pl_module, stage)  # which a fit that failed has not come to
         if stage == "fit":
-            # Strategies that save in parts have no plugin to ask; they all have these methods, in every process.
-            strategy = vars(trainer.strategy)
-            strategy["save_checkpoint"] = functools.partial(self._save_checkpoint, trainer.strategy.save_checkpoint)
-            strategy["remove_checkpoint"] = functools.partial(
-                self._remove_checkpoint, trainer.strategy.remove_checkpoint
-            )
+            # Strategies that save in parts have no plugin to ask; they all have these methods, on every rank.
+            strategy, replaced = trainer.strategy, vars(trainer.strategy)
+            replaced["save_checkpoint"] = functools.partial(self._save_checkpoint, strategy.save_checkpoint)
+            replaced["remove_checkpoint"] = functools.partial(self._remove_checkpoint, strategy.remove_checkpoint)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Build the engine, read the held-out data, and take over the window of a resumed run."""
@@ -110,6 +108,7 @@ class TrajMergeCallback(pl.Callback):
             raise ValueError("save_ckpt=True is not supported under FSDP: load the snapshot with load_merged instead")
         # Not trainer.save_checkpoint: it waits for the other ranks, and its plugin may write later or elsewhere.
         dump = trainer._checkpoint_connector.dump_checkpoint
+        extra = lambda: collect_checkpoint("merged.ckpt", dump(weights_only=True), pl_module)  # noqa: E731
         self.merger = TrajectoryMerger(
             heldout,
             nll=self._nll or _ValidationStep(trainer, pl_module),
@@ -117,9 +116,7 @@ class TrajMergeCallback(pl.Callback):
             to_device=lambda batch: _transfer(trainer, batch),
             log=lambda record: self._log(trainer, record),
             log_everywhere=True,
-            extra=(lambda: collect_checkpoint("merged.ckpt", dump(weights_only=True), pl_module))
-            if self._save_ckpt
-            else None,
+            extra=extra if self._save_ckpt else None,
             **{**self._options, "output_dir": self.config.output_dir or str(default_folder)},
         )
         self.merger.prepare(self._model)
@@ -244,10 +241,7 @@ def _validation_loaders(trainer: pl.Trainer) -> Any:
 
 
 class _ValidationStep:
-    """A module's ``validation_step`` as a held-out loss, with everything it logs silenced.
-
-    See :func:`summed_nll` for how a batch's mean loss is weighted.
-    """
+    """A module's ``validation_step`` as a held-out loss (see :func:`summed_nll`), with everything it logs silenced."""
 
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not is_overridden("validation_step", pl_module):

@@ -43,9 +43,9 @@ class TrajectoryMerger:
     """Keeps a window of checkpoints of one run, merges them at fixed intervals and publishes the results.
 
     Call :meth:`step` after every optimizer step; the model's weights are read, never written. A merge is made of the
-    checkpoint of one step, in pieces between the steps that follow, and done some steps later. With several processes
+    checkpoint of one step, in pieces between the steps that follow, and done some steps later. With several ranks
     (DDP, FSDP) each constructs one, after ``torch.distributed`` is initialized, and calls the same methods at the same
-    steps; they merge together, each its own columns.
+    steps; they merge together, each rank its own columns.
 
     Args:
         heldout: held-out batches (a DataLoader, any iterable, or a mapping from domain names to such), read at once.
@@ -94,7 +94,7 @@ class TrajectoryMerger:
         self._writer_processes = Processes(self.config.process_timeout)
         if self.processes.size > 1 and self.config.load_merged_at_end:
             raise ValueError(
-                "load_merged_at_end=True is not supported with several processes; load the best snapshot with "
+                "load_merged_at_end=True is not supported with several ranks; load the best snapshot with "
                 "load_merged after training"
             )
         self._extra = extra
@@ -133,7 +133,7 @@ class TrajectoryMerger:
         if not self._active or self.window is not None:
             return
         if self.processes.size == 1 and several_ranks():
-            raise RuntimeError("construct TrajectoryMerger after torch.distributed is initialized, in every process")
+            raise RuntimeError("construct TrajectoryMerger after torch.distributed is initialized, on every rank")
         average_rate, options = resolve_search(self.config.search).average_rate, self.config.search_options
         allocate = {
             "memory": lambda: None,
@@ -172,13 +172,13 @@ class TrajectoryMerger:
         self._overhead.begin()
 
     def step(self, model: nn.Module, step: int, *, skipped: Callable[[], bool] = lambda: False) -> MergeRecord | None:
-        """Capture, and begin or go on with a merge, if due. Call after each optimizer step.
+        """Capture a checkpoint, and begin or advance a merge, if due. Call after each optimizer step.
 
         Args:
             model: the model being trained, at an optimizer-step boundary.
             step: the number of optimizer steps taken so far; the first one is 1.
-            skipped: tells whether mixed precision skipped this step, so that the weights are the last step's. What is
-                due then waits for the next step. Only asked when something is due.
+            skipped: returns whether mixed precision skipped this optimizer step, which left the weights unchanged; what
+                is due then waits for the next step. Called only when something is due.
 
         Returns:
             The record of a merge, if one was done in this call: of this step, or of an earlier one.
@@ -218,7 +218,7 @@ class TrajectoryMerger:
 
     @contextmanager
     def _timeout_ends_merging(self, step: int) -> Iterator[None]:
-        """Within the context, merging ends for good where the processes can no longer do it together."""
+        """A collective that times out within the context ends merging for the rest of the run."""
         try:
             yield
         except CollectiveTimeout as error:
@@ -229,9 +229,9 @@ class TrajectoryMerger:
                 raise
 
     def settle(self) -> None:
-        """Wait until the weights of the last capture are read, so that they may be written.
+        """Wait until the last capture has been copied, so that weights may be written.
 
-        Optimizers of torch wait by themselves; call it before anything else that writes weights.
+        Optimizers of torch wait by themselves; call this before anything else that writes weights.
         """
         if self.window is not None:
             with self._failures.contained("capturing", self._state.last_step or 0):
@@ -288,7 +288,7 @@ class TrajectoryMerger:
         return record
 
     def close(self) -> None:
-        """Give up the merge under way, finish what is being written, release the window, sum up what failed."""
+        """Abandon the merge under way, wait for files being written, release the window, log a summary of failures."""
         if self.window is not None:
             window, self.window = self.window, None
             self._schedule.abandon()
@@ -325,7 +325,7 @@ class TrajectoryMerger:
     # What is due
 
     def _capture(self, model: nn.Module, step: int, skipped: Callable[[], bool]) -> bool:
-        """Take a checkpoint if one is due, and note whether a merge is; tells whether the window has a new row."""
+        """Capture a checkpoint if one is due, and note if a merge is; returns whether the window has a new row."""
         config, window, memory = self.config, self.window, self._state
         assert window is not None
         previous = step - 1 if memory.last_step is None else memory.last_step
@@ -394,8 +394,8 @@ class TrajectoryMerger:
         merge under way is begun again after resuming. Does nothing before the first step.
 
         Args:
-            folder: where to, as the first process says; None: nowhere.
-            written: is called, in that thread of the first process, when the folder is there.
+            folder: where to; rank 0's counts. None: nothing is saved.
+            written: called on rank 0, in that thread, when the folder is there.
         """
         if self.window is None or self._state.last_step is None:
             return

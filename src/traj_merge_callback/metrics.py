@@ -26,7 +26,7 @@ MEANINGS = {
     "merge/seconds": "time this merge took from training",
     "merge/longest_pause": "seconds of the longest piece of this merge between two training steps",
     "merge/overhead": "share of wall time since training began spent in the callback",
-    "merge/window_bytes": "memory of the window and its staging row, in one process",
+    "merge/window_bytes": "memory of the window and its staging row, on one rank",
     "merge/loss/<domain>": "merge/loss of one named held-out domain",
     "merge/live_loss/<domain>": "merge/live_loss of one named held-out domain",
     "merge/gain/<domain>": "merge/gain of one named held-out domain",

@@ -51,7 +51,7 @@ class TrajMergeCallback(TrainerCallback):
 
     Snapshots go to ``output_dir``, by default "merged" in ``args.output_dir``, and load with ``from_pretrained``; the
     tokenizer is saved along. Resuming with ``train(resume_from_checkpoint=...)`` restores the window, which is saved in
-    each ``checkpoint-<step>/traj_merge``. Under DDP and FSDP the processes merge together, each its own columns;
+    each ``checkpoint-<step>/traj_merge``. Under DDP and FSDP the ranks merge together, each its own columns;
     DeepSpeed ZeRO stage 3 is refused at the start of training.
 
     Args:

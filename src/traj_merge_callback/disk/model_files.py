@@ -78,9 +78,9 @@ def collect_gathered(
 
     Args:
         model: the model, with its own weights.
-        layout: of this process's columns.
+        layout: of this rank's columns.
         gathered: whole merged tensors on the CPU, by the ``id`` of the live parameter.
-        row: this process's columns of the merge, for what is not gathered.
+        row: this rank's columns of the merge, for what is not gathered.
     """
     model = unwrap(model)
     views = layout.views(row)

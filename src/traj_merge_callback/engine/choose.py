@@ -153,7 +153,7 @@ class Chooser:
         self._heldout = heldout
         self._search = resolve_search(config.search, config.search_options)
         self._without_gradients = self._ungrouped = False
-        # What is being tried that another attempt can do without: "gradients", "groups", or nothing.
+        # What is under way that another attempt can do without: "gradients", "groups" or None.
         self._trying: str | None = None
 
     @property
@@ -217,7 +217,7 @@ class Chooser:
         }
 
     def fall_back(self, error: Exception) -> bool:
-        """After a failure: whether the merge can be made another way, which is taken from now on; a collective."""
+        """After a failed merge: whether it can be made without what failed, which is not tried again; a collective."""
         # Ranks that did not fail may be a piece ahead: what rank 0 was trying holds for all.
         trying = self._processes.from_rank0(lambda: self._trying)
         self._trying = None

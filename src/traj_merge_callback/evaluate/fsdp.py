@@ -84,7 +84,7 @@ class Units:
         return iter(self._units)
 
     def columns(self, index: int) -> slice:
-        """The columns of a unit that has slots, in this process's rows."""
+        """The columns of a unit that has slots, in this rank's rows."""
         slots = self.slots[index]
         return slice(slots[0].offset, slots[-1].offset + slots[-1].numel)
 
@@ -211,7 +211,7 @@ class ShardedWeights:
         self._isolated = functools.partial(isolated, unwrap(model), seed)
         self._gradient: Tensor | None = None
         self._leaves: dict[int, Tensor] = {}
-        # What is held whole, as it takes gradients.
+        # Parameters that no unit gathers: their slots, and the tensors that collect their gradients.
         self._plain: list[tuple[Slot, Tensor]] = []
 
     def gather(self) -> Pieces[None]:

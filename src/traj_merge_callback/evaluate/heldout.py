@@ -23,21 +23,21 @@ from .isolation import isolated
 
 Nll: TypeAlias = Callable[[nn.Module, Any], tuple[Tensor | float, Tensor | float | int]]
 Split = Literal["search", "report"]
-# Given whether gradients are wanted, a context in which the model can be evaluated without a trace.
+# ready(gradients) is a context in which the model is evaluated without a trace, with gradients or without.
 Ready = Callable[[bool], AbstractContextManager[Any]]
 
 
 class GradientOf(Protocol):
-    """The gradient of a candidate's loss with respect to the merge weights, piece by piece."""
+    """Turns what backward passes leave in the model into a gradient in the merge weights."""
 
     def clear_gradient(self) -> None:
-        """Begin a new one."""
+        """Begin a new gradient."""
 
     def add_gradient(self) -> None:
-        """Add what a backward pass has left."""
+        """Add the gradients of one backward pass."""
 
     def projected(self) -> Pieces[np.ndarray]:
-        """The gradient in the merge weights, summed over processes."""
+        """The gradient in the merge weights, summed over ranks."""
 
 
 # A standard error needs several independent units, so large batches are cut until each split has about this many.
@@ -66,8 +66,8 @@ class HeldOutLoss:
         precision: returns a context for the forward pass, for instance the trainer's autocast.
         to_device: moves a batch to the training device; by default every tensor goes to the model's device.
         seed: seed for reading shuffled loaders, and for any randomness in an evaluation.
-        processes: those that train the model together. They hold the same batches, whatever each one's loader reads,
-            and divide them among themselves at every evaluation; its result is that of one process.
+        processes: the ranks. They hold the same batches, whatever each one's loader reads, and divide them at every
+            evaluation; the result is that of one process.
 
     Raises:
         ValueError: a loader without batches, fewer than two different sequences, or unknown ``report_only`` names.
@@ -107,8 +107,8 @@ class HeldOutLoss:
         for name, loader in loaders.items():
             fraction = 0.0 if name in self.report_only else search_fraction
             self._deal(name, read_heldout(name, loader, batches, seed, self._processes), fraction)
-        for split, units in self._batches.items():
-            if not any(unit.domain in self.searched for unit in units):
+        for split, found in self._batches.items():
+            if not any(batch.domain in self.searched for batch in found):
                 raise ValueError(
                     f"heldout leaves no sequence for the {split} split: give at least 2 different sequences "
                     f"(and more for a useful standard error), or raise heldout_batches={batches}"
@@ -133,10 +133,10 @@ class HeldOutLoss:
                 self._batches[split] += _cut(_Batch(domain, batch), indices, pieces)
 
     def _divide(self) -> list[list[int]]:
-        """The batches of each part of the search split, a like share of every domain's, those of a domain together."""
+        """The indices of the batches in each part of the search split: an equal share of every domain, domain by domain."""
         domains = sorted(self.searched)
         used = [
-            [index for index, unit in enumerate(self._batches["search"]) if unit.domain == name] for name in domains
+            [index for index, batch in enumerate(self._batches["search"]) if batch.domain == name] for name in domains
         ]
         parts: list[list[int]] = [[] for _ in range(max(1, min(PARTS, *map(len, used))))]
         for indices in used:
@@ -159,16 +159,16 @@ class HeldOutLoss:
         return len(self._batches["report"]) if split == "report" else sum(map(len, self._parts))
 
     def cut(self, pieces: int) -> None:
-        """Cut every batch into so many, by sequences, where it has as many: each is evaluated in that less time."""
-        for split, units in self._batches.items():
-            cut = [_cut(unit, list(range(count_sequences(unit.batch))), pieces) for unit in units]
+        """Cut every batch into ``pieces`` smaller ones (at most one per sequence), so that each pass is shorter."""
+        for split, batches in self._batches.items():
+            cut = [_cut(one, list(range(count_sequences(one.batch))), pieces) for one in batches]
             self._batches[split] = list(itertools.chain(*cut))
         self._parts = self._divide()
 
     @property
     def longest(self) -> int:
         """Sequences in the largest batch."""
-        return max(count_sequences(unit.batch) for units in self._batches.values() for unit in units)
+        return max(count_sequences(one.batch) for batches in self._batches.values() for one in batches)
 
     def evaluate(self, model: nn.Module, split: Split) -> Evaluation:
         """Evaluate ``model`` as it stands, in eval mode and without gradients, leaving no trace (see ``isolated``).
@@ -201,7 +201,7 @@ class HeldOutLoss:
         abandon: Callable[[Evaluation], bool] = lambda _: False,
         gradient: GradientOf | None = None,
     ) -> Pieces[tuple[Evaluation, Gradient | None]]:
-        """Evaluate on some parts of the search split, with the gradient of the loss if asked for, in pieces of a batch.
+        """Evaluate on some parts of the search split, one batch a piece, with the gradient of the loss if asked for.
 
         Like :meth:`evaluate` it runs in eval mode and leaves no trace; the live gradients are put back untouched. A
         gradient costs about two forward passes more.
@@ -209,10 +209,9 @@ class HeldOutLoss:
         Args:
             model: the model; wrappers (compile, DDP) are looked through.
             ready: each batch is evaluated inside ``ready(gradients)``, which may give the model other weights.
-            parts: which of the split's parts, each with a like share of every domain, and in which order.
-            abandon: asked after each part, with the evaluation so far, whether that is enough.
-            gradient: what makes a gradient in the merge weights of what backward passes leave, for each domain of each
-                part; None: no gradient is wanted.
+            parts: indices of the split's parts, in the order of evaluation.
+            abandon: called after each part with the evaluation so far; True stops there.
+            gradient: collects the gradient in the merge weights, for each domain of each part; None: not wanted.
 
         Returns:
             The evaluation, of fewer batches if it was abandoned, and the gradient.
@@ -225,8 +224,8 @@ class HeldOutLoss:
         tokens: list[float] = []
         domains: list[str] = []
         for part in parts:
-            units = self._parts[part]
-            for domain, group in itertools.groupby(units, key=lambda index: self._batches["search"][index].domain):
+            batches = self._parts[part]
+            for domain, group in itertools.groupby(batches, key=lambda index: self._batches["search"][index].domain):
                 if gradient is not None:
                     gradient.clear_gradient()
                 found = yield from self._evaluating(model, "search", group, ready, gradient)
@@ -247,20 +246,20 @@ class HeldOutLoss:
         ready: Ready,
         gradient: GradientOf | None = None,
     ) -> Pieces[Evaluation]:
-        """Evaluate batches of a split, as many at a time as there are processes."""
+        """Evaluate batches of a split, one per rank at a time."""
         model = unwrap(model)
         indices = tuple(chosen)
-        units = [self._batches[split][index] for index in indices]
-        turns = range(0, len(units), self._processes.size)
+        batches = [self._batches[split][index] for index in indices]
+        turns = range(0, len(batches), self._processes.size)
         values = np.zeros((len(turns), 2))
         for turn, first in enumerate(turns):
             yield FORWARD if gradient is None else BACKWARD
             mine = first + self._processes.rank
-            # Where there is no batch left for a process it still takes part, because a forward pass may need all.
-            share = float(mine < len(units))
-            unit = units[mine if share else first]
+            # A rank without a batch of its own takes another one with weight 0: under FSDP a pass needs all ranks.
+            share = float(mine < len(batches))
+            held = batches[mine if share else first].batch
             with ready(gradient is not None):
-                batch = self._to_device(unit.batch) if self._to_device else _to_device_of(model, unit.batch)
+                batch = self._to_device(held) if self._to_device else _to_device_of(model, held)
                 with self._precision():
                     nll, tokens = self._nll(model, batch)
                 if gradient is not None and float(tokens):
@@ -270,14 +269,14 @@ class HeldOutLoss:
         found: np.ndarray = values
         if self._processes.size > 1:
             yield EXCHANGE
-            found = self._processes.all_gather_array(values).swapaxes(0, 1).reshape(-1, 2)[: len(units)]
-        return Evaluation(found[:, 0], found[:, 1], tuple(unit.domain for unit in units), indices)
+            found = self._processes.all_gather_array(values).swapaxes(0, 1).reshape(-1, 2)[: len(batches)]
+        return Evaluation(found[:, 0], found[:, 1], tuple(batch.domain for batch in batches), indices)
 
 
-def _cut(unit: _Batch, indices: list[int], pieces: int) -> list[_Batch]:
+def _cut(batch: _Batch, indices: list[int], pieces: int) -> list[_Batch]:
     """Some sequences of a batch as so many batches, or fewer if there are not as many sequences."""
     parts = np.array_split(indices, min(pieces, len(indices))) if indices else []
-    return [_Batch(unit.domain, select_sequences(unit.batch, part.tolist())) for part in parts]
+    return [_Batch(batch.domain, select_sequences(batch.batch, part.tolist())) for part in parts]
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -127,7 +127,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Delay:
-    """The handlers that were in place, and what has arrived since; one for the process, because handlers are."""
+    """The signal handlers that were in place, and the signals received since. One per process, as handlers are."""
 
     def __init__(self) -> None:
         self.depth = 0
@@ -136,7 +136,7 @@ class _Delay:
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         if any(number == waiting for waiting, _ in self.pending):
-            # The second Ctrl-C: whoever presses it again cannot wait, say for a forward pass that hangs.
+            # A second Ctrl-C is not held back: the block may hang.
             self.handlers[number](number, frame)
         self.pending.append((number, frame))
 
@@ -153,9 +153,9 @@ _delay = _Delay()
 def delayed_interrupts() -> Iterator[None]:
     """Hold back handlers of SIGINT and SIGTERM that are written in Python until the outermost block is done.
 
-    An exception out of a signal handler may strike between any two operations, also inside a ``finally`` that puts
-    things back. Held back, it strikes after the block. A second Ctrl-C is not held back. Only the main thread runs
-    handlers, so in another thread there is nothing to do.
+    Python may raise KeyboardInterrupt between any two operations, also inside a ``finally`` that restores weights. Held
+    back, it is raised after the block. A second Ctrl-C is not held back. Only the main thread runs handlers, so in
+    another thread there is nothing to do.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

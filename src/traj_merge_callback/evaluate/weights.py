@@ -18,30 +18,30 @@ from .isolation import delayed_interrupts, isolated
 
 
 class Weights(Protocol):
-    """The weights of one candidate after another, in a model whose own are never written.
+    """Room for one candidate after another in a model whose own weights are never written.
 
-    Args:
-        model: that computes with them.
-        row: this rank's columns of the candidate, to be filled.
+    Attributes:
+        model: computes with the candidate.
+        row: this rank's columns of the candidate, filled by the caller.
     """
 
     model: nn.Module
     row: Tensor
 
     def gather(self) -> Pieces[None]:
-        """The row has been filled: make it the candidate at hand."""
+        """Make the filled row the candidate that :meth:`ready` installs."""
 
     def ready(self, gradients: bool) -> AbstractContextManager[None]:
-        """Within the context the model computes with the candidate, without a trace (see ``isolated``)."""
+        """Context in which the model computes with the candidate; it leaves no trace (see ``isolated``)."""
 
     def clear_gradient(self) -> None:
         """Begin a new gradient."""
 
     def add_gradient(self) -> None:
-        """Add what a backward pass inside :meth:`ready` has left."""
+        """Add the gradients of one backward pass, inside :meth:`ready`."""
 
     def gradient(self) -> Pieces[Tensor]:
-        """This process's columns of the gradient, or of a summand of it where others hold the same columns."""
+        """This rank's columns of the gradient; ranks that hold the same columns return summands of it."""
 
 
 class WholeWeights:

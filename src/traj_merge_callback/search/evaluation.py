@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# The search split is evaluated in so many parts: a search can do with some of them, or give a candidate up after each.
+# Parts of the search split: a candidate may be evaluated on some of them only, or dropped after any of them.
 PARTS = 4
 
 

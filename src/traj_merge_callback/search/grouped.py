@@ -1,4 +1,4 @@
-"""Merge weights of their own for each parameter group, by gradients from the best weights of the whole model on."""
+"""Merge weights for each parameter group: gradient descent from the best weights of the whole model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class GroupedSearch(Search):
         self._begin()
 
     def _begin(self) -> None:
-        """A step begins with the gradient at the best weights so far."""
+        """Begin a step: ask for the gradient at the best weights so far."""
         self._start = self._best
         self._next: np.ndarray | None = self._best
         self._tried = 0
@@ -78,7 +78,7 @@ class GroupedSearch(Search):
         return self._start + self._signal * length * self._direction
 
     def _aim(self, observed: Observed) -> tuple[np.ndarray, float, float]:
-        """The direction of descent, the slope along it, and the share of the gradient that is no noise."""
+        """The direction of descent, the slope along it, and the share of the gradient that is signal."""
         parts = observed.parts
         assert parts is not None
         assert observed.gradients is not None

@@ -41,7 +41,7 @@ class Objective:
 
     @property
     def domains(self) -> frozenset[str]:
-        """All domains that take part."""
+        """The domains of all components."""
         return frozenset[str]().union(*self.components)
 
     @classmethod
@@ -82,7 +82,7 @@ class Objective:
 
     @classmethod
     def single(cls, live_loss: float) -> Objective:
-        """The objective where there is one domain without a name, of one token."""
+        """The objective of a single unnamed domain with one token."""
         return cls((frozenset([""]),), np.ones(1), np.array([live_loss]), np.ones(1))
 
     def losses(self, evaluation: Evaluation) -> np.ndarray:
@@ -94,18 +94,18 @@ class Objective:
         return np.array([gradient.of(component) for component in self.components])
 
     def value(self, losses: np.ndarray) -> float:
-        """The objective in nats per token; live's is its mean loss, and what is not finite or not allowed is inf."""
+        """The objective in nats per token; ``inf`` where a loss is not finite or exceeds the tolerance."""
         allowed = self.tolerance is None or (losses - self.live).max() <= self.tolerance
         return self.score(losses) if np.isfinite(losses).all() and allowed else math.inf
 
     def score(self, losses: np.ndarray) -> float:
-        """The objective as if everything were allowed."""
+        """The objective without regard to the tolerance."""
         if self.worst:
             return float(self.weights @ self.live + (losses - self.live).max())
         return float(self.weights @ losses)
 
     def clearly_worse(self, evaluation: Evaluation, best: Evaluation) -> bool:
-        """Whether a candidate is worse than ``best`` in every domain beyond doubt, on the batches evaluated so far."""
+        """Whether a candidate is worse than ``best`` by 4 standard errors in every domain, on the batches so far."""
         best = best.on(evaluation.indices)
         for component in self.components:
             gain, stderr = best.only(component).gain_of(evaluation.only(component))

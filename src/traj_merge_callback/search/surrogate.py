@@ -1,4 +1,4 @@
-"""A search that takes gradients, in the principal axes of the window."""
+"""The default search: Bayesian optimisation with gradients, in the principal axes of the window."""
 
 from __future__ import annotations
 
@@ -111,14 +111,17 @@ class SurrogateSearch(Search):
         self._done |= self._budget < 1
 
     def _observe(self, point: np.ndarray, losses: np.ndarray, gradients: np.ndarray | None, missing: float) -> None:
-        """Remember an evaluation; ``missing`` is 0 on the whole split, 3 if three times as much was left out."""
+        """Remember an evaluation; ``missing`` is the tokens left out over those evaluated: 0 on the whole split."""
         for index, seen in enumerate(self._observations):
             gradient = None if gradients is None else self._axes.axes.T @ gradients[index]
             noise = NOISE_PER_TOKEN / max(self._objective.tokens[index], 1.0) * missing
             seen.append(Observation(point, float(losses[index]), gradient, noise))
 
     def _propose(self) -> tuple[np.ndarray, float, float]:
-        """The best point by the model, what it is expected to gain on the best evaluated one, and to be short of."""
+        """The model's best point, its expected gain over the best evaluated point, and its expected regret.
+
+        The regret is how much lower the loss is at the true best point, averaged over draws from the posterior.
+        """
         rng = np.random.default_rng(0)
         fitted = [self._fit(seen, rng) for seen in self._observations]
         models = [mean for mean, _ in fitted]
@@ -139,7 +142,7 @@ class SurrogateSearch(Search):
         return self._objective.score(losses)
 
     def _fit(self, seen: list[Observation], rng: np.random.Generator) -> tuple[Quadratic, list[Quadratic]]:
-        """The expected quadratic, over the hyperparameters too, and quadratics drawn from the posterior."""
+        """The mean quadratic, averaged over the hyperparameters by their evidence, and draws from the posterior."""
         center, matrix = _center(seen), design(seen)
         found: list[Posterior] = []
         logs: list[float] = []
@@ -160,5 +163,5 @@ class SurrogateSearch(Search):
 
 
 def _center(seen: list[Observation]) -> np.ndarray:
-    """The point of lowest loss among those whose gradient is known."""
+    """The point of lowest loss among those with a gradient."""
     return min(seen, key=lambda one: one.loss if one.gradient is not None else math.inf).point

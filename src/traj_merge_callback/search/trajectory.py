@@ -17,7 +17,7 @@ _ROUNDING = 1e-7
 
 
 def fill_by_trapezoid(losses: np.ndarray, products: np.ndarray) -> np.ndarray:
-    """Complete the gradients at the rows, of which only those towards rows that were there then are known.
+    """Complete the products of the rows' gradients with the rows, known only for rows that were older at the time.
 
     For rows i older than j the trapezoid rule, exact for a quadratic, gives what is missing::
 
@@ -37,7 +37,7 @@ def fill_by_trapezoid(losses: np.ndarray, products: np.ndarray) -> np.ndarray:
 
 
 def trajectory_quadratic(losses: np.ndarray, products: np.ndarray, axes: PrincipalAxes) -> Quadratic:
-    """The quadratic over the window that fits the gradients at its rows, exactly so if the loss is quadratic.
+    """The quadratic model of the loss from its gradients at the rows; exact if the loss is quadratic.
 
     The gradient at a merge is then the merge of the rows' gradients. So in merge weights the gradient at the uniform
     average is the mean of the products over rows, and the Hessian is the matrix of products itself, as a bilinear form
@@ -170,7 +170,7 @@ class TrajectorySearch(Search):
 
 
 def _bfgs(model: Quadratic, step: np.ndarray, change: np.ndarray) -> Quadratic:
-    """The model with a Hessian that gives this change of the gradient over this step, if the loss is convex there."""
+    """BFGS update: the model whose gradient changes by ``change`` over ``step``; unchanged where that is not convex."""
     curved = model.hessian @ step
     if not step @ change > 1e-12 * np.linalg.norm(step) * np.linalg.norm(change):
         return model

@@ -23,7 +23,7 @@ Allocate = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
 
 
 def in_memory(*, pinned: bool = False, device: torch.device | None = None) -> Allocate:
-    """Allocate tensors on ``device``, by default in CPU memory; pinned, so that a GPU copies to it while it computes."""
+    """Tensors on ``device``, by default in CPU memory; pinned memory, to which a GPU copies while it computes."""
 
     def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned and device is None)
