@@ -152,7 +152,7 @@ def test_resuming_gives_the_merges_of_an_uninterrupted_run(tmp_path, train, held
         return trainer, callback.merger.records
 
     whole, records = run(tmp_path / "a")
-    assert {"row-00.safetensors", "state.json"} <= {
+    assert {"row-00.rank-00000.safetensors", "state.json"} <= {
         path.name for path in (tmp_path / "a" / "checkpoint-8" / "traj_merge").iterdir()
     }
     resumed, rest = run(tmp_path / ("b" if elsewhere else "a"), str(tmp_path / "a" / "checkpoint-4"))

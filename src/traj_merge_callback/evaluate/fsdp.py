@@ -286,7 +286,7 @@ class ShardedWeights:
             with self._units.one_pass(f"unit {index}"):
                 for key, tensor in self._gathered(index, None, False).items():
                     if self._units.processes.is_rank_zero:
-                        found[key] = tensor.to("cpu", copy=True)
+                        found[key] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
         return found
 
     def clear_gradient(self) -> None:

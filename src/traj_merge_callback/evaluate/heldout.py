@@ -133,7 +133,7 @@ class HeldOutLoss:
                 self._batches[split] += _cut(_Batch(domain, batch), indices, pieces)
 
     def _divide(self) -> list[list[int]]:
-        """The indices of the batches in each part of the search split: an equal share of every domain, domain by domain."""
+        """Indices of the batches in each part of the search split: an equal share of every domain, domain by domain."""
         domains = sorted(self.searched)
         used = [
             [index for index, batch in enumerate(self._batches["search"]) if batch.domain == name] for name in domains
