@@ -25,11 +25,11 @@ from .disk.state import RunState, Saved, load_state, save_state
 from .distributed import CollectiveTimeout, Processes, several_ranks
 from .engine.budget import Overhead
 from .engine.choose import Chooser
+from .engine.failures import Failures
 from .engine.merge import Merge
 from .engine.publish import Extra, Publisher
 from .engine.schedule import Schedule
 from .evaluate.heldout import HeldOutLoss, Nll, device_of
-from .failures import Failures
 from .metrics import MergeRecord
 from .search import resolve_search
 from .search.evaluation import Evaluation

@@ -80,10 +80,11 @@ def _temporary(target: Path, tag: str) -> Path:
     return target.parent / f"{_TEMPORARY}{target.name}-{tag}"
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file, and hand it to the disk: another rank may rename the folder it is in."""
+def write_tensors(path: Path, tensors: dict[str, Tensor], processes: Processes) -> None:
+    """Write a rank's safetensors file into a :func:`shared_folder`."""
     save_file(tensors, path)
-    _flush(path)
+    if not processes.is_rank_zero:  # which flushes its own files before the folder becomes the target
+        _flush(path)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -99,33 +99,37 @@ class PartsIndex:
         """The rank that wrote exactly these ranges, if one did."""
         return next((rank for rank, written in self.parts.items() if written == ranges), None)
 
-    def copies(self, wanted: Sequence[Range]) -> Iterator[Copy]:
-        """What to copy so that ranges that stand one behind the other are filled.
+    def copies(self, wanted: Range) -> Iterator[Copy]:
+        """What to copy to fill a range, whose numbers are in the order of the index (see ``tensors``).
 
         Raises:
-            ValueError: some of their numbers are in no part.
+            ValueError: some of its numbers are in no part.
         """
-        written: dict[str, list[tuple[int, int, Range]]] = {}
+        done = 0
+        while done < wanted.count:
+            number = wanted.start + done
+            rank, column, there = self._holding(wanted.tensor, number)
+            count = min(wanted.count - done, there.start + there.count - number)
+            source = column + number - there.start
+            yield Copy(rank, slice(source, source + count), slice(done, done + count))
+            done += count
+
+    def _holding(self, tensor: str, number: int) -> tuple[int, int, Range]:
+        """A range with a number of a tensor: the rank that wrote it, its first column there, and the range."""
         for rank, ranges in self.parts.items():
             column = 0
             for one in ranges:
-                written.setdefault(one.tensor, []).append((rank, column, one))
+                if one.tensor == tensor and one.start <= number < one.start + one.count:
+                    return rank, column, one
                 column += one.count
-        begin = 0
-        for one in wanted:
-            done = 0
-            while done < one.count:
-                number = one.start + done
-                places = written.get(one.tensor, [])
-                holding = [place for place in places if place[2].start <= number < place[2].start + place[2].count]
-                if not holding:
-                    raise ValueError(f"the files hold no {one.tensor!r} from number {number} on")
-                rank, column, there = holding[0]
-                count = min(one.count - done, there.start + there.count - number)
-                source = column + number - there.start
-                yield Copy(rank, slice(source, source + count), slice(begin + done, begin + done + count))
-                done += count
-            begin += one.count
+        raise ValueError(f"the files hold no {tensor!r} from number {number} on")
+
+    def unflatten(self, tensor: str, flat: Tensor) -> Tensor:
+        """A whole flat tensor in its own shape."""
+        shape, front = list(self.tensors[tensor]["shape"]), self.tensors[tensor]["front"]
+        moved = [shape.pop(front)] if shape else []
+        whole = flat.view(*moved, *shape)
+        return whole.movedim(0, front) if moved else whole
 
 
 def ranges_of(slots: Sequence[Slot]) -> tuple[Range, ...]:
@@ -174,13 +178,11 @@ def read_tensors(folder: Path, index: PartsIndex, names: Sequence[str]) -> dict[
     found = {}
     for name in names:
         described = index.tensors[name]
-        shape, front = list(described["shape"]), described["front"]
-        flat = torch.empty(math.prod(shape), dtype=_DTYPES[described["dtype"]])
-        alone = PartsIndex({}, {rank: tuple(r for r in rs if r.tensor == name) for rank, rs in index.parts.items()})
-        for copy in alone.copies([Range(name, 0, len(flat))]):
+        flat = torch.empty(math.prod(described["shape"]), dtype=_DTYPES[described["dtype"]])
+        # In the files of a snapshot each range is a tensor of its own.
+        parts = {rank: tuple(one for one in ranges if one.tensor == name) for rank, ranges in index.parts.items()}
+        for copy in PartsIndex(index.tensors, parts).copies(Range(name, 0, len(flat))):
             with safe_open(snapshot_part_path(folder, copy.rank), framework="pt") as opened:
                 flat[copy.target].copy_(opened.get_slice(name)[copy.source])
-        moved = [shape.pop(front)] if shape else []
-        whole = flat.view(*moved, *shape)
-        found[name] = (whole.movedim(0, front) if moved else whole).contiguous()
+        found[name] = index.unflatten(name, flat).contiguous()
     return found

@@ -28,7 +28,7 @@ from ..search.problem import SearchState
 from ..window.storage import BLOCK, decode_int8
 from ..window.window import CheckpointWindow
 from .atomic import remove_tree, shared_folder, write_tensors
-from .parts import Copy, PartsIndex, part_path, ranges_of
+from .parts import PartsIndex, Range, part_path, ranges_of
 
 FORMAT_VERSION = 2
 _SHARED = "shared"
@@ -96,9 +96,9 @@ def save_state(folder: Path, window: dict[str, Any], index: PartsIndex, saved: S
     with shared_folder(folder, processes) as temporary:
         if processes.rank in index.parts:
             for row, tensors in enumerate(window["rows"]):
-                write_tensors(part_path(temporary, _row_name(row), processes.rank), tensors)
+                write_tensors(part_path(temporary, _row_name(row), processes.rank), tensors, processes)
             if window["shared"]:
-                write_tensors(part_path(temporary, _SHARED, processes.rank), window["shared"])
+                write_tensors(part_path(temporary, _SHARED, processes.rank), window["shared"], processes)
         if processes.is_rank_zero:
             kept = {name: window[name] for name in ("steps", "dtype", "pushed", "sampled")}
             document = {
@@ -159,35 +159,51 @@ def _read_document(folder: Path, window: CheckpointWindow, step: int) -> dict[st
 
 
 def _fill(folder: Path, document: dict[str, Any], window: CheckpointWindow) -> None:
-    index, saved = PartsIndex.from_json(document["index"]), document["window"]
-    ranges = ranges_of(window.layout.slots)
-    if (rank := index.rank_of(ranges)) is not None:
+    """Fill the window: from one part where a rank wrote these very columns, else from all parts that have some."""
+    index, saved, slots = PartsIndex.from_json(document["index"]), document["window"], window.layout.slots
+    fronts_differ = any(index.tensors[slot.name]["front"] != slot.shard.dim for slot in slots)
+    if not fronts_differ and (rank := index.rank_of(ranges_of(slots))) is not None:
         rows = [load_file(part_path(folder, _row_name(row), rank)) for row in range(len(saved["steps"]))]
         shared = load_file(part_path(folder, _SHARED, rank)) if saved["shared"] else {}
         window.load_state_dict({**saved, "rows": rows, "shared": shared})
         return
-    copies = list(index.copies(ranges))
 
     def read(name: str, target: Tensor) -> None:
-        is_row = name not in saved["shared"]
-        for copy in copies:
-            values = _int8_columns(folder, name, copy) if is_row and saved["dtype"] == "int8" else None
-            if values is None:
-                with safe_open(part_path(folder, name if is_row else _SHARED, copy.rank), framework="pt") as opened:
-                    values = opened.get_slice("row" if is_row else name)[copy.source]
-            target[copy.target].copy_(values)
+        def fill(wanted: Range, columns: Tensor) -> None:
+            for copy in index.copies(wanted):
+                if name in saved["shared"]:
+                    values = _columns(folder, _SHARED, name, copy.rank, copy.source)
+                elif saved["dtype"] == "int8":
+                    values = _int8_columns(folder, name, copy.rank, copy.source)
+                else:
+                    values = _columns(folder, name, "row", copy.rank, copy.source)
+                columns[copy.target].copy_(values)
+
+        for slot in slots:
+            columns = target[slot.offset : slot.offset + slot.numel]
+            if index.tensors[slot.name]["front"] == slot.shard.dim:
+                fill(Range(slot.name, slot.shard.start, slot.numel), columns)
+            elif slot.numel:
+                # Sharded along another dimension: its numbers stand in another order there.
+                flat = torch.empty(slot.whole_numel)
+                fill(Range(slot.name, 0, slot.whole_numel), flat)
+                whole = index.unflatten(slot.name, flat).movedim(slot.shard.dim, 0).reshape(-1)
+                columns.copy_(whole[slot.shard.start : slot.shard.start + slot.numel])
 
     window.load_rows(saved, read)
 
 
-def _int8_columns(folder: Path, name: str, copy: Copy) -> Tensor:
-    """Some columns of an int8 row as numbers: the whole blocks that hold them, decoded, on the anchor."""
-    first, last = copy.source.start // BLOCK, -(-copy.source.stop // BLOCK)
-    with safe_open(part_path(folder, name, copy.rank), framework="pt") as opened:
-        deltas = opened.get_slice("deltas")[first * BLOCK : last * BLOCK]
-        scales = opened.get_slice("scales")[first:last]
-    values = decode_int8(deltas, scales, torch.empty(len(deltas)))
-    with safe_open(part_path(folder, _SHARED, copy.rank), framework="pt") as opened:
-        values += opened.get_slice("anchor")[first * BLOCK : last * BLOCK]
-    begin = copy.source.start - first * BLOCK
-    return values[begin : begin + copy.source.stop - copy.source.start]
+def _columns(folder: Path, name: str, tensor: str, rank: int, columns: slice) -> Tensor:
+    """Some columns of a tensor in the part that a rank wrote."""
+    with safe_open(part_path(folder, name, rank), framework="pt") as opened:
+        return opened.get_slice(tensor)[columns]
+
+
+def _int8_columns(folder: Path, name: str, rank: int, columns: slice) -> Tensor:
+    """Some columns of an int8 row as numbers: the whole blocks that hold them are decoded and added to the anchor."""
+    blocks = slice(columns.start // BLOCK, -(-columns.stop // BLOCK))
+    whole = slice(blocks.start * BLOCK, blocks.stop * BLOCK)
+    deltas = _columns(folder, name, "deltas", rank, whole)
+    values = decode_int8(deltas, _columns(folder, name, "scales", rank, blocks), torch.empty(len(deltas)))
+    values += _columns(folder, _SHARED, "anchor", rank, whole)
+    return values[columns.start - whole.start : columns.stop - whole.start]

@@ -19,9 +19,9 @@ from ..disk.snapshots import SnapshotStore
 from ..distributed import FailedOnAllRanks, Processes
 from ..evaluate.fsdp import ShardedWeights
 from ..evaluate.weights import Weights, WholeWeights
-from ..failures import Failures
 from ..pieces import PUBLISH, WAIT, Pieces
 from ..window.window import CheckpointWindow
+from .failures import Failures
 
 Extra = Callable[[], Callable[[Path], None]]
 Write = Callable[[Path], None]
@@ -134,7 +134,8 @@ class Publisher:
 
         def write(folder: Path) -> None:
             if rank in self._index.parts:
-                write_tensors(snapshot_part_path(folder, rank), snapshot_part(row, self._window.layout.slots))
+                part = snapshot_part(row, self._window.layout.slots)
+                write_tensors(snapshot_part_path(folder, rank), part, self._writer_processes)
             if beside is not None:
                 beside(folder)
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .distributed import CollectiveTimeout, FailedOnAllRanks
+from ..distributed import CollectiveTimeout, FailedOnAllRanks
 
 logger = logging.getLogger("traj_merge_callback")
 
