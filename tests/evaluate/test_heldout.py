@@ -1,7 +1,6 @@
 """The held-out loss against one computed by hand, its two splits, and what it accepts."""
 
 import math
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 
 from traj_merge_callback import CheckpointWindow, HeldOutLoss
 from traj_merge_callback.evaluate.candidate import weights_in
-from traj_merge_callback.evaluate.data import fingerprint, read_heldout
+from traj_merge_callback.evaluate.data import merge_shares
 from traj_merge_callback.evaluate.isolation import isolated
 from traj_merge_callback.evaluate.weights import installed
 from traj_merge_callback.pieces import finish
@@ -33,8 +32,7 @@ def ragged_batches(heldout, lengths=(32, 17, 9, 25)):
 
 
 def sequences(loss: HeldOutLoss, split: str) -> set[tuple[int, ...]]:
-    units = loss._batches[split]
-    return {tuple(row.tolist()) for unit in units for row in unit.batch["input_ids"]}
+    return {tuple(row.tolist()) for batch in loss._batches[split] for row in batch.data["input_ids"]}
 
 
 @torch.no_grad()
@@ -59,8 +57,8 @@ def test_loss_equals_one_computed_by_hand_on_ragged_batches(heldout):
     for split in ("search", "report"):
         mine = [
             (ids, mask, labels)
-            for unit in loss._batches[split]
-            for ids, mask, labels in zip(*(unit.batch[k] for k in ("input_ids", "attention_mask", "labels")))
+            for batch in loss._batches[split]
+            for ids, mask, labels in zip(*(batch.data[k] for k in ("input_ids", "attention_mask", "labels")))
         ]
         assert loss.evaluate(model, split).loss == pytest.approx(by_hand(model, mine), abs=1e-5)
 
@@ -162,7 +160,7 @@ def test_any_batch_works_with_an_nll_of_ones_own():
         return functional.cross_entropy(model(inputs), targets, reduction="sum"), len(targets)
 
     loss = HeldOutLoss(DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4), nll=nll)
-    rows = [torch.cat([unit.batch[0] for unit in loss._batches[s]]) for s in ("search", "report")]
+    rows = [torch.cat([batch.data[0] for batch in loss._batches[s]]) for s in ("search", "report")]
     assert sum(map(len, rows)) == 12
     indices = [int((x == row).all(1).nonzero()[0, 0]) for row in rows[1]]
     expected = functional.cross_entropy(model(x[indices]), y[indices]).item()
@@ -314,30 +312,30 @@ def test_the_gradient_is_that_of_the_token_weighted_loss_and_leaves_no_trace(hel
     np.testing.assert_allclose(window.gram()[0, 0], float((3.0 / 4.0 * parameter.detach()).square().sum()), rtol=1e-4)
 
 
-class Shares:
-    """The ranks' exchanges, with every rank's batches known beforehand."""
-
-    size = 3
-
-    def __init__(self, shares):
-        self.shares = shares
-
-    def raise_on_all(self):
-        return nullcontext()
-
-    def all_gather_object(self, value):
-        return self.shares if isinstance(value, list) else [fingerprint(share, 0) for share in self.shares]
-
-
-def test_shares_of_ranks_are_gathered_without_repeats():
-    # 46 numbers for three ranks: a sampler repeats the first ones, so that each rank has as many.
+@pytest.mark.parametrize("by_sequence", [True, False])
+def test_shares_of_ranks_become_the_batches_of_one_process(by_sequence):
     sequences = torch.arange(46).view(23, 2)
-    padded = torch.cat([sequences, sequences[:1]])
-    shares = [[{"ids": batch} for batch in padded[rank::3].split(4)] for rank in range(3)]
-    for mine in shares:
-        found = read_heldout("text", mine, 99, 0, Shares(shares))
-        assert sorted(torch.cat([batch["ids"] for batch in found]).tolist()) == sequences.tolist()
-        assert [len(batch["ids"]) for batch in found] == [4, 4, 4, 4, 4, 3]
-    # As many batches as are wanted, those that every rank read first.
-    found = read_heldout("text", shares[0], 4, 0, Shares(shares))
-    assert [batch["ids"][0].tolist() for batch in found] == [sequences[i].tolist() for i in (0, 1, 2, 12)]
+    # Samplers give every rank as many: a sequence, or a batch, is repeated.
+    if by_sequence:
+        dealt = torch.cat([sequences, sequences[:1]])
+        shares = [[{"ids": batch} for batch in dealt[rank::3].split(4)] for rank in range(3)]
+    else:
+        batches = [{"ids": batch} for batch in sequences.split(4)]
+        shares = [[*batches[rank::4], *batches[:1]][:2] for rank in range(4)]
+    merged = merge_shares(shares, 6, by_sequence=by_sequence)
+    assert [batch["ids"].tolist() for batch in merged] == [batch.tolist() for batch in sequences.split(4)]
+    assert [batch["ids"].tolist() for batch in merge_shares(shares, 2, by_sequence=by_sequence)] == [
+        batch.tolist() for batch in sequences[:8].split(4)
+    ]
+
+
+def test_shares_of_ranks_keep_sequences_of_different_lengths_apart():
+    ragged = [[(torch.zeros(2, 5), torch.ones(2))], [(torch.ones(2, 7), torch.ones(2))]]
+    ragged[0][0][0][1] = 1.0
+    ragged[1][0][0][1] = 2.0
+    merged = merge_shares(ragged, 2, by_sequence=True)
+    assert [tuple(batch[0].shape) for batch in merged] == [(2, 5), (2, 7)]
+    # What cannot be cut into sequences is kept whole, and once.
+    whole = {"a": torch.zeros(2, 3), "b": torch.zeros(3)}
+    other = {"a": torch.ones(2, 3), "b": torch.zeros(3)}
+    assert len(merge_shares([[whole], [other], [whole]], 9, by_sequence=True)) == 2

@@ -94,12 +94,6 @@ def eventful(what, at):
     return nll
 
 
-def held_out(loss):
-    """The sequences that are held out, sorted, and a digest of which split each is in."""
-    batches = [batch.batch["input_ids"] for split in loss._batches.values() for batch in split]
-    return sorted(torch.cat(batches).tolist()), loss.digest
-
-
 def kill_while_writing(folder):
     """Kill the last process as soon as a snapshot after the first is being written."""
 
@@ -196,7 +190,6 @@ def run(
     if merger:
         found["columns"] = merger.window.layout.numel if merger.window else None
         found["bytes"] = merger.window.nbytes if merger.window else None
-        found["heldout"] = held_out(merger.heldout)
         merger.finish(model)
         found["records"] = [json.loads(record.to_json()) for record in merger.records]
     (folder / f"found-{rank}.json").write_text(json.dumps(found))

@@ -16,13 +16,13 @@ from .weights import Weights, WholeWeights
 
 
 def weights_in(model: nn.Module, window: CheckpointWindow, seed: int, *, units: Units | None = None) -> Weights:
-    """Room for the weights of one candidate of a window.
+    """Room for the weights of one candidate of a window, on the model's device.
 
     Args:
         model: the model being trained.
         window: the checkpoints.
         seed: see ``isolated``.
-        units: the FSDP modules of a model that has some.
+        units: the model's FSDP units; None for a model without FSDP.
     """
     row = window.staging_on(device_of(model))
     if units is not None:
@@ -31,12 +31,12 @@ def weights_in(model: nn.Module, window: CheckpointWindow, seed: int, *, units: 
 
 
 class Candidates:
-    """Evaluates merges of a window, with a model whose own weights are never written.
+    """Evaluates merges of a window, one after another, in a model whose own weights are never written.
 
-    All methods work in pieces; between two pieces the model has its own weights.
+    All methods are generators of pieces. Between two pieces the model has its own weights, so training can go on.
 
     Args:
-        weights: of the candidate at hand, in the model.
+        weights: room for one candidate's weights.
         window: the checkpoints.
         heldout: the held-out loss.
     """
@@ -47,32 +47,38 @@ class Candidates:
         self._heldout = heldout
 
     def load(self, weights: np.ndarray | None) -> Pieces[None]:
-        """Make the merge with these weights the candidate at hand; None: live as it was at the last capture."""
+        """Make the merge with these merge weights the current candidate; None: live, as last captured."""
         yield from self._window.combine_pieces(weights, self.weights.row)
         yield from self.weights.gather()
 
     def evaluate(self, split: Split) -> Pieces[Evaluation]:
-        """Evaluate the candidate at hand."""
+        """Evaluate the current candidate on a split."""
         return (yield from self._heldout.evaluate_pieces(self.weights.model, split, self.weights.ready))
 
     def sample(self) -> Pieces[Evaluation]:
-        """Evaluate the candidate at hand on one batch."""
+        """Evaluate the current candidate on one batch of the report split."""
         return (yield from self._heldout.sample_pieces(self.weights.model, self.weights.ready))
 
     def measure(
         self, weights: np.ndarray, with_gradient: bool, parts: Sequence[int], abandon: Callable[[Evaluation], bool]
     ) -> Pieces[tuple[Evaluation, Gradient | None]]:
-        """Evaluate a merge on parts of the search split and, if asked for, take the gradient in its merge weights."""
+        """Load the merge with these merge weights and evaluate it on parts of the search split.
+
+        Args:
+            weights: merge weights, shape ``(num_weights,)`` or ``(groups, num_weights)``.
+            with_gradient: whether to take the gradient in the merge weights too.
+            parts, abandon: see :meth:`HeldOutLoss.search_pieces`.
+        """
         yield from self.load(weights)
-        gradient = _InMergeWeights(self.weights, self._window, weights.ndim == 2) if with_gradient else None
+        gradient = _WindowGradient(self.weights, self._window, weights.ndim == 2) if with_gradient else None
         found = self._heldout.search_pieces(
             self.weights.model, self.weights.ready, parts, abandon=abandon, gradient=gradient
         )
         return (yield from found)
 
 
-class _InMergeWeights:
-    """The gradient with respect to merge weights: the window times that in the candidate's weights."""
+class _WindowGradient:
+    """A :class:`MergeGradient`: ``dL/da = W @ dL/dtheta``, the window times the gradient in the candidate's weights."""
 
     def __init__(self, weights: Weights, window: CheckpointWindow, grouped: bool) -> None:
         self._weights = weights
@@ -81,6 +87,6 @@ class _InMergeWeights:
         self.clear_gradient, self.add_gradient = weights.clear_gradient, weights.add_gradient
 
     def projected(self) -> Pieces[np.ndarray]:
-        """See :class:`GradientOf`."""
+        """See :class:`MergeGradient`."""
         columns = yield from self._weights.gradient()
         return (yield from self._window.project_pieces(columns, grouped=self._grouped, summands=True))

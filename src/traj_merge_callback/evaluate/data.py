@@ -1,4 +1,7 @@
-"""Held-out batches: read once without a trace in the loaders, the same on every rank; cut, moved, told apart."""
+"""Held-out batches: reading them once, making them the same on all ranks, cutting them into sequences.
+
+A batch is a nested container (mapping, list, tuple) of tensors whose first dimension counts sequences.
+"""
 
 from __future__ import annotations
 
@@ -11,74 +14,107 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from ..distributed import Processes
 from .isolation import preserved_rng
 
 
-def read_heldout(name: str, loader: Any, batches: int, seed: int, processes: Processes) -> list[Any]:
-    """The first batches of a loader, on the CPU, the same ones on every rank.
+def read_batches(name: str, loader: Any, count: int, seed: int, processes: Processes) -> list[Any]:
+    """The first ``count`` batches of a loader, on the CPU, the same ones on every rank.
 
-    Where each rank's loader reads a share of its own (a DistributedSampler, Accelerate's loaders), the shares are
-    gathered, first batches of all ranks first, and sequences that were there before are dropped: samplers repeat some,
-    to give each rank as many.
+    If all ranks read the same batches, only a digest is exchanged. Otherwise (a DistributedSampler, Accelerate's
+    loaders) the batches read are gathered on every rank and put together by :func:`merge_shares`.
 
     Args:
-        name: of the domain, for messages.
+        name: the domain's name, for messages.
         loader: a DataLoader or another iterable of batches.
-        batches: how many are wanted.
-        seed: for shuffled loaders.
-        processes: the ranks.
+        count: how many batches are wanted.
+        seed: random seed for shuffled loaders.
+        processes: the ranks that train the model together.
 
     Raises:
-        ValueError, TypeError: the loader has no batches, or is none.
+        ValueError: the loader yields no batches.
+        TypeError: it is not an iterable of batches.
     """
     with processes.raise_on_all():
-        mine = _read(name, loader, batches, seed)
-    digest = hashlib.sha256(b"".join(_fingerprints(mine))).digest()
-    if processes.size == 1 or len(set(processes.all_gather_object(digest))) == 1:
+        mine = _read(name, loader, count, seed)
+    if processes.size == 1:
         return mine
-    shares = processes.all_gather_object(mine)
-    in_turn = [batch for turn in itertools.zip_longest(*shares) for batch in turn if batch is not None]
-    return _without_repeats(in_turn)[:batches]
+    digests = processes.all_gather_object(_digest(mine))
+    shares = len(set(digests))
+    if shares == 1:
+        return mine
+    # One rank sends each share, and no more of it than its portion of the batches wanted.
+    sends = digests.index(digests[processes.rank]) == processes.rank
+    sent = processes.all_gather_object(mine[: -(-count // shares)] if sends else [])
+    by_sequence = isinstance(getattr(loader, "sampler", None), DistributedSampler)
+    return merge_shares([share for share in sent if share], count, by_sequence=by_sequence)
 
 
-def _fingerprints(batches: list[Any]) -> list[bytes]:
-    return [fingerprint(batch, index) for batch in batches for index in range(count_sequences(batch))]
+def merge_shares(shares: list[list[Any]], count: int, *, by_sequence: bool) -> list[Any]:
+    """At most ``count`` batches' worth of different sequences out of the batches that several ranks have read.
+
+    Sequences, or whole batches, come in turn: the first of each share, the second of each, and so on. That is the
+    dataset's order where a DistributedSampler without shuffling has dealt out its sequences, or Accelerate its batches.
+    Repeated sequences (samplers repeat some, to give every rank as many) are dropped. Sequences of equal shape then
+    form batches as large as the first batch of the first share.
+
+    Args:
+        shares: the batches of each rank, none empty.
+        count: how many batches of that size are wanted.
+        by_sequence: whether ranks were dealt single sequences, and not whole batches.
+    """
+    size = count_sequences(shares[0][0])
+    dealt = [
+        [[select_sequences(batch, [index]) for index in range(count_sequences(batch))] for batch in share]
+        for share in shares
+    ]
+    if by_sequence:
+        dealt = [[[sequence] for batch in share for sequence in batch] for share in dealt]
+    turns = itertools.zip_longest(*dealt, fillvalue=[])
+    different = {fingerprint(sequence, 0): sequence for turn in turns for batch in turn for sequence in batch}
+    alike: dict[Any, list[Any]] = {}
+    for sequence in itertools.islice(different.values(), count * size):
+        # Numbers without a dimension belong to the whole batch: only sequences that agree on them share one.
+        key = tuple((t.dtype, tuple(t.shape)) if t.dim() else t.item() for t in tensors_of(sequence))
+        alike.setdefault(key, []).append(sequence)
+    return [
+        _concatenated(sequences[first : first + size])
+        for sequences in alike.values()
+        for first in range(0, len(sequences), size)
+    ]
 
 
-def _without_repeats(batches: list[Any]) -> list[Any]:
-    """Batches without the sequences that stand in one before."""
-    seen: set[bytes] = set()
-    kept = []
+def _concatenated(sequences: list[Any]) -> Any:
+    """One batch of sequences whose tensors have equal shapes; what is no tensor is that of the first."""
+    columns = zip(*map(tensors_of, sequences), strict=True)
+    joined = iter([torch.cat(column) if column[0].dim() and len(column) > 1 else column[0] for column in columns])
+    return map_tensors(sequences[0], lambda _: next(joined))
+
+
+def _digest(batches: list[Any]) -> bytes:
+    digest = hashlib.sha256()
     for batch in batches:
-        found = _fingerprints([batch])
-        new = [index for index, digest in enumerate(found) if digest not in seen and digest not in found[:index]]
-        seen.update(found)
-        if new:
-            kept.append(batch if len(new) == len(found) else select_sequences(batch, new))
-    return kept
+        for index in range(count_sequences(batch)):
+            digest.update(fingerprint(batch, index))
+    return digest.digest()
 
 
-def _plain(loader: Any) -> Any:
-    # Accelerate's loaders register themselves as the active one and move batches; their inner DataLoader does neither.
-    return getattr(loader, "base_dataloader", loader)
-
-
-def _read(name: str, loader: Iterable[Any], batches: int, seed: int) -> list[Any]:
+def _read(name: str, loader: Iterable[Any], count: int, seed: int) -> list[Any]:
     if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
         raise TypeError(f"heldout loader {name!r} is a {type(loader).__name__}, a Dataset: wrap it in a DataLoader")
     if not isinstance(loader, Iterable):
         raise TypeError(f"heldout loader {name!r} is a {type(loader).__name__}: give an iterable of batches")
-    loader = _plain(loader)
+    # Accelerate's loaders register themselves as the active one and move batches; their inner DataLoader does neither.
+    loader = getattr(loader, "base_dataloader", loader)
     if isinstance(loader, DataLoader):
         # A shallow copy, so that persistent workers of the original keep the state they are in.
         loader = copy.copy(loader)
         loader._iterator = None  # type: ignore[attr-defined]
     with preserved_rng(seed), _preserved_generators(loader, seed):
         iterator = iter(loader)
-        found = [map_tensors(batch, lambda t: t.detach().cpu()) for batch in itertools.islice(iterator, batches)]
+        found = [map_tensors(batch, lambda t: t.detach().cpu()) for batch in itertools.islice(iterator, count)]
         del iterator
     if not found:
         raise ValueError(f"heldout loader {name!r} yields no batches: give at least one batch of held-out data")
@@ -87,7 +123,7 @@ def _read(name: str, loader: Iterable[Any], batches: int, seed: int) -> list[Any
 
 @contextmanager
 def _preserved_generators(loader: Any, seed: int) -> Iterator[None]:
-    """Generators that belong to a loader or its samplers start from ``seed`` and are put back."""
+    """Seed the generators of a loader and its samplers inside the context, and restore their states after it."""
     owners = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
     owners.append(getattr(owners[-1], "sampler", None))
     found = {id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)}
@@ -101,11 +137,11 @@ def _preserved_generators(loader: Any, seed: int) -> Iterator[None]:
             generator.set_state(state)
 
 
-# Batches as nested containers of tensors
+# One batch
 
 
 def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
-    """The same nested mapping, sequence or tensor, with ``function`` applied to each tensor."""
+    """The nested batch with ``function`` applied to each tensor; mappings become dicts."""
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
@@ -125,13 +161,13 @@ def tensors_of(batch: Any) -> list[Tensor]:
 
 
 def count_sequences(batch: Any) -> int:
-    """The length of the first dimension that the batch's tensors share; 1 if there is none (the batch is one unit)."""
+    """The first dimension that all tensors of the batch share; 1 if they share none (the batch cannot be cut)."""
     sizes = {tensor.shape[0] for tensor in tensors_of(batch) if tensor.dim() > 0}
     return sizes.pop() if len(sizes) == 1 else 1
 
 
 def select_sequences(batch: Any, indices: Sequence[int]) -> Any:
-    """A copy, on the CPU, of the sequences at ``indices`` of a batch that holds ``count_sequences(batch)``."""
+    """A copy, on the CPU, of the sequences at ``indices``, each below ``count_sequences(batch)``."""
     total = count_sequences(batch)
     chosen = torch.as_tensor(indices, dtype=torch.long)
 
@@ -144,7 +180,7 @@ def select_sequences(batch: Any, indices: Sequence[int]) -> Any:
 
 
 def fingerprint(batch: Any, index: int) -> bytes:
-    """A digest of one sequence's content, equal for equal sequences however much each was padded."""
+    """A digest of the content of one sequence, which padding does not change where there is an attention mask."""
     sequence = select_sequences(batch, [index])
     if isinstance(sequence, Mapping) and "input_ids" in sequence and "attention_mask" in sequence:
         tensors = [sequence["input_ids"][sequence["attention_mask"].bool()]]

@@ -1,8 +1,4 @@
-"""A candidate's weights in a model sharded by FSDP: gathered for one FSDP module at a time, and freed after it.
-
-FSDP's own state and process groups are not used: live parameters are not gathered, and what fails here cannot hold
-training up.
-"""
+"""A candidate's weights in a model sharded by FSDP: whole tensors exist for one FSDP module (a *unit*) at a time."""
 
 from __future__ import annotations
 
@@ -33,174 +29,20 @@ from .isolation import isolated
 from .weights import add_gradients, installed
 
 
-@dataclass(frozen=True)
-class _Exchange:
-    kind: str
-    index: int
-    dtype: torch.dtype
-    device: torch.device
-
-
-class Units:
-    """The FSDP units of a model, in the order in which they were found, and the collectives that gather them.
-
-    A forward or backward pass is a sequence of collectives. If this rank's pass raises, it replays the pass's remaining
-    collectives with zero tensors, in the order recorded in the first pass of that kind, so that no other rank blocks;
-    the error is raised when the pass ends. In a first pass, where there is no record, ranks exchange an error flag
-    before each collective.
-
-    Args:
-        model: the model; wrappers (compile, DDP) are looked through.
-        layout: of this rank's columns.
-        processes: the ranks.
-    """
-
-    def __init__(self, model: nn.Module, layout: ParameterLayout, processes: Processes) -> None:
-        self._units: list[Unit] = layout.sharding.units
-        self.processes = processes
-        # Every rank is in as many groups, which stand in the same order.
-        all_ranks = dict.fromkeys(unit.ranks for unit in self._units if len(unit.ranks) > 1)
-        self._groups = {ranks: processes.subgroup(ranks) for ranks in all_ranks}
-        counts = processes.all_gather_array(np.array([slot.numel for slot in layout.slots])).astype(int)
-        tensors = layout.tensors(unwrap(model))
-        places = [[n for n, slot in enumerate(layout.slots) if slot.shard.unit == index] for index in range(len(self))]
-        self.slots = [[layout.slots[place] for place in chosen] for chosen in places]
-        self.keys = [[id(tensors[place]) for place in chosen] for chosen in places]
-        held = [counts[list(unit.ranks)][:, chosen] for unit, chosen in zip(self, places, strict=True)]
-        self._ranges = [_ranges(numels) for numels in held]
-        # Columns of a unit on the rank that has most of them.
-        self._longest = [int(numels.sum(axis=1).max(initial=0)) for numels in held]
-        self._orders: dict[str, list[_Exchange]] = {}
-        self._expected: list[_Exchange] | None = None
-        self._done: list[_Exchange] = []
-
-    def __len__(self) -> int:
-        return len(self._units)
-
-    def __getitem__(self, index: int) -> Unit:
-        return self._units[index]
-
-    def __iter__(self) -> Iterator[Unit]:
-        return iter(self._units)
-
-    def columns(self, index: int) -> slice:
-        """The columns of a unit that has slots, in this rank's rows."""
-        slots = self.slots[index]
-        return slice(slots[0].offset, slots[-1].offset + slots[-1].numel)
-
-    @contextmanager
-    def one_pass(self, kind: str) -> Iterator[None]:
-        """One pass through the model; passes of one kind run the same collectives in the same order.
-
-        Raises:
-            FailedOnAllRanks: in a first pass, that a rank failed.
-        """
-        self._expected, self._done = self._orders.get(kind), []
-        error: Exception | None = None
-        try:
-            yield
-        except (CollectiveTimeout, FailedOnAllRanks):
-            raise
-        except Exception as raised:
-            error = raised
-        if self._expected is None:
-            self._in_step(error, ended=True)
-            self._orders[kind] = self._done
-        else:
-            # Also where a rank had nothing to compute, because its batch has no targets.
-            for exchange in self._expected[len(self._done) :]:
-                self._replay(exchange)
-        if error is not None:
-            raise error
-
-    def _in_step(self, error: Exception | None, *, ended: bool) -> None:
-        """Raise on all ranks if one has an error, or if they are not at the same collective."""
-        try:
-            at_end, not_at_end = self.processes.all_reduce_error(error, float(ended), -float(ended))
-        except (CollectiveTimeout, FailedOnAllRanks):
-            raise
-        except Exception as own:
-            raise FailedOnAllRanks(f"rank {self.processes.rank} failed: {type(own).__name__}: {own}") from own
-        if at_end != -not_at_end:
-            raise FailedOnAllRanks("ranks do not gather the same modules in a forward pass")
-
-    def gather(self, index: int, part: Tensor, dtype: torch.dtype | None) -> list[Tensor]:
-        """The whole tensors of a unit.
-
-        Args:
-            index: of the unit.
-            part: its columns on this rank.
-            dtype: that it computes in; None: each tensor's own.
-        """
-        slots = self.slots[index]
-        own = {slot.dtype for slot in slots}
-        sent = dtype or (own.pop() if len(own) == 1 else torch.float32)
-        flat = self._exchange("gather", index, part.to(sent)).view(len(self._units[index].ranks), -1)
-        found = []
-        for slot, ranges in zip(slots, self._ranges[index], strict=True):
-            shape = list(slot.shape)
-            front = [shape.pop(slot.shard.dim)] if shape else []
-            whole = torch.cat([values[part] for values, part in zip(flat, ranges, strict=True)]).view(*front, *shape)
-            found.append((whole.movedim(0, slot.shard.dim) if front else whole).to(dtype or slot.dtype))
-        return found
-
-    def scatter(self, index: int, gradients: Sequence[Tensor | None], part: Tensor) -> Tensor:
-        """Gradients of a unit's tensors, summed over ranks, as its columns on this rank, like ``part``."""
-        flat = torch.zeros(len(self._units[index].ranks), self._longest[index], device=part.device)
-        for slot, gradient, ranges in zip(self.slots[index], gradients, self._ranges[index], strict=True):
-            if gradient is None:
-                continue
-            moved = gradient.movedim(slot.shard.dim, 0) if slot.shape else gradient
-            pieces = moved.reshape(-1).split([columns.stop - columns.start for columns in ranges])
-            for target, columns, values in zip(flat, ranges, pieces, strict=True):
-                target[columns].copy_(values)
-        return self._exchange("scatter", index, flat.view(-1))[: len(part)]
-
-    def _exchange(self, kind: str, index: int, values: Tensor) -> Tensor:
-        """One collective: all-gather a unit's columns, padded to the longest shard, or reduce-scatter them."""
-        ranks, longest = self._units[index].ranks, self._longest[index]
-        # Allocated before the collective: there may not be enough memory.
-        part, whole = values.new_zeros(longest), values
-        if kind == "gather":
-            whole = values.new_empty(longest * len(ranks))
-            part[: len(values)].copy_(values)
-        if self._expected is None:
-            self._in_step(None, ended=False)
-        if len(ranks) > 1:
-            with collective_timeout(self.processes.timeout):
-                if kind == "gather":
-                    all_gather_into(whole, part, self._groups[ranks])
-                else:
-                    reduce_scatter_sum(part, whole, self._groups[ranks])
-        self._done.append(_Exchange(kind, index, values.dtype, values.device))
-        if len(ranks) == 1:
-            return values
-        return whole if kind == "gather" else part
-
-    def _replay(self, exchange: _Exchange) -> None:
-        """Take part in a collective of the others with zeros."""
-        longest = self._longest[exchange.index]
-        columns = 0 if exchange.kind == "gather" else longest * len(self._units[exchange.index].ranks)
-        values = torch.zeros(columns, dtype=exchange.dtype, device=exchange.device)
-        self._exchange(exchange.kind, exchange.index, values)
-
-
-def _ranges(numels: np.ndarray) -> list[list[slice]]:
-    """For each tensor, which of each rank's columns are its own; ``numels`` has shape ``(ranks, tensors)``."""
-    ends = numels.cumsum(axis=1)
-    pairs = zip((ends - numels).T.tolist(), ends.T.tolist(), strict=True)
-    return [[slice(*ends) for ends in zip(first, last, strict=True)] for first, last in pairs]
-
-
 class ShardedWeights:
-    """Weights that are gathered for the forward pass of one FSDP module at a time, and freed after it.
+    """Weights of which each rank holds its FSDP shards; a unit's tensors are gathered to compute, and freed after it.
 
-    In a pass with gradients the innermost modules gather once more during the backward pass, so that there too no rank
-    ever has the whole model.
+    Implements ``Weights`` (see ``weights.py``). Neither FSDP's own state nor its process groups are used: live
+    parameters are not gathered, and a failure here cannot block a collective of training. In a pass with gradients the
+    innermost units are gathered again during the backward pass (activation checkpointing), so that no rank ever has
+    the whole model.
 
     Args:
-        model, layout, row, seed: see :class:`WholeWeights`.
-        units: the FSDP modules.
+        model: the model being trained; wrappers (compile) are looked through.
+        layout: the layout of this rank's columns.
+        row: float32, on the model's device, shape ``(layout.numel,)``.
+        seed: see ``isolated``.
+        units: the model's FSDP units.
     """
 
     def __init__(self, model: nn.Module, layout: ParameterLayout, row: Tensor, seed: int, units: Units) -> None:
@@ -210,23 +52,25 @@ class ShardedWeights:
         self._units = units
         self._isolated = functools.partial(isolated, unwrap(model), seed)
         self._gradient: Tensor | None = None
+        # This rank's columns of each unit, as the autograd leaves of the present pass.
         self._leaves: dict[int, Tensor] = {}
-        # Parameters that no unit gathers: their slots, and the tensors that collect their gradients.
+        # Tensors outside of all units, as the present pass computes with them.
         self._plain: list[tuple[Slot, Tensor]] = []
 
     def gather(self) -> Pieces[None]:
-        """See :class:`Weights`; units are gathered when they compute."""
+        """Nothing: units are gathered when they compute."""
         return
         yield
 
     @contextmanager
     def ready(self, gradients: bool) -> Iterator[None]:
-        """See :class:`Weights`."""
+        """A context in which the model computes with the candidate's weights, under ``isolated``."""
         model = unwrap(self.model)
         with installed(self._layout, model, self.row), self._isolated(gradients=gradients):
             pairs = zip(self._layout.slots, self._layout.tensors(model), strict=True)
             self._plain = [(slot, tensor) for slot, tensor in pairs if slot.shard.unit is None]
             self._leaves = {}
+            # Attributes set here are restored by ``isolated``, which saves each module's ``vars``.
             for module in model.modules():
                 vars(module)["_parameters"] = dict(module._parameters)
                 for kind in ("_forward_pre_hooks", "_forward_hooks"):
@@ -239,14 +83,17 @@ class ShardedWeights:
                 yield
 
     def _forward(self, index: int, forward: Any, gradients: bool, *args: Any, **kwargs: Any) -> Any:
+        """Replaces the forward of a unit's module."""
         run = functools.partial(self._run, index, forward, gradients)
-        # Not the outermost module, whose parameters are needed to the end; and trainers redirect its forward, once.
+        # Not the outermost unit: its parameters are in use until the end, and its forward, which trainers redirect
+        # once, must run only once.
         again = gradients and index > 0 and not self._units[index].has_units and bool(self._units.slots[index])
         if again:
             return checkpoint(run, True, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
         return run(not gradients, *args, **kwargs)
 
     def _run(self, index: int, forward: Any, gradients: bool, free: bool, *args: Any, **kwargs: Any) -> Any:
+        """Run a unit's forward with its gathered tensors; ``free``: put the shards back afterwards."""
         unit = self._units[index]
         policy = _precision(unit.module)
         dtype = getattr(policy, "param_dtype", None)
@@ -261,25 +108,25 @@ class ShardedWeights:
                     module._parameters[name] = tensor  # type: ignore[assignment]
             output = forward(*args, **kwargs)
         finally:
-            # Where a module inside computes again in the backward pass it may need them there.
+            # Without ``free`` a checkpointed unit inside may need the tensors again in the backward pass.
             if free:
                 for (module, name), parameter in replaced:
                     module._parameters[name] = parameter
         return output if getattr(policy, "output_dtype", None) is None else _cast(output, policy.output_dtype)
 
     def _gathered(self, index: int, dtype: torch.dtype | None, gradients: bool) -> dict[int, Tensor]:
-        """The whole tensors of a unit, by the ``id`` of the live parameter they stand for."""
+        """The whole tensors of a unit, by the ``id`` of the live parameter each stands for."""
         if not self._units.slots[index]:
             return {}
-        part = self.row[self._units.columns(index)]
+        mine = self.row[self._units.columns(index)]
         if gradients:
-            # Unit and columns are the same when they are gathered again: so is the leaf.
-            part = self._leaves.setdefault(index, part.detach().requires_grad_())
-        whole = _Gathered.apply(part, self._units, index, dtype)
+            # A unit that is gathered again in the backward pass uses the same leaf.
+            mine = self._leaves.setdefault(index, mine.detach().requires_grad_())
+        whole = _Gathered.apply(mine, self._units, index, dtype)
         return dict(zip(self._units.keys[index], whole, strict=True))
 
     def whole(self) -> Pieces[dict[int, Tensor]]:
-        """The candidate's tensors that units gather, on the CPU of rank 0, by the live ones' ``id``."""
+        """The candidate's tensors of all units, on rank 0's CPU, by the ``id`` of the live parameter; else empty."""
         found = {}
         for index in range(len(self._units)):
             yield EXCHANGE
@@ -290,11 +137,11 @@ class ShardedWeights:
         return found
 
     def clear_gradient(self) -> None:
-        """See :class:`Weights`."""
+        """Set the accumulated gradient to zero."""
         self._gradient = torch.zeros_like(self.row) if self._gradient is None else self._gradient.zero_()
 
     def add_gradient(self) -> None:
-        """See :class:`Weights`."""
+        """Accumulate the gradients of a backward pass; called inside :meth:`ready`."""
         assert self._gradient is not None
         for index, leaf in self._leaves.items():
             if leaf.grad is not None:
@@ -303,28 +150,194 @@ class ShardedWeights:
         add_gradients([slot for slot, _ in self._plain], self._gradient, [tensor for _, tensor in self._plain])
 
     def gradient(self) -> Pieces[Tensor]:
-        """See :class:`Weights`."""
+        """This rank's columns of the accumulated gradient; of tensors outside of all units, this rank's summand."""
         assert self._gradient is not None
         return self._gradient
         yield
 
 
+@dataclass(frozen=True)
+class _Collective:
+    """One all-gather or reduce-scatter, as recorded: ``kind`` is "gather" or "scatter", ``index`` the unit's."""
+
+    kind: str
+    index: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Units:
+    """The FSDP units of a model, and the collectives that gather their tensors and scatter their gradients.
+
+    If this rank's pass raises, it replays the pass's remaining collectives with zero tensors in the recorded order, so
+    that no other rank blocks; the error is raised when the pass ends. The first pass of a kind records the order: in it
+    ranks agree before every collective that none has failed, and all raise :class:`FailedOnAllRanks` if one has.
+
+    Args:
+        model: the model; wrappers (compile, DDP) are looked through.
+        layout: the layout of this rank's columns.
+        processes: the ranks that train the model together.
+    """
+
+    def __init__(self, model: nn.Module, layout: ParameterLayout, processes: Processes) -> None:
+        self._units: list[Unit] = layout.sharding.units
+        self.processes = processes
+        # Creating a group is a collective of its ranks: units stand in the same order on all ranks, so groups do too.
+        all_ranks = dict.fromkeys(unit.ranks for unit in self._units if len(unit.ranks) > 1)
+        self._groups = {ranks: processes.subgroup(ranks) for ranks in all_ranks}
+        # Columns of each tensor on each rank, shape (ranks, slots).
+        counts = processes.all_gather_array(np.array([slot.numel for slot in layout.slots])).astype(int)
+        tensors = layout.tensors(unwrap(model))
+        places = [[n for n, slot in enumerate(layout.slots) if slot.shard.unit == index] for index in range(len(self))]
+        self.slots = [[layout.slots[place] for place in chosen] for chosen in places]
+        self.keys = [[id(tensors[place]) for place in chosen] for chosen in places]
+        held = [counts[list(unit.ranks)][:, chosen] for unit, chosen in zip(self, places, strict=True)]
+        self._ranges = [_ranges(numels) for numels in held]
+        # Columns of a unit on the rank that has most of them: all ranks pad to this length.
+        self._longest = [int(numels.sum(axis=1).max(initial=0)) for numels in held]
+        self._recorded: dict[str, list[_Collective]] = {}
+        # Of the present pass: the collectives recorded for its kind (None in a first pass), and those done.
+        self._expected: list[_Collective] | None = None
+        self._done: list[_Collective] = []
+
+    def __len__(self) -> int:
+        return len(self._units)
+
+    def __getitem__(self, index: int) -> Unit:
+        return self._units[index]
+
+    def __iter__(self) -> Iterator[Unit]:
+        return iter(self._units)
+
+    def columns(self, index: int) -> slice:
+        """The columns of a unit in this rank's rows; the unit must have slots."""
+        slots = self.slots[index]
+        return slice(slots[0].offset, slots[-1].offset + slots[-1].numel)
+
+    @contextmanager
+    def one_pass(self, kind: str) -> Iterator[None]:
+        """One pass through the model; passes of one kind gather and scatter the same units in the same order.
+
+        Raises:
+            FailedOnAllRanks: in a first pass: a rank failed, or ranks do not gather the same units.
+            CollectiveTimeout: a rank does not answer.
+        """
+        self._expected, self._done = self._recorded.get(kind), []
+        error: Exception | None = None
+        try:
+            yield
+        except (FailedOnAllRanks, CollectiveTimeout):
+            raise
+        except Exception as raised:
+            error = raised
+        if self._expected is None:
+            self._in_step(error, ended=True)
+            self._recorded[kind] = self._done
+        else:
+            # Collectives are also left where this rank had no backward pass, because its batch has no targets.
+            for collective in self._expected[len(self._done) :]:
+                self._replay(collective)
+        if error is not None:
+            raise error
+
+    def _in_step(self, error: Exception | None, *, ended: bool) -> None:
+        """Agree with all ranks, in a first pass, that none has failed and that all, or none, have ended the pass.
+
+        Raises:
+            FailedOnAllRanks: a rank has an error (this one's is the cause), or some have ended and others have not.
+        """
+        try:
+            at_end, not_at_end = self.processes.all_reduce_error(error, float(ended), -float(ended))
+        except (FailedOnAllRanks, CollectiveTimeout):
+            raise
+        except Exception as own:
+            failure = f"rank {self.processes.rank} failed: {type(own).__name__}: {own}"
+            raise FailedOnAllRanks(failure) from own
+        if at_end != -not_at_end:
+            raise FailedOnAllRanks("ranks do not gather the same modules in a forward pass")
+
+    def gather(self, index: int, mine: Tensor, dtype: torch.dtype | None) -> list[Tensor]:
+        """The whole tensors of a unit, in the order of its slots.
+
+        Args:
+            index: the unit's index.
+            mine: its columns on this rank, flat.
+            dtype: the dtype to compute in; None: each tensor's own.
+        """
+        slots = self.slots[index]
+        own = {slot.dtype for slot in slots}
+        sent = dtype or (own.pop() if len(own) == 1 else torch.float32)
+        flat = self._exchange("gather", index, mine.to(sent)).view(len(self._units[index].ranks), -1)
+        found = []
+        for slot, ranges in zip(slots, self._ranges[index], strict=True):
+            shape = list(slot.shape)
+            front = [shape.pop(slot.shard.dim)] if shape else []
+            whole = torch.cat([values[range_] for values, range_ in zip(flat, ranges, strict=True)])
+            whole = whole.view(*front, *shape)
+            found.append((whole.movedim(0, slot.shard.dim) if front else whole).to(dtype or slot.dtype))
+        return found
+
+    def scatter(self, index: int, gradients: Sequence[Tensor | None], mine: Tensor) -> Tensor:
+        """This rank's columns, like ``mine``, of the gradients of a unit's whole tensors, summed over ranks."""
+        flat = torch.zeros(len(self._units[index].ranks), self._longest[index], device=mine.device)
+        for slot, gradient, ranges in zip(self.slots[index], gradients, self._ranges[index], strict=True):
+            if gradient is None:
+                continue
+            moved = gradient.movedim(slot.shard.dim, 0) if slot.shape else gradient
+            shards = moved.reshape(-1).split([columns.stop - columns.start for columns in ranges])
+            for target, columns, values in zip(flat, ranges, shards, strict=True):
+                target[columns].copy_(values)
+        return self._exchange("scatter", index, flat.view(-1))[: len(mine)]
+
+    def _exchange(self, kind: str, index: int, values: Tensor) -> Tensor:
+        """Do one collective of a unit and record it.
+
+        With ``n`` ranks and padded length ``longest``, "gather" turns this rank's columns into a flat tensor of
+        ``n * longest`` numbers, and "scatter" such a tensor into ``longest`` numbers summed over ranks.
+        """
+        ranks, longest = self._units[index].ranks, self._longest[index]
+        # Allocate before the collective, so that this rank cannot fail for want of memory while others wait in it.
+        one, all_ = values.new_zeros(longest), values
+        if kind == "gather":
+            all_ = values.new_empty(longest * len(ranks))
+            one[: len(values)].copy_(values)
+        if self._expected is None:
+            self._in_step(None, ended=False)
+        if len(ranks) > 1:
+            with collective_timeout(self.processes.timeout):
+                if kind == "gather":
+                    all_gather_into(all_, one, self._groups[ranks])
+                else:
+                    reduce_scatter_sum(one, all_, self._groups[ranks])
+        self._done.append(_Collective(kind, index, values.dtype, values.device))
+        if len(ranks) == 1:
+            return values
+        return all_ if kind == "gather" else one
+
+    def _replay(self, collective: _Collective) -> None:
+        """Take part in a recorded collective with zeros."""
+        longest = self._longest[collective.index]
+        columns = 0 if collective.kind == "gather" else longest * len(self._units[collective.index].ranks)
+        values = torch.zeros(columns, dtype=collective.dtype, device=collective.device)
+        self._exchange(collective.kind, collective.index, values)
+
+
 class _Gathered(torch.autograd.Function):
-    """Columns to a unit's tensors, and back."""
+    """Gathers a unit's tensors from this rank's columns; its backward scatters their gradients to columns."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, units: Units, index: int, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, mine: Tensor, units: Units, index: int, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.units, ctx.index, ctx.part = units, index, part.detach()
-        return tuple(units.gather(index, part, dtype))
+        ctx.units, ctx.index, ctx.mine = units, index, mine.detach()
+        return tuple(units.gather(index, mine, dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        return ctx.units.scatter(ctx.index, gradients, ctx.part), None, None, None
+        return ctx.units.scatter(ctx.index, gradients, ctx.mine), None, None, None
 
 
 def _without_fsdp(hooks: Any) -> Any:
-    """A module's hooks but those that gather its parameters."""
+    """A module's hooks without those of FSDP, which gather and free its live parameters."""
     ours = {key: hook for key, hook in hooks.items() if not _is_of_fsdp(hook)}
     return type(hooks)(ours)
 
@@ -342,3 +355,10 @@ def _precision(module: nn.Module) -> Any:
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:
     return tree_map(lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, values)
+
+
+def _ranges(numels: np.ndarray) -> list[list[slice]]:
+    """Where each tensor lies in each rank's columns of a unit, from counts of shape ``(ranks, tensors)``."""
+    ends = numels.cumsum(axis=1)
+    pairs = zip((ends - numels).T.tolist(), ends.T.tolist(), strict=True)
+    return [[slice(*ends) for ends in zip(first, last, strict=True)] for first, last in pairs]

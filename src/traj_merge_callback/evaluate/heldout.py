@@ -1,4 +1,4 @@
-"""Held-out loss: cached batches in two splits that share no sequence, evaluated without a trace."""
+"""The held-out loss: batches in two splits that share no sequence, evaluated without changing the training run."""
 
 from __future__ import annotations
 
@@ -18,43 +18,45 @@ from ..distributed import Processes
 from ..pieces import BACKWARD, EXCHANGE, FORWARD, Pieces, finish
 from ..search.evaluation import PARTS, Evaluation, Gradient
 from ..window.layout import unwrap
-from .data import count_sequences, fingerprint, map_tensors, read_heldout, select_sequences
+from .data import count_sequences, fingerprint, map_tensors, read_batches, select_sequences
 from .isolation import isolated
 
 Nll: TypeAlias = Callable[[nn.Module, Any], tuple[Tensor | float, Tensor | float | int]]
 Split = Literal["search", "report"]
-# ready(gradients) is a context in which the model is evaluated without a trace, with gradients or without.
+# ready(gradients) -> a context that isolates the model (see isolated) and may give it a candidate's weights.
 Ready = Callable[[bool], AbstractContextManager[Any]]
 
+# A standard error needs several independent batches, so large ones are cut until each split has about this many.
+_MIN_BATCHES = 8
+# The label of a position that is no target.
+_IGNORED = -100
 
-class GradientOf(Protocol):
-    """Turns what backward passes leave in the model into a gradient in the merge weights."""
+
+class MergeGradient(Protocol):
+    """Accumulates the gradients of backward passes and converts their sum to merge weights."""
 
     def clear_gradient(self) -> None:
-        """Begin a new gradient."""
+        """Set the accumulated gradient to zero."""
 
     def add_gradient(self) -> None:
-        """Add the gradients of one backward pass."""
+        """Add the gradients that a backward pass has left in the model."""
 
     def projected(self) -> Pieces[np.ndarray]:
-        """The gradient in the merge weights, summed over ranks."""
-
-
-# A standard error needs several independent units, so large batches are cut until each split has about this many.
-_MIN_UNITS = 8
+        """The accumulated gradient with respect to the merge weights, summed over ranks."""
 
 
 @dataclass(frozen=True)
 class _Batch:
     domain: str
-    batch: Any
+    data: Any
 
 
 class HeldOutLoss:
     """Token-weighted held-out loss with its standard error, on a search split and a report split.
 
-    The first ``batches`` batches of each loader are read once, under a random state of their own, and kept on the CPU.
-    Their sequences are dealt to the two splits; equal sequences always go to the same split, so the splits share none.
+    The first ``batches`` batches of each loader are read once, with random states saved and restored, and kept on the
+    CPU. Their sequences are dealt alternately to the two splits; equal sequences always go to the same split, so the
+    splits share none.
 
     Args:
         heldout: a DataLoader or any iterable of batches, or a mapping from domain names to such.
@@ -66,12 +68,13 @@ class HeldOutLoss:
         precision: returns a context for the forward pass, for instance the trainer's autocast.
         to_device: moves a batch to the training device; by default every tensor goes to the model's device.
         seed: seed for reading shuffled loaders, and for any randomness in an evaluation.
-        processes: the ranks. They hold the same batches, whatever each one's loader reads, and divide them at every
-            evaluation; the result is that of one process.
+        processes: the ranks that train the model together. All ranks hold the same batches, even if their loaders
+            read different ones; each evaluates a share of them, and the results are gathered on all ranks.
 
     Raises:
-        ValueError: a loader without batches, fewer than two different sequences, or unknown ``report_only`` names.
-        TypeError: something that is no loader (a Dataset, say), or an ``nll`` that cannot be called.
+        ValueError: a loader without batches, fewer than two different sequences, unknown ``report_only`` names, or no
+            domain left to search on.
+        TypeError: a loader that is not an iterable of batches (a Dataset, say), or an ``nll`` that cannot be called.
     """
 
     def __init__(
@@ -106,9 +109,9 @@ class HeldOutLoss:
         self._digest = hashlib.sha256()
         for name, loader in loaders.items():
             fraction = 0.0 if name in self.report_only else search_fraction
-            self._deal(name, read_heldout(name, loader, batches, seed, self._processes), fraction)
-        for split, found in self._batches.items():
-            if not any(batch.domain in self.searched for batch in found):
+            self._deal(name, read_batches(name, loader, batches, seed, self._processes), fraction)
+        for split, dealt in self._batches.items():
+            if not any(batch.domain in self.searched for batch in dealt):
                 raise ValueError(
                     f"heldout leaves no sequence for the {split} split: give at least 2 different sequences "
                     f"(and more for a useful standard error), or raise heldout_batches={batches}"
@@ -118,7 +121,7 @@ class HeldOutLoss:
     def _deal(self, domain: str, batches: list[Any], search_fraction: float) -> None:
         """Deal the sequences of one domain to the two splits, spreading both evenly over the batches."""
         owner: dict[bytes, Split] = {}
-        pieces = -(-_MIN_UNITS // len(batches))
+        cuts = -(-_MIN_BATCHES // len(batches))
         for batch in batches:
             dealt: dict[Split, list[int]] = {"search": [], "report": []}
             for index in range(count_sequences(batch)):
@@ -130,14 +133,12 @@ class HeldOutLoss:
                 dealt[owner[digest]].append(index)
                 self._digest.update(digest + owner[digest].encode())
             for split, indices in dealt.items():
-                self._batches[split] += _cut(_Batch(domain, batch), indices, pieces)
+                self._batches[split] += _cut(_Batch(domain, batch), indices, cuts)
 
     def _divide(self) -> list[list[int]]:
-        """Indices of the batches in each part of the search split: an equal share of every domain, domain by domain."""
-        domains = sorted(self.searched)
-        used = [
-            [index for index, batch in enumerate(self._batches["search"]) if batch.domain == name] for name in domains
-        ]
+        """Indices of the search split's batches in each part: a like share of each domain, one domain after another."""
+        domains, batches = sorted(self.searched), self._batches["search"]
+        used = [[index for index, batch in enumerate(batches) if batch.domain == name] for name in domains]
         parts: list[list[int]] = [[] for _ in range(max(1, min(PARTS, *map(len, used))))]
         for indices in used:
             for part, share in zip(parts, np.array_split(indices, len(parts)), strict=True):
@@ -146,50 +147,51 @@ class HeldOutLoss:
 
     @property
     def parts(self) -> int:
-        """How many parts the search split has: 4, or fewer if a domain has fewer batches."""
+        """Number of parts of the search split: 4, or fewer if a domain has fewer batches."""
         return len(self._parts)
 
     @property
     def digest(self) -> str:
-        """A digest of the sequences and their splits: losses are comparable where it is equal."""
+        """A digest of the sequences and their splits: losses are comparable if their digests are equal."""
         return self._digest.hexdigest()
 
     def num_batches(self, split: Split) -> int:
-        """How many batches one evaluation on the split takes."""
+        """Number of batches of one evaluation on the split."""
         return len(self._batches["report"]) if split == "report" else sum(map(len, self._parts))
 
-    def cut(self, pieces: int) -> None:
-        """Cut every batch into ``pieces`` smaller ones (at most one per sequence), so that each pass is shorter."""
+    def cut(self, count: int) -> None:
+        """Cut every batch into ``count`` smaller ones, or fewer if it has fewer sequences, to shorten each forward."""
         for split, batches in self._batches.items():
-            cut = [_cut(one, list(range(count_sequences(one.batch))), pieces) for one in batches]
+            cut = [_cut(batch, list(range(count_sequences(batch.data))), count) for batch in batches]
             self._batches[split] = list(itertools.chain(*cut))
         self._parts = self._divide()
 
     @property
     def longest(self) -> int:
-        """Sequences in the largest batch."""
-        return max(count_sequences(one.batch) for batches in self._batches.values() for one in batches)
+        """Number of sequences in the largest batch."""
+        return max(count_sequences(batch.data) for batches in self._batches.values() for batch in batches)
 
     def evaluate(self, model: nn.Module, split: Split) -> Evaluation:
-        """Evaluate ``model`` as it stands, in eval mode and without gradients, leaving no trace (see ``isolated``).
+        """Evaluate ``model`` with its present weights, in eval mode and without gradients, under ``isolated``.
 
         Args:
             model: the model; wrappers (compile, DDP) are looked through.
             split: "search" to choose merge weights, "report" for every number that is shown.
 
         Returns:
-            Sums per batch in float64. Non-finite losses are returned as they are.
+            Summed NLL (nats) and target tokens of each batch, float64 of shape ``(batches,)``. Losses that are not
+            finite are returned as they are.
         """
         ready = functools.partial(isolated, unwrap(model), self.seed)
         return finish(self.evaluate_pieces(model, split, lambda gradients: ready(gradients=gradients)))
 
     def evaluate_pieces(self, model: nn.Module, split: Split, ready: Ready) -> Pieces[Evaluation]:
-        """:meth:`evaluate` in pieces of a batch, each inside ``ready(False)``, which may give it other weights."""
+        """:meth:`evaluate`, one piece for each batch, which is evaluated inside ``ready(False)``."""
         indices = range(len(self._batches["report"])) if split == "report" else sorted(itertools.chain(*self._parts))
         return (yield from self._evaluating(model, split, indices, ready))
 
     def sample_pieces(self, model: nn.Module, ready: Ready) -> Pieces[Evaluation]:
-        """Evaluate one batch of the report split, in a piece."""
+        """Evaluate the first batch of the report split."""
         return (yield from self._evaluating(model, "report", [0], ready))
 
     def search_pieces(
@@ -199,22 +201,21 @@ class HeldOutLoss:
         parts: Sequence[int],
         *,
         abandon: Callable[[Evaluation], bool] = lambda _: False,
-        gradient: GradientOf | None = None,
+        gradient: MergeGradient | None = None,
     ) -> Pieces[tuple[Evaluation, Gradient | None]]:
-        """Evaluate on some parts of the search split, one batch a piece, with the gradient of the loss if asked for.
+        """Evaluate parts of the search split, with the gradient if asked for, one piece for each batch.
 
-        Like :meth:`evaluate` it runs in eval mode and leaves no trace; the live gradients are put back untouched. A
-        gradient costs about two forward passes more.
+        A gradient costs about two forward passes more.
 
         Args:
             model: the model; wrappers (compile, DDP) are looked through.
-            ready: each batch is evaluated inside ``ready(gradients)``, which may give the model other weights.
-            parts: indices of the split's parts, in the order of evaluation.
-            abandon: called after each part with the evaluation so far; True stops there.
-            gradient: collects the gradient in the merge weights, for each domain of each part; None: not wanted.
+            ready: each batch is evaluated inside ``ready(gradients)``.
+            parts: indices of parts of the split (each has an equal share of every domain), in order of evaluation.
+            abandon: called after each part with the evaluation so far; True ends the evaluation there.
+            gradient: accumulates and projects the gradient, once for each domain of each part; None: no gradient.
 
         Returns:
-            The evaluation, of fewer batches if it was abandoned, and the gradient.
+            The evaluation, of fewer batches if it was abandoned, and the gradient or None.
 
         Raises:
             RuntimeError: the loss does not depend on the parameters (an ``nll`` that detaches it, say).
@@ -244,9 +245,9 @@ class HeldOutLoss:
         split: Split,
         chosen: Iterable[int],
         ready: Ready,
-        gradient: GradientOf | None = None,
+        gradient: MergeGradient | None = None,
     ) -> Pieces[Evaluation]:
-        """Evaluate batches of a split, one per rank at a time."""
+        """Evaluate batches of a split in turns, in each of which every rank evaluates one."""
         model = unwrap(model)
         indices = tuple(chosen)
         batches = [self._batches[split][index] for index in indices]
@@ -255,15 +256,16 @@ class HeldOutLoss:
         for turn, first in enumerate(turns):
             yield FORWARD if gradient is None else BACKWARD
             mine = first + self._processes.rank
-            # A rank without a batch of its own takes another one with weight 0: under FSDP a pass needs all ranks.
-            share = float(mine < len(batches))
-            held = batches[mine if share else first].batch
+            # A rank for which no batch is left evaluates one all the same, because under FSDP a forward pass needs all
+            # ranks; its loss counts zero times.
+            counts = float(mine < len(batches))
+            data = batches[mine if counts else first].data
             with ready(gradient is not None):
-                batch = self._to_device(held) if self._to_device else _to_device_of(model, held)
+                batch = self._to_device(data) if self._to_device else _to_device_of(model, data)
                 with self._precision():
                     nll, tokens = self._nll(model, batch)
                 if gradient is not None and float(tokens):
-                    (share * torch.as_tensor(nll)).backward()
+                    (counts * torch.as_tensor(nll)).backward()
                     gradient.add_gradient()
                 values[turn] = float(torch.as_tensor(nll).detach()), float(tokens)
         found: np.ndarray = values
@@ -273,14 +275,14 @@ class HeldOutLoss:
         return Evaluation(found[:, 0], found[:, 1], tuple(batch.domain for batch in batches), indices)
 
 
-def _cut(batch: _Batch, indices: list[int], pieces: int) -> list[_Batch]:
-    """Some sequences of a batch as so many batches, or fewer if there are not as many sequences."""
-    parts = np.array_split(indices, min(pieces, len(indices))) if indices else []
-    return [_Batch(batch.domain, select_sequences(batch.batch, part.tolist())) for part in parts]
+def _cut(batch: _Batch, indices: list[int], count: int) -> list[_Batch]:
+    """The sequences at ``indices`` as ``count`` batches, or one each if there are fewer sequences."""
+    each = np.array_split(indices, min(count, len(indices))) if indices else []
+    return [_Batch(batch.domain, select_sequences(batch.data, chosen.tolist())) for chosen in each]
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model computes: where its first parameter is, or the device that FSDP brings offloaded parameters to."""
+    """The device a model computes on: its first parameter's, or the one FSDP moves CPU-offloaded parameters to."""
     parameter = next(model.parameters(), None)
     if parameter is None:
         return torch.device("cpu")
@@ -292,9 +294,7 @@ def _to_device_of(model: nn.Module, batch: Any) -> Any:
     return map_tensors(batch, lambda tensor: tensor.to(device_of(model), non_blocking=True))
 
 
-# From a model and a batch to a summed negative log-likelihood
-
-_IGNORED = -100
+# The default NLL
 
 
 def language_model_nll(model: nn.Module, batch: Any) -> tuple[Tensor, int]:

@@ -18,39 +18,42 @@ from .isolation import delayed_interrupts, isolated
 
 
 class Weights(Protocol):
-    """Room for one candidate after another in a model whose own weights are never written.
+    """Room for one candidate's weights beside the live ones: this rank's row, and a way to compute with it.
 
-    Attributes:
-        model: computes with the candidate.
-        row: this rank's columns of the candidate, filled by the caller.
+    Args:
+        model: the model that computes with the candidate's weights.
+        row: float32, shape ``(layout.numel,)``: this rank's columns of the candidate, filled by the caller.
     """
 
     model: nn.Module
     row: Tensor
 
     def gather(self) -> Pieces[None]:
-        """Make the filled row the candidate that :meth:`ready` installs."""
+        """Called when ``row`` has been filled: exchange what the forward pass needs of other ranks' columns."""
 
     def ready(self, gradients: bool) -> AbstractContextManager[None]:
-        """Context in which the model computes with the candidate; it leaves no trace (see ``isolated``)."""
+        """A context in which the model computes with the candidate's weights, under ``isolated``."""
 
     def clear_gradient(self) -> None:
-        """Begin a new gradient."""
+        """Set the accumulated gradient to zero."""
 
     def add_gradient(self) -> None:
-        """Add the gradients of one backward pass, inside :meth:`ready`."""
+        """Accumulate the gradients of a backward pass; called inside :meth:`ready`."""
 
     def gradient(self) -> Pieces[Tensor]:
-        """This rank's columns of the gradient; ranks that hold the same columns return summands of it."""
+        """This rank's columns of the accumulated gradient, shape ``(layout.numel,)``.
+
+        Ranks that hold the same columns may each have a summand of the gradient; ``project(summands=True)`` adds them.
+        """
 
 
 class WholeWeights:
-    """Weights that are all on the device: one process, or DDP, whose ranks gather each candidate once.
+    """Whole weights on the device: one process, or DDP, whose ranks gather each candidate once before evaluating it.
 
     Args:
         model: the model being trained; wrappers (compile, DDP) are looked through.
-        layout: of this rank's columns.
-        row: float32, on the model's device, for this rank's columns.
+        layout: the layout of this rank's columns.
+        row: float32, on the model's device, shape ``(layout.numel,)``.
         seed: see ``isolated``.
     """
 
@@ -71,7 +74,10 @@ class WholeWeights:
             self.whole = self._new()
 
     def _new(self) -> Tensor:
-        """A whole row, long enough for equal shares of its parameters, of which buffers overwrite the end."""
+        """A zero row of the whole model, long enough for the padded shares of all ranks.
+
+        The columns of buffers, which every rank has, begin where the parameters end and overlap the padding.
+        """
         size = self.layout.numel if self._shares is None else max(self.layout.numel, self._in_shares)
         return torch.zeros(size, device=self.row.device)
 
@@ -80,14 +86,14 @@ class WholeWeights:
         if self._shares is None:
             return
         yield EXCHANGE
-        part = self.row.new_zeros(self._shares.share)
-        part[: self._mine].copy_(self.row[: self._mine])
+        share = self.row.new_zeros(self._shares.share)
+        share[: self._mine].copy_(self.row[: self._mine])
         with collective_timeout(self._shares.processes.timeout):
-            all_gather_into(self.whole[: self._in_shares], part, self._shares.group)
+            all_gather_into(self.whole[: self._in_shares], share, self._shares.group)
         self.whole[self._parameters : self.layout.numel].copy_(self.row[self._mine :])
 
     def installed(self) -> AbstractContextManager[None]:
-        """Within the context the model has the weights of the candidate."""
+        """A context in which the model has the candidate's weights."""
         return installed(self.layout, self.model, self.whole)
 
     @contextmanager
@@ -101,7 +107,7 @@ class WholeWeights:
         self._gradient = self._new() if self._gradient is None else self._gradient.zero_()
 
     def add_gradient(self) -> None:
-        """See :class:`Weights`; buffers and unused parameters have none."""
+        """See :class:`Weights`; the columns of buffers and unused parameters stay zero."""
         assert self._gradient is not None
         add_gradients(self.layout.slots, self._gradient, self.layout.tensors(unwrap(self.model)))
 
@@ -120,16 +126,14 @@ class WholeWeights:
 
 @contextmanager
 def installed(layout: ParameterLayout, model: nn.Module, row: Tensor) -> Iterator[None]:
-    """Within the context, ``model`` computes with ``row`` (shape ``(numel,)``) instead of its own weights.
+    """Within the context, ``model`` computes with ``row`` (shape ``(layout.numel,)``) instead of its own weights.
 
-    The live weights' storage is never written: each parameter points elsewhere and is pointed back, so restoring
-    is bit-exact whatever happens inside, and optimizers, hooks and compiled graphs keep the same Parameter objects.
-    Parameters of FSDP units keep their own weights (see ``fsdp``).
+    The live weights' storage is never written: each parameter's ``data`` is pointed to the row and back again, so
+    restoring is bit-exact whatever happens inside, and optimizers, hooks and compiled graphs keep the same Parameter
+    objects. Parameters that belong to an FSDP unit are left as they are (see ``fsdp.py``).
 
-    Args:
-        layout: of the row.
-        model: the model being trained; wrappers (compile, DDP) are looked through.
-        row: shape ``(numel,)``, on any device.
+    Raises:
+        ValueError: the model's merged parameters are not those of the layout any more.
     """
     model = unwrap(model)
     tensors = layout.tensors(model)
@@ -152,7 +156,7 @@ def installed(layout: ParameterLayout, model: nn.Module, row: Tensor) -> Iterato
                     replaced.append((place, buffer))
                     merged = view.to(device=buffer.device, dtype=buffer.dtype, copy=True)
                     place.module._buffers[place.name] = merged
-            # Autocast keeps low-precision copies of weights by tensor identity, and these just changed content.
+            # Autocast caches low-precision copies by tensor identity, and these tensors just changed content.
             torch.clear_autocast_cache()
             yield
         finally:
@@ -163,8 +167,8 @@ def installed(layout: ParameterLayout, model: nn.Module, row: Tensor) -> Iterato
             torch.clear_autocast_cache()
 
 
-def add_gradients(slots: Sequence[Slot], row: Tensor, tensors: list[Tensor]) -> None:
-    """Add the gradients of tensors to the columns of a row; a tensor without one adds nothing."""
+def add_gradients(slots: Sequence[Slot], row: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Add the ``grad`` of each tensor, if it has one, to its slot's columns of a flat row."""
     for slot, tensor in zip(slots, tensors, strict=True):
         if tensor.grad is not None:
             row[slot.offset : slot.offset + slot.numel].add_(tensor.grad.reshape(-1))
