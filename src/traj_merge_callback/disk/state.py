@@ -4,7 +4,7 @@ Layout of the folder, format version 2::
 
     state.json                           steps, what merges remember, and the index of parts
     row-00.rank-00000.safetensors ...    one row, as it is stored (int8 rows as int8), this rank's columns
-    shared.rank-00000.safetensors        what belongs to all rows: the mean begun, leading rows, the anchor of int8
+    shared.rank-00000.safetensors        what belongs to all rows: the running mean, leading rows, the anchor of int8
                                          rows, live weights where rows are no exact copies
 
 Any number of ranks reads what any other number wrote. Rows come back bit for bit where a rank's columns are those that

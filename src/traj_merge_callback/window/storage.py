@@ -194,7 +194,7 @@ class Ring:
     Beside the ring, where they are needed:
 
     - ``leading``: BEMA's two *leading rows*, which stand in front of the window as if they were its oldest rows.
-    - ``mean``: the mean begun of the weights sampled since the last row, which becomes the next row.
+    - ``mean``: the running mean of the weights sampled since the last row, which becomes the next row.
     - ``arrival``: the live weights as they were captured last, where rows are no exact copies of them.
     - ``staging``: one row for a merged model, for whoever evaluates it.
 
@@ -232,7 +232,7 @@ class Ring:
         self.staging = allocate_beside("staging", (numel,), torch.float32)
         self.steps: list[int] = []  # of the rows held, oldest first
         self.pushed = 0  # rows ever added
-        self.sampled = 0  # checkpoints in the mean begun
+        self.sampled = 0  # checkpoints in the running mean
 
     @property
     def nbytes(self) -> int:
