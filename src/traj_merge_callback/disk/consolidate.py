@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 
 from .atomic import whole_folder
-from .model_files import write_shards
+from .model_files import SHARD_BYTES, write_shards
 from .parts import PartsIndex, is_snapshot_part, read_tensors, tensor_sizes
 from .snapshots import read_merge
 
 
-def consolidate_snapshot(folder: str | Path, output: str | Path, *, shard_bytes: int = 5_000_000_000) -> Path:
+def consolidate_snapshot(folder: str | Path, output: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
     """Make a whole snapshot, which ``from_pretrained`` and ``load_merged`` read, of a sharded one.
 
     One safetensors file of the output is in memory at a time.

@@ -18,7 +18,8 @@ from ..window.sharding import has_fsdp
 from .snapshots import read_merge
 
 STATE_DICT, TRANSFORMERS, PEFT = "state_dict", "transformers", "peft"
-_SHARD_BYTES = 5_000_000_000
+# Bytes of a weights file at most; a model of more is sharded, as Hugging Face does.
+SHARD_BYTES = 5_000_000_000
 
 
 def weights_format(model: nn.Module) -> str:
@@ -115,7 +116,7 @@ def collect_description(model: nn.Module) -> Callable[[Path], None]:
 
 def _write(folder: Path, model: nn.Module, state: dict[str, Tensor]) -> None:
     if weights_format(model) == STATE_DICT:
-        _write_shards(folder, {name: value.contiguous() for name, value in state.items()}, _SHARD_BYTES)
+        _write_shards(folder, {name: value.contiguous() for name, value in state.items()}, SHARD_BYTES)
         return
     with _quiet_transformers():
         model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
@@ -153,7 +154,7 @@ def _write_shards(folder: Path, state: dict[str, Tensor], shard_bytes: int) -> N
 
 
 def write_shards(
-    folder: Path, sizes: dict[str, int], read: Callable[[list[str]], dict[str, Tensor]], shard_bytes: int = _SHARD_BYTES
+    folder: Path, sizes: dict[str, int], read: Callable[[list[str]], dict[str, Tensor]], shard_bytes: int = SHARD_BYTES
 ) -> None:
     """One ``model.safetensors``, or several with ``model.safetensors.index.json`` like Hugging Face's.
 

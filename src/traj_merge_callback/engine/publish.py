@@ -13,7 +13,14 @@ from torch import Tensor
 
 from ..config import MergeConfig
 from ..disk.atomic import Writer, write_tensors
-from ..disk.model_files import class_name, collect_description, collect_gathered, collect_weights, weights_format
+from ..disk.model_files import (
+    SHARD_BYTES,
+    class_name,
+    collect_description,
+    collect_gathered,
+    collect_weights,
+    weights_format,
+)
 from ..disk.parts import PartsIndex, snapshot_part, snapshot_part_path
 from ..disk.snapshots import SnapshotStore
 from ..distributed import FailedOnAllRanks, Processes
@@ -25,8 +32,6 @@ from .failures import Failures
 
 Extra = Callable[[], Callable[[Path], None]]
 Write = Callable[[Path], None]
-# Bytes of a model that rank 0 gathers in its memory, where nothing else is asked for.
-_LARGEST_WHOLE = 5_000_000_000
 
 
 class Publisher:
@@ -113,7 +118,7 @@ class Publisher:
         """Whether every rank writes its part."""
         size = sum(slot.whole_numel * slot.dtype.itemsize for slot in self._window.layout.slots)
         wanted = self._config.snapshot_files
-        return wanted == "sharded" or (wanted == "auto" and size > _LARGEST_WHOLE)
+        return wanted == "sharded" or (wanted == "auto" and size > SHARD_BYTES)
 
     def _whole(self, weights: Weights, gathered: dict[int, Tensor] | None) -> Write:
         """Collect the whole model, and what is written beside it."""

@@ -48,7 +48,8 @@ class CheckpointWindow:
 
     Memory in bytes per merged number: a row takes 4 as float32, 2 as bfloat16, 1.0625 as int8 (and their anchor 4); the
     staging row for a merged model 4; the row where live weights arrive another 4 (2 for a bfloat16 model), unless rows
-    are exact copies (float32, or bfloat16 of a bfloat16 model) and not buffered; the running mean 4, the leading rows 8.
+    are exact copies (float32, or bfloat16 of a bfloat16 model) and not buffered; the running mean 4; the leading rows 8
+    together.
 
     Example::
 
@@ -376,9 +377,9 @@ class CheckpointWindow:
         """The window's contents, as tensors that share its memory.
 
         Keys: "steps" of the rows, oldest first; "dtype"; "pushed", the number of pushes ever made; "sampled", the
-        number of checkpoints in the running mean; "rows", the named tensors that each row is stored as; "shared", by name
-        what there is beside the rows: the int8 "anchor", the leading rows "start" and "average", the running "mean", and
-        "arrival", the live weights of the last capture.
+        number of checkpoints in the running mean; "rows", the named tensors that each row is stored as; "shared", by
+        name what there is beside the rows: the int8 "anchor", the leading rows "start" and "average", the running
+        "mean", and "arrival", the live weights of the last capture.
         """
         self.settle()
         return self._ring.state_dict()
