@@ -122,6 +122,8 @@ class TrajectoryMerger:
         self._overhead = Overhead(self.config.max_overhead, self.config.max_pause)
         # Whether a merge is due that has not begun.
         self._due = False
+        # The step of the last capture, of a row or of a sample of one.
+        self._captured: int | None = None
 
     def prepare(self, model: nn.Module) -> None:
         """Allocate the window for ``model``. The first ``step`` does it otherwise.
@@ -265,6 +267,7 @@ class TrajectoryMerger:
                 if self.processes.all_reduce_max(float(self.window.steps[-1:] != (step,)))[0]:
                     with self.processes.raise_on_all():
                         self.window.push(model, step)
+                    self._captured = step
                 self._begin(model, step, self.config.evaluations)
                 record = self._record(self._schedule.complete(), step) or record
         with self._failures.contained("saving the window", step):
@@ -348,6 +351,7 @@ class TrajectoryMerger:
                 window.push(model, step)
             else:
                 window.sample(model)
+        self._captured = step
         return is_row
 
     def _begin(self, model: nn.Module, step: int, evaluations: int | None = None) -> None:
@@ -409,8 +413,9 @@ class TrajectoryMerger:
             self.wait()
             with self.processes.raise_on_all():
                 window.settle()
-            # A merge under way can be made again if live is still its row; what it learns is not in the state yet.
-            again = self._schedule.merge_under_way and window.steps[-1:] == (self._state.last_merge_step,)
+            # A merge under way can be made again if nothing was captured since: its rows and live weights are still there.
+            # What it learns is not in the state yet.
+            again = self._schedule.merge_under_way and self._captured == self._state.last_merge_step
             run = replace(self._state, busy_s=self._overhead.busy_s, wall_s=self._overhead.wall_s)
             saved = Saved(
                 copy.deepcopy(run),
@@ -465,7 +470,7 @@ class TrajectoryMerger:
         self.prepare(model)
         assert self.window is not None
         saved = load_state(Path(folder), self.window, step)
-        self._state = saved.run
+        self._state, self._captured = saved.run, saved.merging
         if saved.heldout == self.heldout.digest:
             self._store.restore(saved.snapshots)
         else:

@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from traj_merge_callback import CheckpointWindow
@@ -68,7 +68,7 @@ def test_nothing_that_is_read_is_unpickled(tmp_path):
     saved_window(tmp_path / "state", model)
     for name in (".metadata", "state.pkl", "row-00.rank-00000.safetensors"):
         (tmp_path / "state" / name).write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(Exception, match=r"(?i)header|safetensor"):
+    with pytest.raises(Exception, match=r"(?i)header|safetensor|damaged"):
         load_state(tmp_path / "state", CheckpointWindow(model, 3), 5)
     snapshot = tmp_path / "snapshot"
     snapshot.mkdir()
@@ -77,7 +77,7 @@ def test_nothing_that_is_read_is_unpickled(tmp_path):
     tensors = {"weight": {"shape": [3], "front": 0, "dtype": "float32"}}
     merge = {"version": 1, "sharded": {"tensors": tensors, "parts": {"0": [["weight", 0, 3]]}}}
     (snapshot / "merge.json").write_text(json.dumps(merge))
-    with pytest.raises(Exception, match=r"(?i)header|safetensor"):
+    with pytest.raises(Exception, match=r"(?i)header|safetensor|damaged"):
         consolidate_snapshot(snapshot, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
@@ -100,7 +100,7 @@ def test_a_missing_part_and_a_damaged_index_are_errors(tmp_path):
     path = tmp_path / "state" / "state.json"
     document = json.loads(path.read_text())
     path.write_text(json.dumps({**document, "index": {**document["index"], "parts": {"0": [["weight", 0]]}}}))
-    with pytest.raises(ValueError, match="the index of parts is not valid"):
+    with pytest.raises(ValueError, match=r"state\.json is damaged .*the index of parts is not valid"):
         load_state(tmp_path / "state", CheckpointWindow(model, 3), 5)
     path.write_text(json.dumps({**document, "index": {**document["index"], "parts": {"0": [["weight", 0, 6]]}}}))
     with pytest.raises(ValueError, match="the files hold no 'bias' from number 0 on"):
@@ -145,3 +145,76 @@ def test_any_number_of_ranks_reads_what_any_other_number_wrote(sizes, writers, r
                 target[begin : begin + one.count][copy.target] = parts[copy.rank][copy.source]
             begin += one.count
         np.testing.assert_array_equal(target, whole[rank * share : (rank + 1) * share])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("run.busy_s", "x"),
+        ("run.last_step", "x"),
+        ("run.last_merge_step", None),
+        ("run.wall_s", None),
+        ("run.history", [["a", "b"]]),
+        ("run.history", [[1, 2, 3]]),
+        ("run.search", {}),
+        ("run.search.previous", "abc"),
+        ("run.search.memory", [1]),
+        ("run.search.row_losses", {"8": "x"}),
+        ("run", None),
+        ("merging", "x"),
+        ("snapshots", 5),
+        ("snapshots", [{"a": 1}]),
+        ("snapshots", [{"name": "../elsewhere", "step": 1, "merged_loss": 1.0}]),
+        ("window.steps", [8, 6, 4]),
+        ("window.pushed", 2.5),
+        ("window.sampled", None),
+        ("index", {}),
+        ("version", None),
+    ],
+)
+def test_a_damaged_state_restores_nothing_and_says_where(tmp_path, key, value):
+    model = nn.Linear(3, 2)
+    saved_window(tmp_path / "state", model)
+    path = tmp_path / "state" / "state.json"
+    document = json.loads(path.read_text())
+    *owners, name = key.split(".")
+    owner = document
+    for one in owners:
+        owner = owner[one]
+    owner[name] = value
+    path.write_text(json.dumps(document))
+    window = CheckpointWindow(model, 3)
+    with pytest.raises(ValueError, match=r"state\.json is damaged|format version None"):
+        load_state(tmp_path / "state", window, 5)
+    assert window.steps == ()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '"x"'])
+def test_a_state_that_is_no_state_is_an_error_with_its_path(tmp_path, text):
+    model = nn.Linear(3, 2)
+    saved_window(tmp_path / "state", model)
+    (tmp_path / "state" / "state.json").write_text(text)
+    with pytest.raises(ValueError, match=r"state\.json is damaged"):
+        load_state(tmp_path / "state", CheckpointWindow(model, 3), 5)
+
+
+def test_a_damaged_part_names_the_folder(tmp_path):
+    model = nn.Linear(3, 2)
+    saved_window(tmp_path / "state", model)
+    path = tmp_path / "state" / "row-01.rank-00000.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4])
+    with pytest.raises(ValueError, match=r"a file of .*state is damaged"):
+        load_state(tmp_path / "state", CheckpointWindow(model, 3), 5)
+    save_file({"row": load_file(path.with_name("row-00.rank-00000.safetensors"))["row"].half()}, path)
+    with pytest.raises(ValueError, match=r"dtype torch\.float16"):
+        load_state(tmp_path / "state", CheckpointWindow(model, 3), 5)
+
+
+def test_rows_may_be_kept_elsewhere_after_resuming(tmp_path):
+    model = nn.Linear(3, 2)
+    window = saved_window(tmp_path / "state", model)
+    other = CheckpointWindow(model, 3, buffered=True)
+    load_state(tmp_path / "state", other, 5)
+    assert torch.equal(other.combine(None), window.combine(None))
+    assert torch.equal(other.combine([0.2, 0.3, 0.5]), window.combine([0.2, 0.3, 0.5]))

@@ -150,6 +150,33 @@ def test_a_merge_under_way_is_made_again_after_resuming(loader, train, tmp_path)
     assert resumed.records[0].merged_loss == whole.records[0].merged_loss
 
 
+def test_a_merge_that_is_made_again_has_its_own_live_weights(loader, train, tmp_path):
+    # With mean rows live weights are sampled while a merge is being published, without a new row.
+    options = {**INTERLEAVED, "row": "mean", "samples_per_row": 2, "capture_every": 4, "search": "lawa"}
+    live, model = {}, tiny_llama()
+    merger = engine(loader, tmp_path, **options)
+    report = HeldOutLoss(loader, batches=8)
+    states = []
+
+    def each(step):
+        live[step] = report.evaluate(model, "report").loss
+        merger.step(model, step)
+        if merger._schedule.merge_under_way:
+            merger.save_state(tmp_path / f"state-{step}")
+            merger.wait()
+            states.append(step)
+
+    train_steps(model, train, 60, each)
+    again = 0
+    for step in states:
+        resumed = engine(loader, tmp_path / "resumed", **{**options, "merge_at_end": False})
+        resumed.load_state(tmp_path / f"state-{step}", model, step)
+        if (record := resumed.finish(model)) is not None:
+            again += 1
+            assert record.live_loss == pytest.approx(live[record.step], abs=1e-6)
+    assert again >= 5
+
+
 def test_a_search_that_fails_between_steps_is_logged_and_the_next_merge_goes_on(loader, train, tmp_path, caplog):
     calls = []
 

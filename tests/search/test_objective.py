@@ -122,7 +122,7 @@ def test_a_candidate_evaluated_in_part_cannot_win():
         return evaluation(1.0, 1.0, 1.0, 1.0).on(tuple(parts)), None
 
     problem = Problem((1, 2), 9, Objective.of(live, [""]), batches=4, parts=4)
-    chosen = select(Aim(), problem, measure, Selection(None, 2.0, live), {})
+    chosen = select(Aim(problem), problem, measure, Selection(None, 2.0, live), {})
     assert chosen.weights is None
     assert chosen.forward_equivalents == 1.75
     assert seen == [(0,), (1,), (2,)]  # another part each time

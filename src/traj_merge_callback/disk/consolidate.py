@@ -33,7 +33,7 @@ def consolidate_snapshot(folder: str | Path, output: str | Path, *, shard_bytes:
     merge = read_merge(folder)
     if not merge.get("sharded"):
         raise ValueError(f"{folder} is not a snapshot in parts: it can be loaded as it is")
-    if "parts" not in merge["sharded"]:
+    if not isinstance(merge["sharded"], dict) or "parts" not in merge["sharded"]:
         raise ValueError(
             f"{folder} was written in parts by an earlier version of traj-merge-callback, in files of "
             "torch.distributed.checkpoint, which this version does not read: consolidate it with that version"

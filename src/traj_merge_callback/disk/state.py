@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -56,11 +56,35 @@ class RunState:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RunState:
-        """The state that ``dataclasses.asdict`` gave and JSON has kept: keys were made strings, tuples lists."""
-        search = values["search"]
-        row_losses = {int(step): losses for step, losses in search["row_losses"].items()}
-        history = [(step, loss) for step, loss in values["history"]]
-        return cls(**{**values, "search": SearchState(**{**search, "row_losses": row_losses}), "history": history})
+        """The state that ``dataclasses.asdict`` gave and JSON has kept: keys were made strings, tuples lists.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is none.
+        """
+        previous, memory = values["search"]["previous"], values["search"]["memory"]
+        if not isinstance(memory, dict):
+            raise TypeError(f"search.memory is {memory!r}")
+        row_losses = {int(step): _numbers(losses) for step, losses in values["search"]["row_losses"].items()}
+        return cls(
+            last_step=_integer(values["last_step"]),
+            last_merge_step=_integer(values["last_merge_step"]),
+            search=SearchState(None if previous is None else _numbers(previous), row_losses, memory),
+            history=[(_integer(step), _numbers([loss])[0]) for step, loss in values["history"]],
+            busy_s=_numbers([values["busy_s"]])[0],
+            wall_s=_numbers([values["wall_s"]])[0],
+        )
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is not an integer")
+    return value
+
+
+def _numbers(values: Any) -> list[float]:
+    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+        raise TypeError(f"{values!r} are not numbers")
+    return values
 
 
 @dataclass(frozen=True)
@@ -78,6 +102,16 @@ class Saved:
     merging: int | None
     heldout: str
     snapshots: list[dict[str, Any]]
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Saved:
+        """See :meth:`RunState.from_json`."""
+        merging = None if values["merging"] is None else _integer(values["merging"])
+        for entry in values["snapshots"]:
+            if Path(entry["name"]).name != entry["name"] or set(entry) != {"name", "step", "merged_loss"}:
+                raise ValueError(f"{entry!r} is no snapshot")
+            _numbers([_integer(entry["step"]), entry["merged_loss"]])
+        return cls(RunState.from_json(values["run"]), merging, str(values["heldout"]), values["snapshots"])
 
 
 def save_state(folder: Path, window: dict[str, Any], index: PartsIndex, saved: Saved, processes: Processes) -> None:
@@ -120,11 +154,13 @@ def load_state(folder: Path, window: CheckpointWindow, step: int) -> Saved:
     """
     processes = window.processes
     document = processes.from_rank0(lambda: _read_document(folder, window, step))
+    saved, index = Saved.from_json(document), PartsIndex.from_json(document["index"])
     with processes.raise_on_all():
-        _fill(folder, document, window)
-    return Saved(
-        RunState.from_json(document["run"]), document["merging"], document["heldout"], list(document["snapshots"])
-    )
+        try:
+            _fill(folder, document["window"], index, window)
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"a file of {folder} is damaged ({type(error).__name__}: {error})") from error
+    return saved
 
 
 def remove_state(folder: Path | None, *, keep: Path | None = None) -> None:
@@ -141,16 +177,21 @@ def _row_name(index: int) -> str:
 
 
 def _read_document(folder: Path, window: CheckpointWindow, step: int) -> dict[str, Any]:
-    if not (folder / "state.json").is_file():
+    path = folder / "state.json"
+    if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no merging state (no state.json)")
-    document = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    if document["version"] != FORMAT_VERSION:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        version = document["version"]
+        if version == FORMAT_VERSION:
+            steps = _check_document(document)
+            found = {name: tuple(tensor["shape"]) for name, tensor in document["index"]["tensors"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    if version != FORMAT_VERSION:
         raise ValueError(
-            f"{folder} has format version {document['version']}; this version of traj-merge-callback reads "
-            f"{FORMAT_VERSION}"
+            f"{folder} has format version {version!r}; this version of traj-merge-callback reads {FORMAT_VERSION}"
         )
-    steps = document["window"]["steps"]
-    found = {name: tuple(tensor["shape"]) for name, tensor in document["index"]["tensors"].items()}
     if found != {slot.name: slot.shape for slot in window.layout.slots}:
         raise ValueError(f"{folder} was saved for a model with other parameters")
     if any(saved_step > step for saved_step in steps):
@@ -158,9 +199,22 @@ def _read_document(folder: Path, window: CheckpointWindow, step: int) -> dict[st
     return document
 
 
-def _fill(folder: Path, document: dict[str, Any], window: CheckpointWindow) -> None:
+def _check_document(document: dict[str, Any]) -> list[int]:
+    """Check that everything in a state.json can be used, before anything is restored; the steps of its rows."""
+    Saved.from_json(document)
+    PartsIndex.from_json(document["index"])
+    window = document["window"]
+    steps = [_integer(step) for step in window["steps"]]
+    if steps != sorted(set(steps)) or _integer(window["pushed"]) < len(steps) or _integer(window["sampled"]) < 0:
+        raise ValueError(f"steps={steps}, pushed={window['pushed']}, sampled={window['sampled']} are of no window")
+    if not all(isinstance(name, str) for name in [window["dtype"], *window["shared"]]):
+        raise TypeError(f"dtype={window['dtype']!r}, shared={window['shared']!r}")
+    return steps
+
+
+def _fill(folder: Path, saved: dict[str, Any], index: PartsIndex, window: CheckpointWindow) -> None:
     """Fill the window: from one part where a rank wrote these very columns, else from all parts that have some."""
-    index, saved, slots = PartsIndex.from_json(document["index"]), document["window"], window.layout.slots
+    slots = window.layout.slots
     fronts_differ = any(index.tensors[slot.name]["front"] != slot.shard.dim for slot in slots)
     if not fronts_differ and (rank := index.rank_of(ranges_of(slots))) is not None:
         rows = [load_file(part_path(folder, _row_name(row), rank)) for row in range(len(saved["steps"]))]

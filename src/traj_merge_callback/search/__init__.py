@@ -1,17 +1,20 @@
-"""Choosing merge weights (k-world): one base class, and the recipes and searches behind its names.
+"""Choosing merge weights, in numpy alone: the base class :class:`Search`, and the recipes and searches by name.
 
-A search proposes candidates and is told their held-out loss on the search split. The engine evaluates live first,
-and the best *evaluated* candidate wins, so a search can only improve on live. Ten lines make a new one::
+A search proposes candidates and is told their loss on the search split. The engine evaluates live first, and the best
+*evaluated* candidate wins, so a search can only improve on live. Ten lines make a new one::
 
     @register_search("random")
     class RandomSearch(Search):
-        def __init__(self, problem):
-            self.problem, self.rng = problem, np.random.default_rng(problem.seed)
+        def __init__(self, problem, *, concentration=1.0):
+            super().__init__(problem)
+            self.rng = np.random.default_rng(problem.seed)
+            self.concentration = concentration
 
         def ask(self):
-            return self.rng.dirichlet(np.ones(self.problem.size))
+            return self.rng.dirichlet(np.full(self.problem.size, self.concentration))
 
-and ``search="random"``, or without registering ``search="my_module:RandomSearch"``, uses it.
+``search="random"`` uses it, with ``search_options={"concentration": 2.0}`` if wanted; so does
+``search="my_module:RandomSearch"`` without registering. A search that learns from losses also overrides ``tell``.
 """
 
 from __future__ import annotations
@@ -21,20 +24,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from .problem import GRADIENT_COST, Observed, Problem, Search
+from .problem import Observed, Problem, Search
 
-__all__ = [
-    "GRADIENT_COST",
-    "Observed",
-    "Problem",
-    "Search",
-    "available_searches",
-    "register_search",
-    "resolve_search",
-]
+__all__ = ["Observed", "Problem", "Search", "available_searches", "register_search", "resolve_search"]
 
-SearchClass = TypeVar("SearchClass", bound=type[Search])
-
+# As "module:class", so that a search's module is imported when the search is used: gp imports scikit-learn.
 _BUILT_IN = {
     "auto": "surrogate:SurrogateSearch",
     "surrogate": "surrogate:SurrogateSearch",
@@ -43,46 +37,53 @@ _BUILT_IN = {
     "gp": "gp:GaussianProcessSearch",
     "pairwise": "gp:PairwiseSearch",
     "greedy": "greedy:GreedySearch",
-    "lawa": "recipes:lawa_search",
-    "ema": "recipes:ema_search",
-    "wma": "recipes:wma_search",
-    "wsm": "recipes:wsm_search",
-    "mwa-loss": "recipes:mwa_loss_search",
-    "mwa-step": "recipes:mwa_step_search",
-    "perplexity": "recipes:perplexity_search",
-    "bema": "recipes:BemaSearch",
+    "lawa": "recipes:Lawa",
+    "ema": "recipes:Ema",
+    "wma": "recipes:Wma",
+    "wsm": "recipes:Wsm",
+    "mwa-loss": "recipes:MwaLoss",
+    "mwa-step": "recipes:MwaStep",
+    "perplexity": "recipes:Perplexity",
+    "bema": "recipes:Bema",
 }
+_REQUIRED = "a subclass of traj_merge_callback.Search that overrides ask"
 _registered: dict[str, type[Search]] = {}
+_SearchClass = TypeVar("_SearchClass", bound=type[Search])
 
 
-def register_search(name: str) -> Callable[[SearchClass], SearchClass]:
-    """Decorator that makes a subclass of :class:`Search` available as ``search=name``.
+def register_search(name: str) -> Callable[[_SearchClass], _SearchClass]:
+    """Class decorator that makes a subclass of :class:`Search` available as ``search=name``.
 
     Raises:
-        ValueError: the name belongs to a built-in search or recipe, or what is registered is no subclass.
+        ValueError: the name belongs to a built-in search or recipe.
+        TypeError: what is decorated is no subclass of :class:`Search`, or one without ``ask``.
     """
     if name in _BUILT_IN:
         raise ValueError(f"name={name!r} is a built-in search; choose another name")
 
-    def register(search: SearchClass) -> SearchClass:
-        _registered[name] = _checked(name, search)
+    def register(search: _SearchClass) -> _SearchClass:
+        if not _is_search(search):
+            raise TypeError(f"register_search({name!r}): {search!r} must be {_REQUIRED}")
+        _registered[name] = search
         return search
 
     return register
 
 
 def available_searches() -> list[str]:
-    """The names that ``search=`` takes, registered ones included."""
+    """The names that ``search=`` accepts, registered ones included."""
     return sorted([*_BUILT_IN, *_registered])
 
 
 def resolve_search(name: str, options: dict[str, Any] | None = None) -> type[Search]:
-    """The search behind a name or a ``"package.module:Class"`` path, with ``options`` checked against it.
+    """The class behind a name or a ``"package.module:Class"`` path, with ``options`` checked against it.
 
     Raises:
-        ValueError: no such search, no subclass of :class:`Search`, or one that does not take these options.
+        ValueError: no such search, something that is no :class:`Search`, or options that it does not accept.
     """
-    search = _checked(name, _load(name))
+    search = _load(name)
+    if not _is_search(search):
+        raise ValueError(f"search={name!r} is {search!r}; it must be {_REQUIRED}")
     options = options or {}
     try:
         inspect.signature(search).bind(None, **options)
@@ -92,13 +93,8 @@ def resolve_search(name: str, options: dict[str, Any] | None = None) -> type[Sea
     return search
 
 
-def _checked(name: str, search: Any) -> Any:
-    if not (isinstance(search, type) and issubclass(search, Search)):
-        raise ValueError(
-            f"search={name!r} is {search!r}: must be a subclass of traj_merge_callback.Search, whose defaults leave "
-            "only ask to be written"
-        )
-    return search
+def _is_search(found: Any) -> bool:
+    return isinstance(found, type) and issubclass(found, Search) and not inspect.isabstract(found)
 
 
 def _load(name: str) -> Any:

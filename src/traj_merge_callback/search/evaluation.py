@@ -1,4 +1,4 @@
-"""What an evaluation yields: sums per held-out batch, and the statistics a reader needs from them (k-world)."""
+"""Results of evaluating a merge on held-out batches: losses and gradients with their standard errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Parts of the search split: a candidate may be evaluated on some of them only, or dropped after any of them.
+# Number of parts of the search split. A candidate can be evaluated on some of them, or be given up after any of them.
 PARTS = 4
 
 
@@ -22,7 +22,7 @@ class Evaluation:
         nll: summed negative log-likelihood in nats, shape ``(batches,)``.
         tokens: number of target tokens, shape ``(batches,)``.
         domains: the domain's name of each batch, length ``batches``.
-        indices: which batches of the split these are, if that matters.
+        indices: positions of these batches in the split; empty if unknown.
     """
 
     nll: np.ndarray
@@ -47,28 +47,28 @@ class Evaluation:
         return math.exp(min(self.loss, 700.0)) if math.isfinite(self.loss) else self.loss
 
     def only(self, names: Set[str]) -> Evaluation:
-        """The part of the evaluation that belongs to some domains."""
-        return self._take([place for place, domain in enumerate(self.domains) if domain in names])
+        """The batches of some domains."""
+        return self._subset([place for place, domain in enumerate(self.domains) if domain in names])
 
     def on(self, indices: tuple[int, ...]) -> Evaluation:
-        """The part of the evaluation on some batches of the split, in their order."""
+        """The batches at these positions in the split, in that order."""
         places = {index: place for place, index in enumerate(self.indices)}
-        return self._take([places[index] for index in indices])
+        return self._subset([places[index] for index in indices])
 
     def joined(self, other: Evaluation) -> Evaluation:
-        """This evaluation and then the other one."""
+        """The batches of this evaluation followed by those of the other one."""
         nll, tokens = np.concatenate([self.nll, other.nll]), np.concatenate([self.tokens, other.tokens])
         return Evaluation(nll, tokens, self.domains + other.domains, self.indices + other.indices)
 
-    def _take(self, places: list[int]) -> Evaluation:
+    def _subset(self, places: list[int]) -> Evaluation:
         domains = tuple(self.domains[place] for place in places)
         indices = tuple(self.indices[place] for place in places) if self.indices else ()
         return Evaluation(self.nll[places], self.tokens[places], domains, indices)
 
     def gain_of(self, other: Evaluation) -> tuple[float, float]:
-        """How much lower the loss of ``other`` is than this one's on the same batches, and its standard error.
+        """This loss minus that of ``other`` on the same batches, in nats per token, and its standard error.
 
-        The difference is paired, batch by batch, so what makes a batch easy or hard for both cancels.
+        The differences are paired batch by batch, so that a batch's difficulty, common to both, cancels.
         """
         difference = self.nll - other.nll
         gain = float(difference.sum() / self.tokens.sum())
@@ -85,12 +85,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Gradient:
-    """Gradients of the summed NLL with respect to the merge weights, for parts of one split.
+    """Gradients of the summed NLL with respect to the merge weights, one for each part of a split and each domain.
 
     Args:
         sums: shape ``(parts, k)``, or ``(parts, groups, k)`` with a weight vector for each parameter group.
         tokens: number of target tokens of each part.
-        domains: the domain's name of each part.
+        domains: the domain's name of each part; a part's batches belong to one domain.
     """
 
     sums: np.ndarray
@@ -103,13 +103,18 @@ class Gradient:
         return self.sums[chosen].sum(axis=0) / self.tokens[chosen].sum()
 
     def stderr_along(self, direction: np.ndarray, names: Set[str]) -> float:
-        """Standard error of the derivative along ``direction``, with a domain's parts as units; nan for one part.
+        """Standard error of the derivative of the mean loss along ``direction``; nan if a domain has one part only.
 
-        It is, to first order, the standard error of the difference between the losses of two merges that far apart.
+        To first order it is the standard error of the difference between the losses of two merges whose weights differ
+        by ``direction``.
+
+        Args:
+            direction: a difference of merge weights, shape ``(k,)`` or ``(groups, k)``.
+            names: domains that the loss is the mean over.
         """
         slopes = (self.sums * direction).reshape(len(self.tokens), -1).sum(axis=1)
         total = self.tokens[self._chosen(names)].sum()
-        # Domains differ for good; only the parts of one are samples of the same thing.
+        # Only parts of one domain are samples of the same distribution: variances within each domain are added.
         stderrs = []
         for name in names & set(self.domains):
             chosen = self._chosen({name})
@@ -118,7 +123,7 @@ class Gradient:
         return float(np.linalg.norm(stderrs))
 
     def variance(self, group: int, axes: np.ndarray) -> np.ndarray:
-        """Variances of one parameter group's gradient of the mean loss along axes, shape ``(axes,)``.
+        """Variance of the mean loss's derivative along each axis, shape ``(axes,)``, within one parameter group.
 
         Args:
             group: index of the group.

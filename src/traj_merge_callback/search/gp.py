@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from skopt import Optimizer
@@ -14,9 +15,16 @@ from .recipes import ema, lawa
 
 
 class _BayesianSearch(Search):
-    """First points, then scikit-optimize: a Gaussian process with GP-Hedge over EI, PI and UCB in a unit box."""
+    """Given first candidates, then scikit-optimize's: a Gaussian process with GP-Hedge over EI, PI and UCB.
+
+    Args:
+        problem: the merge's problem.
+        box: lower and upper end of each coordinate that the Gaussian process works in.
+        first: the first candidates.
+    """
 
     def __init__(self, problem: Problem, box: list[tuple[float, float]], first: Iterable[np.ndarray]) -> None:
+        super().__init__(problem)
         self._first = list(first)
         self._points: list[list[float]] = []
         self._losses: list[float] = []
@@ -27,7 +35,7 @@ class _BayesianSearch(Search):
         )
         self._live_loss = problem.live_loss
         if problem.live is not None:
-            self._add(problem.live, problem.live_loss)
+            self._observe(problem.live, problem.live_loss)
 
     @abstractmethod
     def _to_weights(self, point: list[float]) -> np.ndarray:
@@ -41,7 +49,7 @@ class _BayesianSearch(Search):
         if self._first:
             return self._first.pop(0)
         with warnings.catch_warnings():
-            # "The objective has been evaluated at this point before": harmless, the engine answers from its cache.
+            # skopt warns of points evaluated before; the engine answers those from memory.
             warnings.simplefilter("ignore")
             if self._told < len(self._points):
                 self._optimizer.tell(self._points[self._told :], self._losses[self._told :])
@@ -49,10 +57,10 @@ class _BayesianSearch(Search):
             return self._to_weights(self._optimizer.ask())
 
     def tell(self, weights: np.ndarray, loss: float, observed: Observed) -> None:
-        self._add(weights, loss)
+        self._observe(weights, loss)
 
-    def _add(self, weights: np.ndarray, loss: float) -> None:
-        # A Gaussian process cannot hold an infinite loss: the worst finite one says "not here" well enough.
+    def _observe(self, weights: np.ndarray, loss: float) -> None:
+        # A Gaussian process cannot be fitted to an infinite loss; the largest finite one stands for it.
         finite = [value for value in self._losses if np.isfinite(value)]
         self._losses.append(loss if np.isfinite(loss) else max([*finite, self._live_loss]))
         point = self._to_point(weights)
@@ -62,9 +70,9 @@ class _BayesianSearch(Search):
 class GaussianProcessSearch(_BayesianSearch):
     """Bayesian optimisation over the whole simplex of merge weights (arXiv 2403.19390's idea in k - 1 dimensions).
 
-    First points: live, the uniform average, EMA and the last merge's weights; then the Gaussian process. The simplex is
-    parametrised by stick breaking from the newest row on: ``v_0`` is its share of the whole, ``v_1`` the next older
-    row's share of the rest, and so on, which has every face of the simplex inside the box.
+    First candidates: live, the uniform average, EMA and the last merge's weights. The simplex is parametrised by stick
+    breaking from the newest row on: ``v_0`` is the newest row's weight, ``v_1`` the next older row's share of what is
+    left, and so on; every face of the simplex is reached with ``v`` in the unit box.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -95,11 +103,11 @@ class GaussianProcessSearch(_BayesianSearch):
 class ReachSearch(_BayesianSearch):
     """Bayesian optimisation over two numbers: how far the merge reaches back and how sharply it ends.
 
-    The merge duration matters more than anything else (WSM, arXiv 2507.17634), and a Gaussian process finds its way in
-    two dimensions where it is lost in k - 1. Candidates are stretched exponentials of the age i (0 is live),
-    ``a_i ~ exp(-(i / tau)^p)``: EMA for p = 1, nearly the average of the newest tau rows for large p, the uniform one
-    for large tau, live for small tau. First points: uniform, EMA, half the window, the newest few rows, and the last
-    merge's weights. The family and its bounds are ours.
+    The merge duration matters more than anything else (WSM, arXiv 2507.17634), and a Gaussian process needs far fewer
+    evaluations in two dimensions than in k - 1. Candidates are stretched exponentials of a row's age i (0 is the
+    newest), ``a_i ~ exp(-(i / tau)^p)``: EMA for p = 1, nearly the average of the newest tau rows for large p, the
+    uniform average for large tau, the newest row for small tau. First candidates: uniform, EMA, half the window, the
+    newest few rows, and the last merge's weights. The family and its bounds are ours.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -124,18 +132,18 @@ class ReachSearch(_BayesianSearch):
     def _to_point(self, weights: np.ndarray) -> list[float]:
         if known := self._points_of.get(weights.tobytes()):
             return known
-        # Weights from elsewhere (live, the last merge's) stand where the family comes nearest to them.
+        # Weights that are not of the family (live, the last merge's) get the grid point with the nearest weights.
         axes = [np.linspace(low, high, 25) for low, high in self._box]
         grid = [(float(tau), float(power)) for tau in axes[0] for power in axes[1]]
         return list(min(grid, key=lambda point: float(np.square(self._family(*point) - weights).sum())))
 
 
 class PairwiseSearch(_BayesianSearch):
-    """The published search: ``lambda theta_t + (1 - lambda) theta_{t-1}`` of the two newest rows (arXiv 2403.19390).
+    """Bayesian optimisation of ``lambda theta_t + (1 - lambda) theta_{t-1}`` of the two newest rows (arXiv 2403.19390).
 
     Args:
         problem: the merge's problem.
-        alpha: lower end of the search space, ``lambda in [alpha, 1]``.
+        alpha: smallest weight of the newest row: ``lambda in [alpha, 1]``.
 
     Raises:
         ValueError: ``alpha`` not in [0, 1).
@@ -148,8 +156,9 @@ class PairwiseSearch(_BayesianSearch):
         super().__init__(problem, [(alpha, 1.0)], [middle, self._to_weights([alpha])])
 
     @classmethod
-    def check_options(cls, *, alpha: float = 0.5) -> None:  # type: ignore[override]
+    def check_options(cls, **options: Any) -> None:
         """Raise a ValueError if ``alpha`` is not in [0, 1)."""
+        alpha = options.get("alpha", 0.0)
         if not 0.0 <= alpha < 1.0:
             raise ValueError(f"alpha={alpha}: must be in [0, 1)")
 

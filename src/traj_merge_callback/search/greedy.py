@@ -1,4 +1,4 @@
-"""Greedy soup: add rows to the uniform average, best first, as long as the loss falls."""
+"""Greedy soup: a uniform average of rows that grows by one row where that lowers the loss."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from .problem import Observed, Problem, Search
 class GreedySearch(Search):
     """Greedy soup (Model soups, arXiv 2203.05482) over the newest rows the budget allows.
 
-    Every row is evaluated alone, then rows join the soup in the order of their loss where that lowers the soup's loss.
-    r rows cost at most ``2 (r - 1)`` evaluations beside live, so r = ``1 + evaluations // 2`` newest rows take part.
+    Every row is evaluated alone. The soup begins with the best row; the others are tried in the order of their loss,
+    and stay in the soup, a uniform average, if they lower its loss. With live among them r rows cost at most
+    ``2 (r - 1)`` evaluations, so the ``1 + evaluations // 2`` newest rows take part.
     """
 
     def __init__(self, problem: Problem) -> None:
-        self._problem = problem
+        super().__init__(problem)
         self._rows = max(2, min(len(problem.steps), 1 + problem.evaluations // 2))
+        # Losses of single rows, by age. The soup and the candidate asked for are lists of ages.
         self._losses = dict(problem.live_losses)
         self._soup: list[int] = []
         self._soup_loss = np.inf
@@ -25,7 +27,7 @@ class GreedySearch(Search):
 
     def ask(self) -> np.ndarray | None:
         if len(self._losses) < self._rows:
-            return self._problem.row(age=len(self._losses))
+            return self.problem.row(age=len(self._losses))
         if self._waiting is None:
             self._waiting = sorted(self._losses, key=lambda age: self._losses[age])
             best = self._waiting.pop(0)
@@ -33,7 +35,7 @@ class GreedySearch(Search):
         if not self._waiting:
             return None
         self._asked = [*self._soup, self._waiting.pop(0)]
-        return np.mean([self._problem.row(age) for age in self._asked], axis=0)
+        return np.mean([self.problem.row(age) for age in self._asked], axis=0)
 
     def tell(self, weights: np.ndarray, loss: float, observed: Observed) -> None:
         if self._waiting is None:

@@ -1,39 +1,49 @@
-"""Merge weights for each parameter group: gradient descent from the best weights of the whole model."""
+"""Merge weights of its own for each parameter group: gradient descent from the best weights of the whole model."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from .problem import Observed, Problem, Search
+from .problem import GRADIENT_COST, Observed, Problem, Search
 from .quadratic import NOISE_PER_TOKEN
 from .space import PrincipalAxes
 
+# Exponent of the power law of curvatures within a group (PrincipalAxes.curvatures).
 _ALPHA = 0.6
-# The first step tried along the direction, as a share of what would be right if groups did not depend on each other.
+# Length of the first step along a direction, relative to the Newton step of a loss to which each group adds separately.
 _FIRST_STEP = 0.2
 
 
 class GroupedSearch(Search):
     """Descent from the best weights of the whole model in the space of one weight vector per parameter group.
 
-    There are groups times as many weights to choose and no more held-out data to choose them by: most of the gradient
-    can be noise. So each step is shrunk by the share of the gradient that is (James and Stein's factor
-    ``1 - noise / |gradient|^2``, both in units of the Hessian, the noise from the gradient's variance between parts of
-    the search split), and the descent ends where nothing but noise is left. That variance, within each group, also
-    gives the group's curvature: for the Hessian of a log-likelihood is the covariance of its gradients. How far to go
-    along a direction follows from one evaluation on it and the slope at its beginning; the candidate there costs one
-    more. A step takes 5 forward passes in all; there are as many as the budget allows.
+    There are more weights to choose than for the whole model, by the number of groups, on the same held-out data, so
+    that most of the gradient can be noise. Three evaluations make a step; steps go on while they lower the loss and the
+    budget allows:
+
+    1. The gradient at the best weights so far. The direction is the Newton direction of a Hessian that is diagonal in
+       each group's principal axes, with the curvatures of :meth:`.space.PrincipalAxes.curvatures`. Their scale in a
+       group comes from the variance of the gradient between parts of the search split, as the Hessian of a negative
+       log-likelihood is the covariance of its gradients. The same variance gives the share of the gradient that is
+       signal, ``1 - noise / |gradient|^2`` (James and Stein's factor, with norms in the inverse Hessian), by which the
+       step is shrunk; at 0 the search ends.
+    2. The loss after a short step along the direction.
+    3. The loss at the minimum of the parabola through the slope and the two losses, or at the full step if that is
+       nearer.
 
     Args:
         problem: with Gram matrices of shape ``(groups, size, size)``.
         start: best weights of the whole model, shape ``(size,)``.
+
+    Attributes:
+        cost: of one step, in forward passes.
     """
 
     needs_gradients = True
-    # Of one step.
-    cost = 5
+    cost = GRADIENT_COST + 2
 
     def __init__(self, problem: Problem, start: np.ndarray) -> None:
+        super().__init__(problem)
         assert problem.gram is not None
         self._objective = problem.objective
         self._axes = [PrincipalAxes(gram) for gram in problem.gram]
@@ -66,7 +76,7 @@ class GroupedSearch(Search):
             return
         self._tried += 1
         if self._tried == 1:
-            # The parabola through the loss and the slope at the start and the loss at the first step.
+            # The minimum of the parabola through the loss and the slope at the start and the loss at the first step.
             first = _FIRST_STEP * self._signal
             bend = loss - self._loss - self._slope * first
             best = -self._slope * first**2 / (2.0 * bend) if bend > 0.0 else np.inf
@@ -78,7 +88,7 @@ class GroupedSearch(Search):
         return self._start + self._signal * length * self._direction
 
     def _aim(self, observed: Observed) -> tuple[np.ndarray, float, float]:
-        """The direction of descent, the slope along it, and the share of the gradient that is signal."""
+        """The direction of descent, ``(groups, size)``, the slope along it, and the gradient's share of signal."""
         parts = observed.parts
         assert parts is not None
         assert observed.gradients is not None
@@ -89,7 +99,7 @@ class GroupedSearch(Search):
             variances = parts.variance(group, axes.axes)
             curvatures = shape * float(np.mean(variances / shape)) * self._objective.tokens.sum() / NOISE_PER_TOKEN
             if axes.degenerate or not curvatures.min() > 0.0:
-                # Parameters that never move or do not matter, or too few data to tell.
+                # The group's rows are all equal, its gradient is 0, or no domain has two parts to take a variance of.
                 steps.append(np.zeros_like(axes.middle))
                 continue
             slopes = axes.axes.T @ gradient[group]

@@ -1,4 +1,4 @@
-"""What a search minimises: one number from the held-out losses of one or several domains (k-world)."""
+"""The objective that a search minimises: one number made of the held-out losses of one or several domains."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import numpy as np
 from .evaluation import Evaluation, Gradient
 
 KINDS = ("mean", "worst")
-# A candidate is given up early when it is worse than the best one by so many standard errors in every domain.
+# A candidate is given up early if it is worse than the best one by more than this many standard errors in every domain.
 _CLEARLY = 4.0
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of merge weights on the search split.
+    """The objective of merge weights on the search split.
 
-    "mean" is the weighted mean of the domains' losses. "worst" is live's mean plus the largest rise over live in any
-    domain (minimax over what each domain gains: losses themselves differ between domains for reasons no merge changes).
-    With a tolerance, weights with which any domain's loss rises by more than that over live are worth infinity.
+    "mean" is the weighted mean of the domains' losses. "worst" is live's mean loss plus the largest rise over live in
+    any domain; rises are compared and not losses, because some domains are harder than others for every merge. With a
+    tolerance, the objective is infinite where any domain's loss rises over live by more than that.
 
     Args:
-        components: sets of domains that have a loss together; one set of all domains where they need not be told apart.
+        components: sets of domains; the batches of a set have one loss together. A single set of all domains where
+            "mean" weighs them by tokens and there is no tolerance.
         weights: of the components in the mean, shape ``(components,)``, sum 1.
         live: live's losses, shape ``(components,)``, nats per token.
         tokens: number of target tokens of each component, shape ``(components,)``.
@@ -54,22 +55,22 @@ class Objective:
         domain_weights: Mapping[str, float] | None = None,
         tolerance: float | None = None,
     ) -> Objective:
-        """The objective of one merge, from live's evaluation on the search split.
+        """The objective of one merge, given live's evaluation on the search split.
 
         Args:
             live: live on the search split.
             domains: the domains that are searched on.
             kind: "mean" or "worst".
-            domain_weights: weights of the mean; by default each domain has that of its tokens.
+            domain_weights: weights of the mean; by default a domain's weight is its number of tokens.
             tolerance: largest rise over live allowed in any domain, in nats per token.
 
         Raises:
-            ValueError: the domains that have weights have no held-out sequence to search on.
+            ValueError: no domain with a positive weight has a sequence on the search split.
         """
         names = sorted(domains)
         together = kind == "mean" and domain_weights is None and tolerance is None
         components = (frozenset(names),) if together else tuple(frozenset([name]) for name in names)
-        # A domain of a single sequence may have none on this split.
+        # A domain of a single sequence has none on this split if it went to the report split.
         components = tuple(component for component in components if live.only(component).tokens.sum())
         evaluations = [live.only(component) for component in components]
         losses, tokens = np.array([e.loss for e in evaluations]), np.array([e.tokens.sum() for e in evaluations])
@@ -82,7 +83,7 @@ class Objective:
 
     @classmethod
     def single(cls, live_loss: float) -> Objective:
-        """The objective of a single unnamed domain with one token."""
+        """The objective of one nameless domain of one token: the loss itself."""
         return cls((frozenset([""]),), np.ones(1), np.array([live_loss]), np.ones(1))
 
     def losses(self, evaluation: Evaluation) -> np.ndarray:
@@ -94,18 +95,23 @@ class Objective:
         return np.array([gradient.of(component) for component in self.components])
 
     def value(self, losses: np.ndarray) -> float:
-        """The objective in nats per token; ``inf`` where a loss is not finite or exceeds the tolerance."""
+        """The objective in nats per token; ``inf`` if a loss is not finite or rises by more than the tolerance."""
         allowed = self.tolerance is None or (losses - self.live).max() <= self.tolerance
         return self.score(losses) if np.isfinite(losses).all() and allowed else math.inf
 
     def score(self, losses: np.ndarray) -> float:
-        """The objective without regard to the tolerance."""
+        """The objective without regard to the tolerance. Live's is its mean loss."""
         if self.worst:
             return float(self.weights @ self.live + (losses - self.live).max())
         return float(self.weights @ losses)
 
     def clearly_worse(self, evaluation: Evaluation, best: Evaluation) -> bool:
-        """Whether a candidate is worse than ``best`` by 4 standard errors in every domain, on the batches so far."""
+        """Whether a candidate is significantly worse than ``best`` in every component on the batches it has so far.
+
+        Args:
+            evaluation: the candidate, perhaps on some batches of the split only.
+            best: the best candidate, on the whole split.
+        """
         best = best.on(evaluation.indices)
         for component in self.components:
             gain, stderr = best.only(component).gain_of(evaluation.only(component))

@@ -1,4 +1,4 @@
-"""The problem that a search solves, what it observes, and the base class of all searches (k-world)."""
+"""The interface of a search: the problem it is given, what it observes of each candidate, and its base class."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from .evaluation import Gradient
 from .objective import Objective
 
-# What a forward and a backward pass cost, in forward passes.
+# Cost of evaluating a candidate with its gradient (a forward and a backward pass), in forward passes.
 GRADIENT_COST = 3
 
 
@@ -37,23 +37,26 @@ class SearchState:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a search may know.
+    """The choice of merge weights at one merge, as a search sees it.
 
     Args:
         steps: optimizer steps of the window's rows, oldest first.
-        evaluations: what may be spent, in forward passes over the search split: a candidate costs 1, with its gradient
-            3. Live is evaluated beside that.
-        objective: the loss, how it is made of those of several domains, and live's.
-        previous: the last merge's weights, shape ``(size,)``, aligned so that ages match; None at the first merge.
+        evaluations: the budget, in forward passes over the search split. A candidate costs 1, with its gradient
+            ``GRADIENT_COST``. The evaluation of live is not charged to it.
+        objective: computes the number to minimise from the losses of the held-out domains; holds live's losses.
+        previous: the last merge's weights, shape ``(size,)``, shifted so that the newest row's weight is last; None at
+            the first merge.
         seed: for the search's own random numbers; differs from merge to merge.
-        leading_rows: number of rows in front of the window that are no checkpoints of it (BEMA's two), else 0.
-        live_is_row: whether the newest row is live; else the rows are means, and live is no merge of them.
-        gram: inner products of the rows' deltas to the newest row, shape ``(size, size)``, or ``(groups, size, size)``
-            where merge weights are grouped; for searches that take gradients.
+        leading_rows: number of rows in front of the window that are no checkpoints of it: 2 for BEMA (theta_0 and
+            EMA_t), else 0.
+        live_is_row: whether the newest row is live. If False, rows are means and no merge of them equals live.
+        gram: inner products of the rows' differences to the newest row, shape ``(size, size)``, or ``(groups, size,
+            size)`` where each parameter group has merge weights of its own. None if the search has
+            ``needs_gradients = False``.
         batches: number of batches of the search split.
-        parts: number of parts of it that can be evaluated alone.
-        memory: what the search keeps from one merge of a run to the next, plain JSON values with strings as keys; it
-            may write to it.
+        parts: number of parts of the search split that can be evaluated separately.
+        memory: a dictionary that the search may write to and that the next merge's search receives: JSON values with
+            strings as keys.
     """
 
     steps: tuple[int, ...]
@@ -75,26 +78,26 @@ class Problem:
 
     @property
     def size(self) -> int:
-        """The number of merge weights."""
+        """Number of merge weights: one for each row, leading rows included."""
         return self.leading_rows + len(self.steps)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of a candidate: ``(size,)``, or ``(groups, size)``."""
+        """Shape of a candidate: ``(size,)``, or ``(groups, size)``."""
         return (self.size,) if self.gram is None or self.gram.ndim == 2 else self.gram.shape[:-1]
 
     @property
     def live(self) -> np.ndarray | None:
-        """The candidate that is live, None if live is no row."""
+        """The candidate that equals live, shape ``(size,)``; None if live is no row."""
         return self.row(age=0) if self.live_is_row else None
 
     @property
     def live_losses(self) -> dict[int, float]:
-        """Losses of single rows, by age, that are known from the beginning."""
+        """Losses of single rows that need no evaluation, by the row's age: live's (age 0) if live is a row."""
         return {0: self.live_loss} if self.live_is_row else {}
 
     def row(self, age: int) -> np.ndarray:
-        """The candidate that is one row alone; age 0 is the newest."""
+        """The candidate with weight 1 on one row, shape ``(size,)``; age 0 is the newest row."""
         weights = np.zeros(self.size)
         weights[self.size - 1 - age] = 1.0
         return weights
@@ -102,13 +105,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Observed:
-    """What a search is told of a candidate beside its loss.
+    """What was measured of a candidate beside the objective.
 
     Args:
-        losses: losses of the objective's components, shape ``(components,)``.
-        gradients: their gradients in the merge weights, shape ``(components, *problem.shape)``, known up to a constant
-            that weights which sum to 1 do not feel; None where no gradient was wanted.
-        parts: the gradient by parts of the search split, from which its standard error follows.
+        losses: loss of each component of the objective, shape ``(components,)``, nats per token.
+        gradients: gradients of these losses with respect to the merge weights, shape ``(components, *problem.shape)``;
+            known up to one constant added to all entries of a weight vector, which changes no derivative along
+            directions that keep the weights' sum. None if the candidate was evaluated without its gradient.
+        parts: the same gradient separately for each part of the search split, for standard errors; None likewise.
     """
 
     losses: np.ndarray
@@ -117,39 +121,56 @@ class Observed:
 
 
 class Search(ABC):
-    """Proposes merge weights: built as ``MySearch(problem, **search_options)`` for each merge, then asked and told.
+    """Base class of all searches. One is built as ``Search(problem, **search_options)`` at every merge.
 
-    Only :meth:`ask` must be written. The defaults are those of a search that needs nothing but losses.
+    The engine then alternates :meth:`ask` and :meth:`tell` until ``ask`` returns None or the budget is spent. Only
+    :meth:`ask` must be overridden.
+
+    Args:
+        problem: the merge's problem, kept as ``self.problem``. Options are keyword arguments of the subclass.
 
     Attributes:
-        needs_gradients: whether ``problem.gram`` is computed.
-        closed_form: whether there is one candidate, which depends on no loss: such a merge takes two passes.
-        average_rate: for BEMA alone, ``beta_t`` as a function of the step and the search's options; the window then
-            keeps two leading rows.
-        wants_gradient: whether the next candidate is evaluated with its gradient, for ``GRADIENT_COST`` passes.
-        wants_parts: on how many of the ``problem.parts`` of the search split the next candidate is evaluated, at their
-            share of the cost; it can only win if these are all, which None means.
+        needs_gradients: class attribute; if True, ``problem.gram`` is given and ``wants_gradient`` may be set.
+        closed_form: class attribute; if True, there is one candidate and it depends on no loss, so that two passes
+            over the search split (live's and the candidate's) suffice.
+        average_rate: class attribute; for BEMA, a function of the step and the options that returns beta_t, with which
+            the window keeps its leading rows. None: the window has no leading rows.
+        wants_gradient: whether the next candidate is to be evaluated with its gradient.
+        wants_parts: on how many parts of the search split the next candidate is to be evaluated, at their share of the
+            cost; None: on all. A candidate that was evaluated on fewer than all parts cannot win.
     """
 
     needs_gradients: ClassVar[bool] = False
     closed_form: ClassVar[bool] = False
     average_rate: ClassVar[Callable[..., float] | None] = None
+
     wants_gradient: bool = False
     wants_parts: int | None = None
 
-    @classmethod  # noqa: B027
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    @classmethod  # noqa: B027 (optional to override)
     def check_options(cls, **options: Any) -> None:
-        """Raise a ValueError if the value of an option is wrong, so that it fails before training starts."""
+        """Check the values of options before training starts; their names are checked by the caller.
+
+        Raises:
+            ValueError: a value is wrong.
+        """
 
     @abstractmethod
     def ask(self) -> np.ndarray | None:
-        """The next candidate, of shape ``problem.shape``, summing to 1; None when there is nothing left to try."""
+        """The next candidate, of shape ``problem.shape`` with weights that sum to 1; None to end the search.
 
-    def tell(self, weights: np.ndarray, loss: float, observed: Observed) -> None:  # noqa: B027
-        """Take in the loss of a candidate on the search split, in nats per token.
+        A candidate that was evaluated before is answered from memory at no cost.
+        """
+
+    def tell(self, weights: np.ndarray, loss: float, observed: Observed) -> None:  # noqa: B027 (optional to override)
+        """Receive the result of the candidate last asked for.
 
         Args:
             weights: the candidate.
-            loss: of the objective; ``inf`` if it was not finite or is not allowed.
-            observed: the losses of its components, and gradients if they were wanted.
+            loss: its objective on the search split, in nats per token; ``inf`` if it is not finite or not allowed by
+                the tolerance. For a candidate evaluated on some parts only it is an estimate for the whole split.
+            observed: what else was measured.
         """

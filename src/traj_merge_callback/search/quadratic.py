@@ -1,4 +1,8 @@
-"""A Bayesian quadratic model of a loss, from losses and gradients at a few points."""
+"""A Bayesian quadratic model of a loss, fitted to losses and gradients at a few points.
+
+Everywhere d is the number of coordinates of a point, n the number of observed numbers (a loss counts 1, a gradient d)
+and c = 1 + d + d (d + 1) / 2 the number of coefficients of a quadratic.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +10,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Prior spread of a curvature, as a share of its prior mean, and of the coupling of two directions.
+# Prior standard deviation of a diagonal entry of the Hessian, relative to its prior mean, and of an off-diagonal one,
+# relative to the geometric mean of the two diagonal entries' prior means.
 _CURVATURE_SPREAD, _COUPLING_SPREAD = 0.5, 0.08
-# The covariance of a mean gradient over n tokens is about this times the Hessian, over n: for the Hessian of a
-# log-likelihood is the covariance of its gradients, and tokens of a sequence are not independent (measured: 1 to 2).
+# The covariance of the mean gradient over n tokens is about NOISE_PER_TOKEN * Hessian / n. With independent tokens the
+# factor would be 1 (the Hessian of a negative log-likelihood is the covariance of its gradients, the Fisher
+# information); tokens of a sequence are not independent. Measured: 1 to 2.
 NOISE_PER_TOKEN = 2.0
-# How far the true loss may be from any quadratic, in nats, at a point that is 1 nat away from the center.
+# Standard deviation of the third-order term, in nats, at a point where the prior's quadratic term is 1/2 nat.
 _CUBIC = 0.3
-# Rounding of a loss, in nats, and of a gradient, in the same unit per unit step.
+# Standard deviation of the rounding error of a loss, in nats, and of a gradient, relative to the root of the curvature.
 _ROUNDING = 1e-5
-# No direction is taken to be flatter than this share of what the prior says: noise would send a step far away.
+# Eigenvalues of the Hessian relative to the prior's curvatures are raised to at least this: along a direction that
+# noise makes too flat, a Newton step would be far too long.
 _FLATTEST = 0.15
 
 
 @dataclass(frozen=True)
 class Observation:
-    """A loss at a point, and its gradient there if it was taken.
+    """A loss at a point, with or without its gradient there.
 
     Args:
         point: shape ``(d,)``.
         loss: in nats.
         gradient: shape ``(d,)``.
-        noise: covariance of the gradient's error, as a multiple of the Hessian, in nats.
+        noise: the factor, in nats, that the Hessian is multiplied by to give the covariance of the gradient's error.
     """
 
     point: np.ndarray
@@ -51,11 +58,11 @@ class Quadratic:
     hessian: np.ndarray
 
     def value(self, point: np.ndarray) -> float:
-        """The loss at a point."""
+        """``L(point)``, in nats."""
         return float(self.constant + self.slope @ point + 0.5 * point @ self.hessian @ point)
 
     def gradient(self, point: np.ndarray) -> np.ndarray:
-        """Its gradient at a point, shape ``(d,)``."""
+        """The gradient at a point, shape ``(d,)``."""
         return self.slope + self.hessian @ point
 
     def minimum(self) -> np.ndarray:
@@ -65,11 +72,11 @@ class Quadratic:
 
 @dataclass(frozen=True)
 class Prior:
-    """A Gaussian over quadratics whose Hessian is diagonal in the mean, with independent entries.
+    """A Gaussian over quadratics with independent coefficients, whose mean Hessian is diagonal.
 
     Args:
-        curvatures: means of the Hessian's diagonal, shape ``(d,)``, positive.
-        slopes: variances of the slope, shape ``(d,)``.
+        curvatures: prior means of the Hessian's diagonal, shape ``(d,)``, positive.
+        slopes: prior variances of the slope, shape ``(d,)``; its mean is 0.
     """
 
     curvatures: np.ndarray
@@ -83,7 +90,8 @@ class Posterior:
     Args:
         mean: shape ``(c,)``.
         variance: prior variances, shape ``(c,)``.
-        gain: what was learned, shape ``(n, c)``: the covariance is ``diag(variance) - gain.T @ gain``.
+        gain: reduction of the covariance by the observations, shape ``(n, c)``: it is
+            ``diag(variance) - gain.T @ gain``.
         curvatures: prior means of the Hessian's diagonal, shape ``(d,)``.
         log_evidence: log probability of the observations under the prior, up to a constant.
     """
@@ -95,9 +103,10 @@ class Posterior:
     log_evidence: float
 
     def samples(self, count: int, rng: np.random.Generator) -> list[Quadratic]:
-        """Quadratics drawn from the posterior."""
+        """Independent draws from the posterior."""
         deviation = np.sqrt(self.variance)
-        # In units of the prior the covariance is 1 - G'G, whose root shares the right singular vectors of G.
+        # With coefficients divided by their prior deviations the covariance is 1 - G'G. Its symmetric square root has
+        # the right singular vectors of G as eigenvectors, with eigenvalues sqrt(1 - s^2) for singular values s.
         relative = np.divide(self.gain, deviation, out=np.zeros_like(self.gain), where=deviation > 0)
         _, values, vectors = np.linalg.svd(relative, full_matrices=False)
         shrink = 1.0 - np.sqrt(np.maximum(1.0 - np.square(values), 0.0))
@@ -107,7 +116,14 @@ class Posterior:
 
 
 def quadratic(coefficients: np.ndarray, curvatures: np.ndarray) -> Quadratic:
-    """The quadratic with these coefficients; directions much flatter than ``curvatures`` are made steeper."""
+    """The quadratic with these coefficients, its Hessian made positive definite.
+
+    Eigenvalues of the Hessian relative to ``diag(curvatures)`` are raised to ``_FLATTEST``.
+
+    Args:
+        coefficients: constant, slope and upper triangle of the Hessian, shape ``(c,)``.
+        curvatures: prior means of the Hessian's diagonal, shape ``(d,)``.
+    """
     size = len(curvatures)
     upper = np.zeros((size, size))
     upper[np.triu_indices(size)] = coefficients[1 + size :]
@@ -119,7 +135,7 @@ def quadratic(coefficients: np.ndarray, curvatures: np.ndarray) -> Quadratic:
 
 
 def design(observations: list[Observation]) -> np.ndarray:
-    """What each observed number is made of: its derivative by the coefficients of the quadratic, shape ``(n, c)``."""
+    """The design matrix, shape ``(n, c)``: the observed numbers of a quadratic are this times its coefficients."""
     size = len(observations[0].point)
     rows, columns = np.triu_indices(size)
     diagonal = rows == columns
@@ -137,14 +153,14 @@ def design(observations: list[Observation]) -> np.ndarray:
 def posterior(observations: list[Observation], prior: Prior, center: np.ndarray, matrix: np.ndarray) -> Posterior:
     """Exact Gaussian conditioning (Bayesian linear regression on the quadratic's coefficients).
 
-    An observation counts the less the farther it is from ``center``, because the loss is no quadratic: a third-order
-    term of unknown sign is allowed for, which grows with the cube of the distance (with its square for gradients).
+    The loss is not exactly quadratic, so that observations far from ``center`` are given more noise: the deviation that
+    a third-order term could cause, which grows with the cube of the distance (for gradients with its square).
 
     Args:
         observations: at least one.
-        prior: of the quadratic.
-        center: where the model should be right, shape ``(d,)``.
-        matrix: the ``design`` of the observations, which is the same for every prior.
+        prior: the prior over quadratics.
+        center: the point around which the quadratic should be most accurate, shape ``(d,)``.
+        matrix: ``design(observations)``, which callers compute once for many priors.
     """
     curvatures = prior.curvatures
     size = len(curvatures)
@@ -159,7 +175,8 @@ def posterior(observations: list[Observation], prior: Prior, center: np.ndarray,
     for observation in observations:
         z = observation.point
         away = float((curvatures * np.square(z - center)).sum())
-        # The differences between losses are what counts, and those have the noise of the slope between the points.
+        # Only differences between losses matter, so that a loss has the noise of its difference to the first one: that
+        # of the gradient along the line between the two points.
         between = float((curvatures * np.square(z - observations[0].point)).sum())
         targets.append([observation.loss])
         noise.append([_ROUNDING**2 + (_CUBIC * away**1.5) ** 2 + observation.noise * between])

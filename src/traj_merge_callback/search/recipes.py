@@ -1,23 +1,23 @@
-"""Closed-form merge weights (k-world): functions of the rows' number, steps and held-out losses, and as searches.
+"""Recipes: closed-form merge weights as functions of the number, steps or held-out losses of the rows; and as searches.
 
 Every function returns float64 weights of shape ``(k,)``, oldest row first, that sum to 1. Where a source's exact
-constant could not be verified, the docstring says which part is ours.
+constant could not be verified, the docstring says which part is ours. The classes below the functions are the same
+recipes as searches, with the functions' keyword arguments as their options.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from .objective import Objective
 from .problem import Observed, Problem, Search
 
 
 def lawa(k: int) -> np.ndarray:
-    """Uniform average ``a_i = 1/k`` of the k latest checkpoints.
+    """Uniform average of the k rows, ``a_i = 1/k``.
 
     LAWA: Kaddour 2022, arXiv 2209.14981; Sanyal et al., arXiv 2306.03241. SMA in PMA, arXiv 2505.12082.
     """
@@ -52,13 +52,14 @@ WSM_PROFILES = {
 def wsm(k: int, *, profile: str = "1-sqrt", steepness: float = 4.0) -> np.ndarray:
     """The average that imitates a learning-rate decay over the window (WSM, arXiv 2507.17634).
 
-    With the decay profile ``1 >= w_1 >= ... >= w_{k-1} >= 0`` sampled at ``x = j/k`` of the merge duration:
-    ``a_0 = 1 - w_1``, ``a_j = w_j - w_{j+1}``, ``a_{k-1} = w_{k-1}``; then ``w_i = sum_{j >= i} a_j``.
+    ``w_j`` is the decayed learning rate as a share of the full one at ``x = j/k`` of the window,
+    ``1 >= w_1 >= ... >= w_{k-1} >= 0``. The merge weights are its decrements, ``a_0 = 1 - w_1``,
+    ``a_j = w_j - w_{j+1}``, ``a_{k-1} = w_{k-1}``, so that ``w_i = sum_{j >= i} a_j``.
 
     Args:
         k: number of rows.
         profile: "linear" (gives the uniform average), "cosine", "1-sqrt", "inverse-sqrt" or "exponential".
-        steepness: c > 0 of the last two; their normalisation to end at 0 and the value of c are ours.
+        steepness: c > 0 of "inverse-sqrt" and "exponential"; their normalisation to end at 0 and c = 4 are ours.
 
     Raises:
         ValueError: an unknown profile, or ``steepness`` not positive.
@@ -111,10 +112,10 @@ def bema_rate(step: int, *, kappa: float = 0.5, rho: float = 10.0, gamma: float 
 
 
 def bema(k: int, step: int, *, eta: float = 0.2, rho: float = 10.0, gamma: float = 1.0) -> np.ndarray:
-    """BEMA as weights of the rows ``theta_0, EMA_t, theta_(0..k-1)``, shape ``(k + 2,)`` (arXiv 2508.00180).
+    """BEMA as weights of the leading rows theta_0 and EMA_t and the k rows, shape ``(k + 2,)`` (arXiv 2508.00180).
 
-    ``theta' = alpha_t (theta_t - theta_0) + EMA_t`` with ``alpha_t = (rho + gamma t)^-eta``: the weights
-    ``-alpha_t, 1, 0, ..., alpha_t`` sum to 1.
+    ``theta' = alpha_t (theta_t - theta_0) + EMA_t`` with ``alpha_t = (rho + gamma t)^-eta`` and ``t = step``: the
+    weights ``-alpha_t, 1, 0, ..., 0, alpha_t`` sum to 1.
     """
     alpha = (rho + gamma * step) ** -eta
     weights = np.zeros(k + 2)
@@ -126,78 +127,82 @@ def _normalised(values: np.ndarray) -> np.ndarray:
     return values / values.sum()
 
 
-# Recipes as searches
+class RecipeSearch(Search):
+    """A recipe as a search: its weights are the one candidate.
 
-WeightsOf = Callable[..., np.ndarray]
+    A recipe of losses first evaluates rows alone, newest first, as many as the budget allows beside that candidate.
+    The weights are then those of these newest rows, and 0 for the older ones.
 
-
-class _Recipe(Search):
-    """One candidate, a recipe's weights, after the losses of single rows have been measured if it needs them.
-
-    ``weights_of(problem, losses, **options)`` gives the weights; ``losses`` are those of the newest rows, oldest first.
+    Attributes:
+        recipe: the function.
+        argument: what the function takes as its first argument: the rows' "size", "steps" or "losses".
     """
 
-    weights_of: ClassVar[WeightsOf]
-    needs_losses: ClassVar[bool]
+    recipe: ClassVar[Callable[..., np.ndarray]]
+    argument: ClassVar[Literal["size", "steps", "losses"]]
 
     def __init__(self, problem: Problem, **options: Any) -> None:
-        self._problem = problem
+        super().__init__(problem)
         self._options = options
-        # By age; the last evaluation is kept for the recipe itself.
+        # Losses of the newest rows, by age.
         self._losses = dict(problem.live_losses)
-        most = min(len(problem.steps), problem.evaluations - 1 + len(self._losses))
-        self._wanted = most if self.needs_losses else 0
+        # One evaluation is kept for the candidate itself; live's loss, where it is known, costs nothing.
+        measurable = min(len(problem.steps), problem.evaluations - 1 + len(self._losses))
+        self._wanted = measurable if self.argument == "losses" else 0
         self._done = False
 
     @classmethod
     def check_options(cls, **options: Any) -> None:
-        cls.weights_of(Problem(steps=(1, 2), evaluations=2, objective=Objective.single(1.0)), [1.0, 1.0], **options)
+        """Raise the recipe's ValueError for these options."""
+        cls.recipe({"size": 2, "steps": [1, 2], "losses": [1.0, 1.0]}[cls.argument], **options)
 
     def ask(self) -> np.ndarray | None:
         if len(self._losses) < self._wanted:
-            return self._problem.row(age=len(self._losses))
+            return self.problem.row(age=len(self._losses))
         if self._done:
             return None
         self._done = True
         losses = [self._losses[age] for age in reversed(range(len(self._losses)))]
-        weights = type(self).weights_of(self._problem, losses, **self._options)
-        return np.concatenate([np.zeros(self._problem.size - len(weights)), weights])
+        known = {"size": self.problem.size, "steps": self.problem.steps, "losses": losses}
+        weights = self.recipe(known[self.argument], **self._options)
+        return np.concatenate([np.zeros(self.problem.size - len(weights)), weights])
 
     def tell(self, weights: np.ndarray, loss: float, observed: Observed) -> None:
         if not self._done:
             self._losses[len(self._losses)] = loss
 
 
-def _as_search(source: WeightsOf, weights_of: WeightsOf, *, needs_losses: bool = False) -> type[Search]:
-    """A search whose signature is ``problem`` and the recipe's own options."""
-    options = [p for p in inspect.signature(source).parameters.values() if p.kind is p.KEYWORD_ONLY]
+def _search_of(
+    recipe: Callable[..., np.ndarray], name: str, argument: Literal["size", "steps", "losses"]
+) -> type[RecipeSearch]:
+    """A subclass of :class:`RecipeSearch` whose signature is ``(problem, *, <the recipe's keyword arguments>)``."""
+    options = [p for p in inspect.signature(recipe).parameters.values() if p.kind is p.KEYWORD_ONLY]
     problem = inspect.Parameter("problem", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     attributes = {
-        "__doc__": source.__doc__,
+        "recipe": staticmethod(recipe),
+        "argument": argument,
+        "closed_form": argument != "losses",
         "__signature__": inspect.Signature([problem, *options]),
-        "weights_of": staticmethod(weights_of),
-        "needs_losses": needs_losses,
-        "closed_form": not needs_losses,
+        "__doc__": recipe.__doc__,
+        "__module__": __name__,
     }
-    return type(f"{source.__name__}_search", (_Recipe,), attributes)
+    return type(name, (RecipeSearch,), attributes)
 
 
-lawa_search = _as_search(lawa, lambda problem, _: lawa(problem.size))
-ema_search = _as_search(ema, lambda problem, _, **options: ema(problem.size, **options))
-wma_search = _as_search(wma, lambda problem, _: wma(problem.size))
-wsm_search = _as_search(wsm, lambda problem, _, **options: wsm(problem.size, **options))
-mwa_step_search = _as_search(mwa_step, lambda problem, _, **options: mwa_step(problem.steps, **options))
-mwa_loss_search = _as_search(mwa_loss, lambda _, losses, **options: mwa_loss(losses, **options), needs_losses=True)
-perplexity_search = _as_search(
-    perplexity, lambda _, losses, **options: perplexity(losses, **options), needs_losses=True
-)
+Lawa = _search_of(lawa, "Lawa", "size")
+Ema = _search_of(ema, "Ema", "size")
+Wma = _search_of(wma, "Wma", "size")
+Wsm = _search_of(wsm, "Wsm", "size")
+MwaStep = _search_of(mwa_step, "MwaStep", "steps")
+MwaLoss = _search_of(mwa_loss, "MwaLoss", "losses")
+Perplexity = _search_of(perplexity, "Perplexity", "losses")
 
 
-class BemaSearch(Search):
-    """BEMA (arXiv 2508.00180), with the paper's symbols as options; see :func:`bema`.
+class Bema(Search):
+    """BEMA as a search (arXiv 2508.00180), with the paper's symbols as options; see :func:`bema`.
 
     Args:
-        problem: the merge's problem, whose first two weights belong to theta_0 and EMA_t.
+        problem: the merge's problem, with two leading rows, theta_0 and EMA_t.
         eta: bias power. kappa: EMA power. rho: lag. gamma: multiplier. Defaults are those of TRL's BEMACallback.
     """
 
@@ -206,13 +211,15 @@ class BemaSearch(Search):
     def __init__(
         self, problem: Problem, *, eta: float = 0.2, kappa: float = 0.5, rho: float = 10.0, gamma: float = 1.0
     ) -> None:
-        self._candidates = [bema(len(problem.steps), problem.steps[-1], eta=eta, rho=rho, gamma=gamma)]
+        super().__init__(problem)
+        weights = bema(len(problem.steps), problem.steps[-1], eta=eta, rho=rho, gamma=gamma)
+        self._candidates = [weights]
 
     @staticmethod
     def average_rate(
         step: int, *, eta: float = 0.2, kappa: float = 0.5, rho: float = 10.0, gamma: float = 1.0
     ) -> float:
-        """beta_t, which the window needs to keep EMA_t while checkpoints arrive."""
+        """beta_t, with which the window keeps EMA_t up to date; takes all options of the search, and ignores eta."""
         return bema_rate(step, kappa=kappa, rho=rho, gamma=gamma)
 
     def ask(self) -> np.ndarray | None:

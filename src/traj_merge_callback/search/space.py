@@ -1,4 +1,4 @@
-"""The space of merge weights: principal axes of a window, bounds, and the convex program inside them."""
+"""The space of merge weights: its bounds, its principal axes as coordinates, and the best point within bounds."""
 
 from __future__ import annotations
 
@@ -8,56 +8,22 @@ from scipy.optimize import minimize
 from .objective import Objective
 from .quadratic import Quadratic
 
-# The window's extent along an axis is bounded from below, relative to the largest: flatter axes tell nothing.
-_SMALLEST_EXTENT = 1e-6
-_PRECISION = 1e-12
 _BOUNDS = {"affine": (-1.0, 2.0), "simplex": (0.0, 1.0)}
-
-
-class PrincipalAxes:
-    """Whitened coordinates ``z`` of merge weights that sum to 1: ``weights = middle + axes @ z``.
-
-    The axes are eigenvectors of the rows' centred Gram matrix; ``|z|`` is the distance between two merges' parameters.
-
-    Args:
-        gram: inner products of the rows' deltas to one of them, shape ``(k, k)``.
-
-    Attributes:
-        middle: the uniform average, shape ``(k,)``.
-        axes: shape ``(k, k - 1)``.
-        extents: sum of the rows' squared coordinates along each axis, shape ``(k - 1,)``.
-        degenerate: whether all rows are equal.
-    """
-
-    def __init__(self, gram: np.ndarray) -> None:
-        size = len(gram)
-        self.middle = np.full(size, 1.0 / size)
-        # An orthonormal basis of the directions that keep the sum of the weights: all but the all-ones one.
-        basis = np.linalg.svd(np.ones((1, size)))[2][1:].T
-        extents, vectors = np.linalg.eigh(basis.T @ gram @ basis)
-        self.degenerate = not extents[-1] > 0
-        self.extents = np.maximum(extents, max(_SMALLEST_EXTENT * extents[-1], np.finfo(float).tiny))
-        self.axes = basis @ vectors / np.sqrt(self.extents)
-
-    def to_point(self, weights: np.ndarray) -> np.ndarray:
-        """Coordinates of merge weights, shape ``(k - 1,)``."""
-        # Undoes the scaling of the axes, which are orthogonal.
-        return (self.axes * self.extents).T @ (weights - self.middle)
-
-    def to_weights(self, point: np.ndarray) -> np.ndarray:
-        """Merge weights at a point, shape ``(k,)``."""
-        return self.middle + self.axes @ point
-
-    def curvatures(self, alpha: float) -> np.ndarray:
-        """The shape of the prior's curvatures, ``(w / mean w)^-alpha`` for extents w, shape ``(k - 1,)``."""
-        return (self.extents / self.extents.mean()) ** -alpha
+# Extents are raised to at least this share of the largest one; along flatter axes the rows differ by rounding errors.
+_SMALLEST_EXTENT = 1e-6
+# SLSQP stops when the scaled objective (see best_point) changes by less.
+_PRECISION = 1e-12
 
 
 def check_space(space: str = "affine", bounds: tuple[float, float] | None = None) -> tuple[float, float]:
-    """The smallest and the largest weight of a space of merge weights, by default (-1, 2) or (0, 1).
+    """The smallest and the largest weight allowed in a space of merge weights.
+
+    Args:
+        space: "affine": weights may be negative (extrapolation); "simplex": they are not.
+        bounds: smallest and largest weight; by default (-1, 2) for "affine" and (0, 1) for "simplex".
 
     Raises:
-        ValueError: an unknown space, or bounds that do not include every single row.
+        ValueError: an unknown space, or bounds that exclude a single row alone, whose weights are 0 and 1.
     """
     if space not in _BOUNDS:
         raise ValueError(f"space={space!r} is not one of {sorted(_BOUNDS)}")
@@ -67,6 +33,49 @@ def check_space(space: str = "affine", bounds: tuple[float, float] | None = None
     return low, high
 
 
+class PrincipalAxes:
+    """Whitened coordinates ``z`` of merge weights that sum to 1: ``weights = middle + axes @ z``.
+
+    The axes are eigenvectors of the rows' centred Gram matrix, scaled so that the Euclidean distance between two points
+    is the distance between the parameters of the two merges.
+
+    Args:
+        gram: inner products of the rows' differences to one of them, shape ``(k, k)``.
+
+    Attributes:
+        middle: the uniform average, shape ``(k,)``.
+        axes: directions in merge weights, shape ``(k, k - 1)``; entries of a direction sum to 0.
+        extents: sum of the rows' squared coordinates along each axis, shape ``(k - 1,)``, ascending.
+        degenerate: whether all rows are equal.
+    """
+
+    def __init__(self, gram: np.ndarray) -> None:
+        size = len(gram)
+        self.middle = np.full(size, 1.0 / size)
+        # An orthonormal basis of the directions that keep the sum of the weights: the complement of (1, ..., 1).
+        basis = np.linalg.svd(np.ones((1, size)))[2][1:].T
+        extents, vectors = np.linalg.eigh(basis.T @ gram @ basis)
+        self.degenerate = not extents[-1] > 0
+        self.extents = np.maximum(extents, max(_SMALLEST_EXTENT * extents[-1], np.finfo(float).tiny))
+        self.axes = basis @ vectors / np.sqrt(self.extents)
+
+    def to_point(self, weights: np.ndarray) -> np.ndarray:
+        """Coordinates of merge weights, shape ``(k - 1,)``."""
+        # The columns of axes are orthogonal with squared norm 1 / extents, so this is the pseudo-inverse of axes.
+        return (self.axes * self.extents).T @ (weights - self.middle)
+
+    def to_weights(self, point: np.ndarray) -> np.ndarray:
+        """Merge weights at a point, shape ``(k,)``."""
+        return self.middle + self.axes @ point
+
+    def curvatures(self, alpha: float) -> np.ndarray:
+        """Relative curvatures of the loss along the axes, ``(w / mean w)^-alpha`` for extents w, shape ``(k - 1,)``.
+
+        The power law is what to expect, an observation of ours: see :class:`.surrogate.SurrogateSearch`.
+        """
+        return (self.extents / self.extents.mean()) ** -alpha
+
+
 def best_point(
     models: list[Quadratic],
     objective: Objective,
@@ -74,25 +83,30 @@ def best_point(
     bounds: tuple[float, float],
     start: np.ndarray,
 ) -> np.ndarray:
-    """The point of lowest objective if the models were right: sequential quadratic programming (SciPy's SLSQP).
+    """The point, shape ``(d,)``, where the objective of the modelled losses is lowest, with weights within bounds.
+
+    A convex program, solved by sequential quadratic programming (SciPy's SLSQP). The weighted mean is minimised
+    directly; the worst rise over live as the smallest ``t`` with ``rise <= t`` for every component. A tolerance is one
+    more constraint for each component.
 
     Args:
-        models: of the loss of each component of the objective, over points of shape ``(d,)``.
-        objective: their mean, or the worst rise over live as the least ``t`` with ``rise <= t`` for every component;
-            a tolerance becomes a constraint for each.
-        axes: what points mean as merge weights.
+        models: one for the loss of each component of the objective, over points of shape ``(d,)``.
+        objective: what is minimised.
+        axes: the map between points and merge weights.
         bounds: smallest and largest weight.
-        start: where the search begins, shape ``(d,)``.
+        start: the solver's first point, shape ``(d,)``.
     """
     low, high = bounds
     if len(models) == 1 and not objective.worst:
+        # If the unconstrained minimum is within bounds, it is the answer.
         point = models[0].minimum()
         weights = axes.to_weights(point)
         if low <= weights.min() and weights.max() <= high:
             return point
     size = len(start)
     mean_hessian = np.tensordot(objective.weights, np.array([model.hessian for model in models]), axes=1)
-    # In units in which the curvatures, the steps and the gain to expect are all about 1.
+    # SLSQP works on u, with point = start + scale * u, and on losses in units of unit**2: curvatures, steps and the
+    # expected gain are then all about 1, as its absolute tolerance requires.
     scale = 1.0 / np.sqrt(np.diag(mean_hessian))
     slope = scale * np.tensordot(objective.weights, np.array([model.gradient(start) for model in models]), axes=1)
     unit = max(float(np.linalg.norm(slope)), 1e-6)
@@ -108,10 +122,11 @@ def best_point(
     def rise_gradients(u: np.ndarray) -> np.ndarray:
         return np.array([model.gradient(point_of(u)) * scale for model in models]) / unit**2
 
+    # The bounds as linear constraints: inside + slopes @ u >= 0.
     room = axes.axes * scale
     inside = np.concatenate([axes.to_weights(start) - low, high - axes.to_weights(start)])
     slopes = np.concatenate([room, -room])
-    if objective.worst:  # one variable more: t
+    if objective.worst:  # u has one more entry, t
         first = np.concatenate([np.zeros(size), [rises(np.zeros(size)).max()]])
         slopes = np.concatenate([slopes, np.zeros((len(slopes), 1))], axis=1)
         cost = {"fun": lambda u: u[-1], "jac": lambda u: np.eye(size + 1)[-1]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 
@@ -12,14 +13,15 @@ from .quadratic import NOISE_PER_TOKEN, Observation, Posterior, Prior, Quadratic
 from .recipes import ema
 from .space import PrincipalAxes, best_point, check_space
 
-# Hyperparameters and their priors: the curvature, as the loss in nats it gives between the newest row and the mean of
-# all rows (log-normal), and alpha (normal).
+# Grids and priors of the two hyperparameters. The scale h of the curvatures, expressed as twice the quadratic term of
+# the loss between the uniform average and the newest row in nats, is log-normal around _SCALE; alpha is normal.
 _SCALES = np.geomspace(0.002, 20.0, 25)
 _SCALE, _SCALE_SPREAD = 0.14, 0.8
 _ALPHAS = (0.2, 0.4, 0.6, 0.8)
 _ALPHA, _ALPHA_SPREAD = 0.6, 0.25
+# Quadratics drawn from the posterior to estimate the regret of a proposed point.
 _DRAWS = 16
-# So many standard errors are more than noise.
+# A regret of more than this many standard errors is worth a gradient.
 _CLEARLY = 2.0
 
 
@@ -27,18 +29,20 @@ class SurrogateSearch(Search):
     """Bayesian optimisation with gradients in the affine space of merge weights: a few evaluations, not dozens.
 
     One backward pass yields the gradient with respect to all merge weights: k numbers for about three forward passes.
-    What makes two of them enough is the prior of the quadratic model they feed. In the principal axes of the window
-    (eigenvectors of the rows' Gram matrix, with eigenvalues w) the Hessian of the held-out loss is nearly diagonal,
-    with curvatures ``h (w / mean w)^-alpha``. This is an observation of ours on Llama and GPT-2 trajectories, not a
-    law, so it only sets a prior mean: h and alpha are averaged over by their evidence, and every entry of the Hessian
-    follows the losses and gradients seen (:func:`posterior`). Where the model is unsure its expected curvature is
-    large, and steps are short.
+    Two gradients are enough because of the prior of the quadratic model that they are fitted to. In the principal axes
+    of the window (eigenvectors of the rows' Gram matrix, with eigenvalues w) the Hessian of the held-out loss is nearly
+    diagonal, with curvatures ``h (w / mean w)^-alpha``. This is an observation of ours on Llama and GPT-2 trajectories,
+    not a law, so it only sets the prior mean: the model is averaged over h and alpha, weighted by their evidence, and
+    every entry of the Hessian is inferred from the losses and gradients observed (:func:`posterior`). Where these leave
+    the curvature uncertain, its expectation is dominated by the large values that are possible, and steps are short.
 
-    The first gradient, at the last merge's weights (at an EMA close to live at the first merge), is taken on one part
-    of the search split only: it is there to aim. The minimum of the expected loss is then evaluated on the whole split
-    with its gradient, and so on. The search ends when the loss is expected to fall by less than the standard error of
-    the difference; a candidate is evaluated without a gradient, as the last one, unless knowing the loss exactly
-    instead of with the posterior's uncertainty would be worth more than two of them.
+    1. The first candidate is the last merge's weights (at the first merge an EMA close to live). It is evaluated with
+       its gradient on one part of the search split only, which is enough to choose the second candidate.
+    2. Every further candidate is the minimum of the expected loss, evaluated on the whole split.
+    3. The search ends when the expected fall of the loss is at most the standard error of the difference.
+    4. A candidate without a gradient is the last one. The second candidate's gradient is taken if the budget allows. A
+       later one's is taken only if the regret, which is how much lower the loss would be at the true minimum, is
+       expected to be more than two standard errors.
 
     Args:
         problem: the merge's problem, with its Gram matrix.
@@ -46,12 +50,14 @@ class SurrogateSearch(Search):
         bounds: smallest and largest weight; by default (-1, 2) and (0, 1).
 
     Raises:
-        ValueError: an unknown space, or bounds that do not include every single row.
+        ValueError: as :func:`.space.check_space`.
     """
 
     needs_gradients = True
+    wants_parts: int
 
     def __init__(self, problem: Problem, *, space: str = "affine", bounds: tuple[float, float] | None = None) -> None:
+        super().__init__(problem)
         assert problem.gram is not None
         self._bounds = check_space(space, bounds)
         self._objective = problem.objective
@@ -60,24 +66,23 @@ class SurrogateSearch(Search):
         self._observations: list[list[Observation]] = [[] for _ in self._objective.components]
         if problem.live is not None:
             self._observe(self._newest, self._objective.live, None, 0.0)
-        # The best point evaluated on the whole split; none yet if live is no merge of the rows.
+        # The best point evaluated on the whole split; None while there is none, because live is no merge of the rows.
         self._best, self._best_loss = (None if problem.live is None else self._newest), problem.live_loss
         self._next = ema(problem.size, decay=0.35) if problem.previous is None else problem.previous
         if not (self._bounds[0] <= self._next.min() and self._next.max() <= self._bounds[1]):
             self._next = self._axes.middle
         self._budget = float(problem.evaluations)
         self._parts = problem.parts
-        self.wants_parts: int = 1
-        # To aim on one part, and then evaluate what was aimed at.
+        self.wants_parts = 1
+        # The gradient on one part must leave enough to evaluate the next candidate on the whole split.
         self.wants_gradient = self._budget >= GRADIENT_COST / self._parts + 1
-        # Rows that are all equal leave nothing to search for.
+        # If all rows are equal, so are all merges.
         self._done = self._axes.degenerate
 
     @classmethod
-    def check_options(  # type: ignore[override]
-        cls, *, space: str = "affine", bounds: tuple[float, float] | None = None
-    ) -> None:
-        check_space(space, bounds)
+    def check_options(cls, **options: Any) -> None:
+        """Raise a ValueError for an unknown space or wrong bounds."""
+        check_space(**options)
 
     def ask(self) -> np.ndarray | None:
         if not self.wants_gradient:
@@ -111,16 +116,26 @@ class SurrogateSearch(Search):
         self._done |= self._budget < 1
 
     def _observe(self, point: np.ndarray, losses: np.ndarray, gradients: np.ndarray | None, missing: float) -> None:
-        """Remember an evaluation; ``missing`` is the tokens left out over those evaluated: 0 on the whole split."""
+        """Remember an evaluation for the model of each component.
+
+        Args:
+            point: the candidate's coordinates.
+            losses: of the components, shape ``(components,)``.
+            gradients: in merge weights, shape ``(components, k)``; None if not taken.
+            missing: tokens of the search split that were left out, relative to those that were evaluated. It scales
+                the noise, which is the error as an estimate of the whole search split: 0 if all were evaluated.
+        """
         for index, seen in enumerate(self._observations):
             gradient = None if gradients is None else self._axes.axes.T @ gradients[index]
             noise = NOISE_PER_TOKEN / max(self._objective.tokens[index], 1.0) * missing
             seen.append(Observation(point, float(losses[index]), gradient, noise))
 
     def _propose(self) -> tuple[np.ndarray, float, float]:
-        """The model's best point, its expected gain over the best evaluated point, and its expected regret.
+        """The next point to evaluate.
 
-        The regret is how much lower the loss is at the true best point, averaged over draws from the posterior.
+        Returns:
+            The minimum of the expected objective; how much lower than at the best evaluated point it is expected to
+            be there; and the expected regret, how much lower still it is at the true minimum (both in nats per token).
         """
         rng = np.random.default_rng(0)
         fitted = [self._fit(seen, rng) for seen in self._observations]
@@ -142,7 +157,7 @@ class SurrogateSearch(Search):
         return self._objective.score(losses)
 
     def _fit(self, seen: list[Observation], rng: np.random.Generator) -> tuple[Quadratic, list[Quadratic]]:
-        """The mean quadratic, averaged over the hyperparameters by their evidence, and draws from the posterior."""
+        """The model of one component's loss: its mean and draws, both averaged over the hyperparameters' posterior."""
         center, matrix = _center(seen), design(seen)
         found: list[Posterior] = []
         logs: list[float] = []

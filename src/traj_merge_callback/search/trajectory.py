@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -11,15 +12,17 @@ from .problem import GRADIENT_COST, Observed, Problem, Search
 from .quadratic import Quadratic
 from .space import PrincipalAxes, best_point, check_space
 
+# Eigenvalues of the Hessian are raised to at least this share of the largest one.
 _SMALLEST_CURVATURE = 1e-9
-# What a loss cannot fall by, in nats: it is not known to more digits.
+# An expected fall of the loss, in nats, below this is a rounding error.
 _ROUNDING = 1e-7
 
 
 def fill_by_trapezoid(losses: np.ndarray, products: np.ndarray) -> np.ndarray:
-    """Complete the products of the rows' gradients with the rows, known only for rows that were older at the time.
+    """Fill in the inner products of gradients and rows that could not be computed when the gradient was taken.
 
-    For rows i older than j the trapezoid rule, exact for a quadratic, gives what is missing::
+    The gradient at a row is taken once and then multiplied with the rows of the window at that time, so that products
+    with later rows are missing. For row i older than row j the trapezoid rule, exact for a quadratic, gives them::
 
         L_j - L_i = (g_i + g_j) . (theta_j - theta_i) / 2
         =>  G[i,j] = 2 (L_j - L_i) + G[i,i] - G[j,j] + G[j,i]
@@ -29,7 +32,7 @@ def fill_by_trapezoid(losses: np.ndarray, products: np.ndarray) -> np.ndarray:
         products: ``G[i, j] = <gradient at row i, row j>``, shape ``(k, k)``, nan where unknown (``j > i``).
 
     Returns:
-        The products with the unknown ones filled in.
+        The products, shape ``(k, k)``, without nan.
     """
     own = np.diag(products)
     filled = 2.0 * (losses[None, :] - losses[:, None]) + own[:, None] - own[None, :] + products.T
@@ -37,16 +40,18 @@ def fill_by_trapezoid(losses: np.ndarray, products: np.ndarray) -> np.ndarray:
 
 
 def trajectory_quadratic(losses: np.ndarray, products: np.ndarray, axes: PrincipalAxes) -> Quadratic:
-    """The quadratic model of the loss from its gradients at the rows; exact if the loss is quadratic.
+    """The quadratic in the window's principal axes that fits the gradients at its rows; exact for a quadratic loss.
 
-    The gradient at a merge is then the merge of the rows' gradients. So in merge weights the gradient at the uniform
-    average is the mean of the products over rows, and the Hessian is the matrix of products itself, as a bilinear form
-    on directions that keep the sum of the weights; it is made symmetric, and positive definite by lifting what is not.
+    If the loss is quadratic, the gradient at a merge is the same merge of the rows' gradients. So in merge weights the
+    gradient at the uniform average is the mean of ``products`` over its rows, and the Hessian is ``products`` itself,
+    as a bilinear form on directions that keep the sum of the weights. Its symmetric part is taken, and eigenvalues that
+    are not positive are raised.
 
     Args:
         losses: losses of the rows, shape ``(k,)``, nats per token.
-        products: complete, shape ``(k, k)``, each row known up to a constant that weights which sum to 1 do not feel.
-        axes: of the window.
+        products: ``G[i, j] = <gradient at row i, row j>`` without nan, shape ``(k, k)``. A constant added to all
+            entries of one of its rows changes nothing.
+        axes: the principal axes of the window.
     """
     hessian = axes.axes.T @ products @ axes.axes
     values, vectors = np.linalg.eigh((hessian + hessian.T) / 2.0)
@@ -60,10 +65,13 @@ def trajectory_quadratic(losses: np.ndarray, products: np.ndarray, axes: Princip
 class TrajectorySearch(Search):
     """Quadratic programming on the trajectory surrogate, then quasi-Newton steps from the candidates evaluated.
 
-    One loss and gradient at each row, newest first and remembered while the row is in the window, give the surrogate;
-    its best weights are evaluated with their gradient, which corrects its Hessian (a BFGS update), and so on until the
-    loss is expected to fall by less than the standard error of the difference. A row costs 3 passes; rows that the
-    budget does not reach take no part, and of domains the weighted mean is modelled.
+    1. Rows are evaluated alone with their gradients, newest first, as the budget allows; what was measured is kept in
+       ``problem.memory`` as long as the row is in the window. Rows without a gradient get weight 0.
+    2. :func:`trajectory_quadratic` of these rows gives the first model.
+    3. The model's minimum is evaluated with its gradient, which updates its Hessian (BFGS), and so on, until the
+       expected fall of the loss is below the standard error of the difference or the budget is spent.
+
+    With several domains the weighted mean of their losses is modelled.
 
     Args:
         problem: the merge's problem, with its Gram matrix.
@@ -71,20 +79,20 @@ class TrajectorySearch(Search):
         bounds: smallest and largest weight; by default (-1, 2) and (0, 1).
 
     Raises:
-        ValueError: an unknown space, or bounds that do not include every single row.
+        ValueError: as :func:`.space.check_space`.
     """
 
     needs_gradients = True
 
     def __init__(self, problem: Problem, *, space: str = "affine", bounds: tuple[float, float] | None = None) -> None:
+        super().__init__(problem)
         self._bounds = check_space(space, bounds)
-        self._problem = problem
         self._budget = float(problem.evaluations)
-        # By step: the row's loss, and the slopes of its loss towards the rows there were at the time, by their steps.
+        # For each row measured, by step: its loss, and its gradient's products with the rows of that time, by step too.
         known = problem.memory.get("rows", {})
         self._rows = problem.memory["rows"] = {key: row for key, row in known.items() if int(key) in problem.steps}
         unknown = [step for step in reversed(problem.steps) if str(step) not in self._rows]
-        # A candidate is to be evaluated too.
+        # One pass is kept for a candidate.
         self._unknown = unknown[: max(0, int((self._budget - 1) // GRADIENT_COST))]
         self._axes: PrincipalAxes | None = None
         self._next: np.ndarray | None = None
@@ -93,14 +101,13 @@ class TrajectorySearch(Search):
             self._begin()
 
     @classmethod
-    def check_options(  # type: ignore[override]
-        cls, *, space: str = "affine", bounds: tuple[float, float] | None = None
-    ) -> None:
-        check_space(space, bounds)
+    def check_options(cls, **options: Any) -> None:
+        """Raise a ValueError for an unknown space or wrong bounds."""
+        check_space(**options)
 
     def ask(self) -> np.ndarray | None:
         if self._unknown:
-            return self._problem.row(age=len(self._problem.steps) - 1 - self._problem.steps.index(self._unknown[0]))
+            return self.problem.row(age=len(self.problem.steps) - 1 - self.problem.steps.index(self._unknown[0]))
         return self._next
 
     def tell(self, weights: np.ndarray, loss: float, observed: Observed) -> None:
@@ -108,13 +115,11 @@ class TrajectorySearch(Search):
         if observed.gradients is None or not (np.isfinite(loss) and np.isfinite(observed.gradients).all()):
             self._unknown = []
             return
-        gradient = np.tensordot(self._problem.objective.weights, observed.gradients, axes=1)
+        gradient = np.tensordot(self.problem.objective.weights, observed.gradients, axes=1)
         self._budget -= GRADIENT_COST
         if self._unknown:
-            loss = float(self._problem.objective.weights @ observed.losses)
-            slopes = dict(
-                zip(map(str, self._problem.steps), gradient[-len(self._problem.steps) :].tolist(), strict=True)
-            )
+            loss = float(self.problem.objective.weights @ observed.losses)
+            slopes = dict(zip(map(str, self.problem.steps), gradient[-len(self.problem.steps) :].tolist(), strict=True))
             self._rows[str(self._unknown.pop(0))] = {"loss": loss, "slopes": slopes}
             if not self._unknown:
                 self._begin()
@@ -122,13 +127,13 @@ class TrajectorySearch(Search):
             self._refine(weights, loss, gradient, observed)
 
     def _begin(self) -> None:
-        """Build the surrogate from the rows whose gradients are known, and propose its best weights."""
-        steps = [step for step in self._problem.steps if str(step) in self._rows]
-        assert self._problem.gram is not None
+        """Build the model from the rows whose gradients are known, and propose its minimum; nothing if they are < 2."""
+        steps = [step for step in self.problem.steps if str(step) in self._rows]
+        assert self.problem.gram is not None
         if len(steps) < 2:
             return
-        self._members = [self._problem.size - len(self._problem.steps) + self._problem.steps.index(s) for s in steps]
-        self._axes = PrincipalAxes(self._problem.gram[np.ix_(self._members, self._members)])
+        self._members = [self.problem.size - len(self.problem.steps) + self.problem.steps.index(s) for s in steps]
+        self._axes = PrincipalAxes(self.problem.gram[np.ix_(self._members, self._members)])
         if self._axes.degenerate:
             return
         losses = np.array([self._rows[str(step)]["loss"] for step in steps])
@@ -148,29 +153,32 @@ class TrajectorySearch(Search):
         self._gradients.append((point, slope))
         if loss < self._best_loss:
             self._best, self._best_loss, self._best_slope = point, loss, slope
-        # The model agrees with the loss and the gradient at the best candidate so far.
+        # Let the model have the measured loss and gradient at the best candidate so far.
         best, hessian = self._best, self._model.hessian
         constant = self._best_loss - float(self._best_slope @ best) + 0.5 * float(best @ hessian @ best)
         self._model = Quadratic(constant, self._best_slope - hessian @ best, hessian)
         expected = self._propose()
-        step = np.zeros(self._problem.size)
+        step = np.zeros(self.problem.size)
         step[self._members] = self._axes.axes @ (self._point - best)
-        noise = observed.parts.stderr_along(step, self._problem.objective.domains)
+        noise = observed.parts.stderr_along(step, self.problem.objective.domains)
         if self._budget < 1 or expected <= max(noise if np.isfinite(noise) else 0.0, _ROUNDING):
             self._next = None
 
     def _propose(self) -> float:
-        """Make the model's best weights the next candidate; return by how much the loss is expected to fall."""
+        """Make the model's minimum the next candidate; return the expected fall of the loss from the best one."""
         assert self._axes is not None
         self._point = best_point([self._model], Objective.single(0.0), self._axes, self._bounds, self._best)
-        self._next = np.zeros(self._problem.size)
+        self._next = np.zeros(self.problem.size)
         self._next[self._members] = self._axes.to_weights(self._point)
         self.wants_gradient = self._budget >= GRADIENT_COST
         return self._model.value(self._best) - self._model.value(self._point)
 
 
 def _bfgs(model: Quadratic, step: np.ndarray, change: np.ndarray) -> Quadratic:
-    """BFGS update: the model whose gradient changes by ``change`` over ``step``; unchanged where that is not convex."""
+    """The BFGS update: a Hessian with ``hessian @ step = change``, for a ``change`` of the gradient along ``step``.
+
+    The model is returned as it is where the loss is not convex along the step.
+    """
     curved = model.hessian @ step
     if not step @ change > 1e-12 * np.linalg.norm(step) * np.linalg.norm(change):
         return model

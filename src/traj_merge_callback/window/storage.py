@@ -294,13 +294,18 @@ class Ring:
         """See :meth:`CheckpointWindow.load_state_dict`."""
         self._check_kind(state)
         mine, theirs = self._shared(), state["shared"]
+        if "arrival" in mine and "arrival" not in theirs and state["rows"]:
+            theirs = {**theirs, "arrival": state["rows"][-1]["row"]}  # rows were exact copies of live weights
         pairs = [(mine[name], theirs[name]) for name in mine]
         for index, place in self._fitting(state):
             row = self.rows.state(place)
             pairs += [(row[name], state["rows"][index][name]) for name in row]
-        wrong = [(tuple(value.shape), tuple(target.shape)) for target, value in pairs if target.shape != value.shape]
-        if wrong:
-            raise ValueError(f"a saved row has shape {wrong[0][0]}; this model's rows have shape {wrong[0][1]}")
+        for target, value in pairs:
+            if (target.shape, target.dtype) != (value.shape, value.dtype):
+                raise ValueError(
+                    f"a saved row has shape {tuple(value.shape)} and dtype {value.dtype}; this model's rows have "
+                    f"{tuple(target.shape)} and {target.dtype}"
+                )
         for target, value in pairs:
             target.copy_(value)
         self._adopt_counts(state)
@@ -309,10 +314,13 @@ class Ring:
         """See :meth:`CheckpointWindow.load_rows`."""
         self._check_kind(state)
         for name, row in self._shared().items():
-            read(name, row)
+            if name in state["shared"]:
+                read(name, row)
         for index, place in self._fitting(state):
             read(_row_name(index), self.staging)
             self.rows.write(place, self.staging)
+        if self.arrival is not None and "arrival" not in state["shared"]:
+            self.arrival.copy_(self.staging)  # rows were exact copies of live weights
         self._adopt_counts(state)
 
     def _check_kind(self, state: dict[str, Any]) -> None:
