@@ -413,7 +413,7 @@ class TrajectoryMerger:
             self.wait()
             with self.processes.raise_on_all():
                 window.settle()
-            # A merge under way can be made again if nothing was captured since: its rows and live weights are still there.
+            # A merge under way can be made again if nothing was captured since: its rows and live weights are there.
             # What it learns is not in the state yet.
             again = self._schedule.merge_under_way and self._captured == self._state.last_merge_step
             run = replace(self._state, busy_s=self._overhead.busy_s, wall_s=self._overhead.wall_s)
