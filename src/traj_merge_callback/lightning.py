@@ -21,8 +21,9 @@ except ImportError as error:
     ) from error
 
 from .config import MergeConfig
+from .disk.atomic import remove_tree
 from .disk.model_files import collect_checkpoint
-from .disk.state import remove_state
+from .disk.state import remove_other_states
 from .evaluate.data import as_tensors
 from .evaluate.heldout import summed_nll
 from .merger import TrajectoryMerger
@@ -176,14 +177,14 @@ class TrajMergeCallback(pl.Callback):
             base = _beside(filepath)
             folder = None if base is None else base / f"step-{checkpoint['global_step']:08d}"
             # A checkpoint that is overwritten (last.ckpt) had a state of its own.
-            self.merger.save_state(folder, written=lambda: remove_state(base, keep=folder))
+            self.merger.save_state(folder, written=lambda: remove_other_states(folder))
         save(checkpoint, filepath, *args, **kwargs)
 
     def _remove_checkpoint(self, remove: Callable[..., None], filepath: Any) -> None:
         """Remove the checkpoint and the state beside it."""
         remove(filepath)
         if (folder := _beside(filepath)) is not None and (self.merger is None or self.merger.processes.is_rank_zero):
-            remove_state(folder)
+            remove_tree(folder)
 
     def state_dict(self) -> dict[str, Any]:
         """Only the step; the rows are too large for the .ckpt and stand beside it."""

@@ -329,11 +329,11 @@ class TrajectoryMerger:
 
     def _capture(self, model: nn.Module, step: int, skipped: Callable[[], bool]) -> bool:
         """Capture a checkpoint if one is due, and note if a merge is; returns whether the window has a new row."""
-        config, window, memory = self.config, self.window, self._state
+        config, window, state = self.config, self.window, self._state
         assert window is not None
-        previous = step - 1 if memory.last_step is None else memory.last_step
+        previous = step - 1 if state.last_step is None else state.last_step
         if step < config.start_step or not _passed(config.capture_every // config.samples, previous, step):
-            memory.last_step = step
+            state.last_step = step
             return False
         # Rows that a merge or a checkpoint of the trainer still reads are not overwritten.
         if window.is_in_use and config.schedule == "blocking":
@@ -341,7 +341,7 @@ class TrajectoryMerger:
         was_skipped, in_use = self.processes.all_reduce_max(float(skipped()), float(window.is_in_use))
         if was_skipped:
             return False
-        memory.last_step = step
+        state.last_step = step
         self._due |= _passed(config.merge_every, previous, step)
         if in_use:
             return False
@@ -481,7 +481,6 @@ class TrajectoryMerger:
         self._metrics.resumed = True
         if saved.merging is not None:
             self._schedule.begin(model, self._state.search, saved.merging, self.config.evaluations)
-            self._state.last_merge_step = saved.merging
 
 
 def _passed(every: int, previous: int, step: int) -> bool:

@@ -142,7 +142,7 @@ def test_any_number_of_ranks_reads_what_any_other_number_wrote(sizes, writers, r
         begin = 0
         for one in ranges:
             for copy in index.copies(one):
-                target[begin : begin + one.count][copy.target] = parts[copy.rank][copy.source]
+                target[begin : begin + one.count][copy.target] = parts[copy.rank][copy.columns]
             begin += one.count
         np.testing.assert_array_equal(target, whole[rank * share : (rank + 1) * share])
 

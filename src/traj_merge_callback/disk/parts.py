@@ -7,6 +7,8 @@ are. One process is the case of one part. Nothing that is read is unpickled.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,8 +22,8 @@ from torch import Tensor
 from ..distributed import Processes
 from ..window.layout import Slot
 
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
-_DTYPES["float64"] = torch.float64
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _FLOATS}
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,18 @@ class Range:
 
 @dataclass(frozen=True)
 class Copy:
-    """Columns ``source`` of the part that ``rank`` wrote go to columns ``target``."""
+    """Where some numbers of a tensor are, and where they go.
+
+    Args:
+        rank: wrote them.
+        columns: of that rank's rows.
+        numbers: of the range in which they stand there.
+        target: of the range that is filled.
+    """
 
     rank: int
-    source: slice
+    columns: slice
+    numbers: slice
     target: slice
 
 
@@ -108,21 +118,26 @@ class PartsIndex:
         done = 0
         while done < wanted.count:
             number = wanted.start + done
-            rank, column, there = self._holding(wanted.tensor, number)
-            count = min(wanted.count - done, there.start + there.count - number)
-            source = column + number - there.start
-            yield Copy(rank, slice(source, source + count), slice(done, done + count))
+            places = self._places.get(wanted.tensor, [])
+            holding = (place for place in places if 0 <= number - place[2].start < place[2].count)
+            if (place := next(holding, None)) is None:
+                raise ValueError(f"the files hold no {wanted.tensor!r} from number {number} on")
+            rank, column, there = place
+            first = number - there.start
+            count = min(wanted.count - done, there.count - first)
+            columns = slice(column + first, column + first + count)
+            yield Copy(rank, columns, slice(first, first + count), slice(done, done + count))
             done += count
 
-    def _holding(self, tensor: str, number: int) -> tuple[int, int, Range]:
-        """A range with a number of a tensor: the rank that wrote it, its first column there, and the range."""
+    @functools.cached_property
+    def _places(self) -> dict[str, list[tuple[int, int, Range]]]:
+        """For each tensor the ranges that were written: by which rank, from which of its columns on, which numbers."""
+        found: dict[str, list[tuple[int, int, Range]]] = {}
         for rank, ranges in self.parts.items():
-            column = 0
-            for one in ranges:
-                if one.tensor == tensor and one.start <= number < one.start + one.count:
-                    return rank, column, one
-                column += one.count
-        raise ValueError(f"the files hold no {tensor!r} from number {number} on")
+            columns = itertools.accumulate((one.count for one in ranges), initial=0)
+            for column, one in zip(columns, ranges, strict=False):
+                found.setdefault(one.tensor, []).append((rank, column, one))
+        return found
 
     def unflatten(self, tensor: str, flat: Tensor) -> Tensor:
         """A whole flat tensor in its own shape."""
@@ -179,10 +194,8 @@ def read_tensors(folder: Path, index: PartsIndex, names: Sequence[str]) -> dict[
     for name in names:
         described = index.tensors[name]
         flat = torch.empty(math.prod(described["shape"]), dtype=_DTYPES[described["dtype"]])
-        # In the files of a snapshot each range is a tensor of its own.
-        parts = {rank: tuple(one for one in ranges if one.tensor == name) for rank, ranges in index.parts.items()}
-        for copy in PartsIndex(index.tensors, parts).copies(Range(name, 0, len(flat))):
+        for copy in index.copies(Range(name, 0, len(flat))):
             with safe_open(snapshot_part_path(folder, copy.rank), framework="pt") as opened:
-                flat[copy.target].copy_(opened.get_slice(name)[copy.source])
+                flat[copy.target].copy_(opened.get_slice(name)[copy.numbers])
         found[name] = index.unflatten(name, flat).contiguous()
     return found

@@ -153,22 +153,19 @@ def load_state(folder: Path, window: CheckpointWindow, step: int) -> Saved:
             ``step``.
     """
     processes = window.processes
-    document = processes.from_rank0(lambda: _read_document(folder, window, step))
-    saved, index = Saved.from_json(document), PartsIndex.from_json(document["index"])
+    saved, index, kept = processes.from_rank0(lambda: _read_document(folder, window, step))
     with processes.raise_on_all():
         try:
-            _fill(folder, document["window"], index, window)
+            _fill(folder, kept, index, window)
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"a file of {folder} is damaged ({type(error).__name__}: {error})") from error
     return saved
 
 
-def remove_state(folder: Path | None, *, keep: Path | None = None) -> None:
-    """Remove a folder of states but for one of them, or all of it."""
-    if folder is not None and keep is None:
-        remove_tree(folder)
-    for old in folder.glob("step-*") if folder is not None and keep is not None else []:
-        if old != keep:
+def remove_other_states(folder: Path | None) -> None:
+    """Remove the states that stand beside one, if there is one."""
+    for old in folder.parent.glob("step-*") if folder is not None else []:
+        if old != folder:
             remove_tree(old)
 
 
@@ -176,7 +173,8 @@ def _row_name(index: int) -> str:
     return f"row-{index:02d}"
 
 
-def _read_document(folder: Path, window: CheckpointWindow, step: int) -> dict[str, Any]:
+def _read_document(folder: Path, window: CheckpointWindow, step: int) -> tuple[Saved, PartsIndex, dict[str, Any]]:
+    """Everything in a state.json, checked before anything is restored: the state, the index, the window's numbers."""
     path = folder / "state.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no merging state (no state.json)")
@@ -184,32 +182,29 @@ def _read_document(folder: Path, window: CheckpointWindow, step: int) -> dict[st
         document = json.loads(path.read_text(encoding="utf-8"))
         version = document["version"]
         if version == FORMAT_VERSION:
-            steps = _check_document(document)
-            found = {name: tuple(tensor["shape"]) for name, tensor in document["index"]["tensors"].items()}
+            saved, index = Saved.from_json(document), PartsIndex.from_json(document["index"])
+            kept = _checked_window(document["window"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{folder} has format version {version!r}; this version of traj-merge-callback reads {FORMAT_VERSION}"
         )
+    found = {name: tuple(tensor["shape"]) for name, tensor in index.tensors.items()}
     if found != {slot.name: slot.shape for slot in window.layout.slots}:
         raise ValueError(f"{folder} was saved for a model with other parameters")
-    if any(saved_step > step for saved_step in steps):
-        raise ValueError(f"{folder} holds checkpoints up to step {steps[-1]}, but training is at step {step}")
-    return document
+    if kept["steps"] and kept["steps"][-1] > step:
+        raise ValueError(f"{folder} holds checkpoints up to step {kept['steps'][-1]}, but training is at step {step}")
+    return saved, index, kept
 
 
-def _check_document(document: dict[str, Any]) -> list[int]:
-    """Check that everything in a state.json can be used, before anything is restored; the steps of its rows."""
-    Saved.from_json(document)
-    PartsIndex.from_json(document["index"])
-    window = document["window"]
-    steps = [_integer(step) for step in window["steps"]]
-    if steps != sorted(set(steps)) or _integer(window["pushed"]) < len(steps) or _integer(window["sampled"]) < 0:
-        raise ValueError(f"steps={steps}, pushed={window['pushed']}, sampled={window['sampled']} are of no window")
-    if not all(isinstance(name, str) for name in [window["dtype"], *window["shared"]]):
-        raise TypeError(f"dtype={window['dtype']!r}, shared={window['shared']!r}")
-    return steps
+def _checked_window(kept: dict[str, Any]) -> dict[str, Any]:
+    steps = [_integer(step) for step in kept["steps"]]
+    if steps != sorted(set(steps)) or _integer(kept["pushed"]) < len(steps) or _integer(kept["sampled"]) < 0:
+        raise ValueError(f"steps={steps}, pushed={kept['pushed']}, sampled={kept['sampled']} are of no window")
+    if not all(isinstance(name, str) for name in [kept["dtype"], *kept["shared"]]):
+        raise TypeError(f"dtype={kept['dtype']!r}, shared={kept['shared']!r}")
+    return kept
 
 
 def _fill(folder: Path, saved: dict[str, Any], index: PartsIndex, window: CheckpointWindow) -> None:
@@ -226,11 +221,11 @@ def _fill(folder: Path, saved: dict[str, Any], index: PartsIndex, window: Checkp
         def fill(wanted: Range, columns: Tensor) -> None:
             for copy in index.copies(wanted):
                 if name in saved["shared"]:
-                    values = _columns(folder, _SHARED, name, copy.rank, copy.source)
+                    values = _columns(folder, _SHARED, name, copy.rank, copy.columns)
                 elif saved["dtype"] == "int8":
-                    values = _int8_columns(folder, name, copy.rank, copy.source)
+                    values = _int8_columns(folder, name, copy.rank, copy.columns)
                 else:
-                    values = _columns(folder, name, "row", copy.rank, copy.source)
+                    values = _columns(folder, name, "row", copy.rank, copy.columns)
                 columns[copy.target].copy_(values)
 
         for slot in slots:

@@ -165,7 +165,7 @@ class Schedule:
     @property
     def merge_under_way(self) -> bool:
         """Whether a merge is not done yet."""
-        return self._run is not None and self._again is not None
+        return self._again is not None
 
     def begin(self, model: nn.Module, state: SearchState, step: int, evaluations: int | None = None) -> bool:
         """Begin a merge of the window, whose newest row is of this step.
