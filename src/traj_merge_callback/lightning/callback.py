@@ -1,4 +1,4 @@
-"""The callback for ``lightning.pytorch.Trainer``."""
+"""Lightning's hooks, loggers and checkpoints, translated for the engine."""
 
 from __future__ import annotations
 
@@ -7,32 +7,21 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import lightning.pytorch as pl
+from torch import nn
 from torch.optim import Optimizer
 
-try:
-    import lightning.pytorch as pl
-    from lightning.pytorch.loggers.logger import DummyLogger
-    from lightning.pytorch.utilities.model_helpers import is_overridden
-    from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-except ImportError as error:
-    raise ImportError(
-        "traj_merge_callback.lightning needs Lightning: pip install 'traj-merge-callback[lightning]'"
-    ) from error
-
-from .config import MergeConfig
-from .disk.atomic import remove_tree
-from .disk.model_files import collect_checkpoint
-from .disk.state import remove_other_states
-from .evaluate.data import as_tensors
-from .evaluate.heldout import summed_nll
-from .merger import TrajectoryMerger
-from .metrics import PREFIX, MergeRecord
-from .window.capture import LossScaleWatch
-from .window.layout import unwrap
-from .window.sharding import has_fsdp
-
-__all__ = ["TrajMergeCallback"]
+from ..config import MergeConfig
+from ..disk.atomic import remove_tree
+from ..disk.model_files import collect_checkpoint
+from ..disk.state import remove_other_states
+from ..evaluate.data import as_tensors
+from ..merger import TrajectoryMerger
+from ..metrics import PREFIX, MergeRecord
+from ..window.capture import LossScaleWatch
+from ..window.layout import unwrap
+from ..window.sharding import has_fsdp
+from .validation_step import ValidationStep
 
 
 class TrajMergeCallback(pl.Callback):
@@ -112,7 +101,7 @@ class TrajMergeCallback(pl.Callback):
         extra = lambda: collect_checkpoint("merged.ckpt", dump(weights_only=True), pl_module)  # noqa: E731
         self.merger = TrajectoryMerger(
             heldout,
-            nll=self._nll or _ValidationStep(trainer, pl_module),
+            nll=self._nll or ValidationStep(trainer, pl_module),
             precision=trainer.precision_plugin.val_step_context,
             to_device=lambda batch: _transfer(trainer, batch),
             log=lambda record: self._log(trainer, record),
@@ -239,50 +228,6 @@ def _validation_loaders(trainer: pl.Trainer) -> Any:
     if isinstance(loaders, (list, tuple)):
         return loaders[0] if len(loaders) == 1 else {str(index): loader for index, loader in enumerate(loaders)}
     return loaders
-
-
-class _ValidationStep:
-    """A module's ``validation_step`` as a held-out loss (see :func:`summed_nll`), with everything it logs silenced."""
-
-    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not is_overridden("validation_step", pl_module):
-            raise ValueError(
-                f"TrajMergeCallback has no loss: {type(pl_module).__name__} has no validation_step; define one, or "
-                "pass nll=, a function (module, batch) -> (summed NLL, tokens)"
-            )
-        self._trainer = trainer
-        # Modules with several validation loaders take a third argument; held-out batches are evaluated as the first's.
-        takes_index = is_param_in_hook_signature(pl_module.validation_step, "dataloader_idx", explicit=True)
-        self._arguments: tuple[int, ...] = (0, 0) if takes_index else (0,)
-        if not is_param_in_hook_signature(pl_module.validation_step, "batch_idx", min_args=2):
-            self._arguments = ()
-
-    def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor | float, int]:
-        pl_module, strategy = self._trainer.lightning_module, self._trainer.strategy
-        logged: dict[str, Any] = {}
-        loggers = self._trainer.loggers
-        # Attributes set on the module here vanish with the evaluation, which restores all of them.
-        vars(pl_module)["log"] = lambda name, value, *args, **kwargs: logged.setdefault(name, value)
-        vars(pl_module)["log_dict"] = lambda values, *args, **kwargs: logged.update(values)
-        self._trainer.loggers = [DummyLogger() for _ in loggers]
-        try:
-            if model is pl_module:
-                output = pl_module.validation_step(batch, *self._arguments)  # type: ignore[operator]
-            else:
-                # FSDP's wrapper has weights of its own to gather: the step is taken inside its forward pass.
-                redirected = strategy._forward_redirection
-                output = redirected(model, pl_module, "validation_step", batch, *self._arguments)
-        finally:
-            self._trainer.loggers = loggers
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        if loss is None:
-            loss = next((value for name, value in logged.items() if "loss" in name), None)
-        if not isinstance(loss, Tensor):
-            raise TypeError(
-                f"{type(pl_module).__name__}.validation_step gave no loss: it should return a tensor or a mapping with "
-                "'loss', or log a name with 'loss' in it; or pass nll= to TrajMergeCallback"
-            )
-        return summed_nll(pl_module, batch, loss)
 
 
 def _beside(path: Any) -> Path | None:

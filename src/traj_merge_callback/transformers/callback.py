@@ -1,4 +1,4 @@
-"""The callback for ``transformers.Trainer`` and its subclasses."""
+"""The hooks, logs and checkpoints of ``transformers.Trainer``, translated for the engine."""
 
 from __future__ import annotations
 
@@ -10,24 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-
-try:
-    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-except ImportError as error:
-    raise ImportError(
-        "traj_merge_callback.transformers needs transformers and accelerate: "
-        "pip install 'traj-merge-callback[transformers]'"
-    ) from error
-
 from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .config import MergeConfig
-from .disk.model_files import collect_pretrained
-from .merger import TrajectoryMerger
-from .metrics import MergeRecord
-from .window.capture import LossScaleWatch
-
-__all__ = ["TrajMergeCallback"]
+from ..config import MergeConfig
+from ..disk.model_files import collect_pretrained
+from ..merger import TrajectoryMerger
+from ..metrics import MergeRecord
+from ..window.capture import LossScaleWatch
 
 logger = logging.getLogger("traj_merge_callback")
 _STATE_FOLDER = "traj_merge"

@@ -1,0 +1,59 @@
+"""A Lightning module's ``validation_step`` as a held-out loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+
+from ..evaluate.heldout import summed_nll
+
+
+class ValidationStep:
+    """A module's ``validation_step`` as a held-out loss (see :func:`summed_nll`), with everything it logs silenced."""
+
+    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not is_overridden("validation_step", pl_module):
+            raise ValueError(
+                f"TrajMergeCallback has no loss: {type(pl_module).__name__} has no validation_step; define one, or "
+                "pass nll=, a function (module, batch) -> (summed NLL, tokens)"
+            )
+        self._trainer = trainer
+        # Modules with several validation loaders take a third argument; held-out batches are evaluated as the first's.
+        takes_index = is_param_in_hook_signature(pl_module.validation_step, "dataloader_idx", explicit=True)
+        self._arguments: tuple[int, ...] = (0, 0) if takes_index else (0,)
+        if not is_param_in_hook_signature(pl_module.validation_step, "batch_idx", min_args=2):
+            self._arguments = ()
+
+    def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor | float, int]:
+        """See ``Nll``."""
+        pl_module, strategy = self._trainer.lightning_module, self._trainer.strategy
+        logged: dict[str, Any] = {}
+        loggers = self._trainer.loggers
+        # Attributes set on the module here vanish with the evaluation, which restores all of them.
+        vars(pl_module)["log"] = lambda name, value, *args, **kwargs: logged.setdefault(name, value)
+        vars(pl_module)["log_dict"] = lambda values, *args, **kwargs: logged.update(values)
+        self._trainer.loggers = [DummyLogger() for _ in loggers]
+        try:
+            if model is pl_module:
+                output = pl_module.validation_step(batch, *self._arguments)  # type: ignore[operator]
+            else:
+                # FSDP's wrapper has weights of its own to gather: the step is taken inside its forward pass.
+                redirected = strategy._forward_redirection
+                output = redirected(model, pl_module, "validation_step", batch, *self._arguments)
+        finally:
+            self._trainer.loggers = loggers
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if loss is None:
+            loss = next((value for name, value in logged.items() if "loss" in name), None)
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"{type(pl_module).__name__}.validation_step gave no loss: it should return a tensor or a mapping with "
+                "'loss', or log a name with 'loss' in it; or pass nll= to TrajMergeCallback"
+            )
+        return summed_nll(pl_module, batch, loss)
