@@ -6,7 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -21,13 +21,14 @@ from .disk.metrics_file import MetricsFile
 from .disk.model_files import load_merged
 from .disk.parts import PartsIndex
 from .disk.snapshots import SnapshotStore
-from .disk.state import RunState, Saved, load_state, save_state
+from .disk.state import RunState, Saved, load_state
 from .distributed import CollectiveTimeout, Processes, several_ranks
 from .engine.budget import Overhead
 from .engine.choose import Chooser
 from .engine.failures import Failures
 from .engine.merge import Merge
 from .engine.publish import Extra, Publisher
+from .engine.saving import StateSaver
 from .engine.schedule import Schedule
 from .evaluate.heldout import HeldOutLoss, Nll, device_of
 from .metrics import MergeRecord
@@ -155,12 +156,13 @@ class TrajectoryMerger:
             asynchronous=True,
             processes=self.processes,
         )
-        self._index = PartsIndex.of(self.window.layout.slots, self.processes)
+        index = PartsIndex.of(self.window.layout.slots, self.processes)
         self._writer = Writer()
+        self._saver = StateSaver(self.window, index, self._writer, self._writer_processes)
         publisher = Publisher(
             self.config,
             self.window,
-            self._index,
+            index,
             self._store,
             self._writer,
             self._failures,
@@ -423,18 +425,7 @@ class TrajectoryMerger:
                 self.heldout.digest,
                 [vars(entry) for entry in self._store.entries],
             )
-            tensors = window.state_dict()
-            with ExitStack() as stack:
-                stack.enter_context(window.in_use())
-                until_written = stack.pop_all()
-
-            def write() -> None:
-                with until_written:
-                    save_state(target, tensors, self._index, saved, self._writer_processes)
-                if written is not None and self.processes.is_rank_zero:
-                    written()
-
-            self._writer.submit_unwatched(write)
+            self._saver.save(target, saved, written)
         self._overhead.spend(time.perf_counter() - started)
 
     def wait(self) -> None:

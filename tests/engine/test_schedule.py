@@ -204,7 +204,7 @@ def test_rows_on_their_way_to_the_disk_are_not_overwritten(loader, train, tmp_pa
     merger = engine(loader, tmp_path, capture_every=1, merge_every=1000, **INTERLEAVED)
     train_steps(model, train, 10, lambda step: merger.step(model, step))
     hold, save = threading.Event(), save_state
-    monkeypatch.setattr("traj_merge_callback.merger.save_state", lambda *args: hold.wait(20) and save(*args))
+    monkeypatch.setattr("traj_merge_callback.engine.saving.save_state", lambda *args: hold.wait(20) and save(*args))
     merger.save_state(tmp_path / "state")
     expected = merger.window.combine([0, 0, 0, 1]).clone()
     train_steps(model, train, 3, lambda step: merger.step(model, step), start=10)
