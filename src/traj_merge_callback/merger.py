@@ -206,8 +206,7 @@ class TrajectoryMerger:
                 self._active = False
                 return None
         self._overhead.enter()
-        with self._failures.contained("saving the window", step):
-            self._writer.check()
+        self._check_written(step)
         with self._failures.contained("trajectory merging", step):
             record = self._record(self._schedule.advance(), step)
         with self._failures.contained("trajectory merging", step):
@@ -272,10 +271,15 @@ class TrajectoryMerger:
                     self._captured = step
                 self._begin(model, step, self.config.evaluations)
                 record = self._record(self._schedule.complete(), step) or record
-        with self._failures.contained("saving the window", step):
-            self._writer.wait()
-            self._writer.check()
+        self._writer.wait()
+        self._check_written(step)
         return record
+
+    def _check_written(self, step: int) -> None:
+        """Report what could not be written in the writer's thread."""
+        for what, written in self._writer.finished():
+            with self._failures.contained(what, step):
+                written.result()
 
     def finish(self, model: nn.Module) -> MergeRecord | None:
         """The end of training: :meth:`merge_at_end`, load the best snapshot if ``load_merged_at_end``, and close.
@@ -385,7 +389,7 @@ class TrajectoryMerger:
         )
         self.records.append(record)
         if self.processes.is_rank_zero:
-            self._writer.submit_unwatched(lambda: self._metrics.append(record))
+            self._writer.submit_unwatched(lambda: self._metrics.append(record), "writing metrics.jsonl")
         with self._failures.contained("logging", step):
             if self._log is not None:
                 self._log(record)

@@ -87,16 +87,25 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], processes: Processes) 
         _flush(path)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace the content of a file in one step."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace the content of a file in one step; text is written in UTF-8."""
     temporary = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         _flush(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def set_aside(path: Path) -> Path:
+    """Give what is at ``path``, a link included, another name: ``metrics.1.jsonl`` for ``metrics.jsonl``."""
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"{path.stem}.{number}{path.suffix}")):
+        number += 1
+    path.rename(aside)
+    return aside
 
 
 def remove_folder(path: Path) -> None:
@@ -148,20 +157,20 @@ class Writer:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="traj-merge-writer")
-        self._unwatched: list[Future[Any]] = []
+        self._unwatched: list[tuple[str, Future[Any]]] = []
 
     def submit(self, job: Callable[[], T]) -> Future[T]:
         """Write something; the caller asks for the result."""
         return self._thread.submit(job)
 
-    def submit_unwatched(self, job: Callable[[], None]) -> None:
-        """Write something that nobody waits for; :meth:`check` tells if it failed."""
-        self._unwatched.append(self._thread.submit(job))
+    def submit_unwatched(self, job: Callable[[], None], what: str) -> None:
+        """Write something that nobody waits for; :meth:`finished` tells how it went."""
+        self._unwatched.append((what, self._thread.submit(job)))
 
-    def check(self) -> None:
-        """Raise what went wrong in the first unwatched job that failed since the last time."""
-        while self._unwatched and self._unwatched[0].done():
-            self._unwatched.pop(0).result()
+    def finished(self) -> Iterator[tuple[str, Future[Any]]]:
+        """The unwatched jobs that were done since the last time, and what they were."""
+        while self._unwatched and self._unwatched[0][1].done():
+            yield self._unwatched.pop(0)
 
     def wait(self) -> None:
         """Wait until everything submitted is written, well or not."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
 from ..metrics import MergeRecord
-from .atomic import write_whole
+from .atomic import set_aside, write_whole
+from .untrusted import integer, mapping, parse_json
 
 logger = logging.getLogger("traj_merge_callback")
 
@@ -22,30 +22,66 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._begun = False
+        # Records that could not be written when it was their turn, and the one at hand.
+        self._unwritten: list[MergeRecord] = []
         self.resumed = False
 
     def append(self, record: MergeRecord) -> None:
-        """Add a line.
+        """Add a line, whole or not at all; one that cannot be written now is written with the next one.
 
         Raises:
             OSError: the file cannot be written.
         """
+        self._unwritten.append(record)
         if not self._begun:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            if self._path.exists():
-                self._drop_lines_from(record.step) if self.resumed else self._set_aside()
-            self._begun = True
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(record.to_json() + "\n")
+            self._begin(self._unwritten[0].step)
+        self._write(b"".join(one.to_json().encode() + b"\n" for one in self._unwritten))
+        self._unwritten.clear()
 
-    def _drop_lines_from(self, step: int) -> None:
-        """Drop the lines of steps that a resumed run makes again, and a last line that was cut off."""
-        lines = [line for line in self._path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        write_whole(self._path, "".join(line + "\n" for line in lines if json.loads(line)["step"] < step))
+    def _begin(self, step: int) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self._path.is_symlink() or (self._path.exists() and not (self.resumed and self._path.is_file())):
+            aside = set_aside(self._path)
+            logger.info("%s was there from another run; it is now %s", self._path, aside)
+        elif self._path.exists():
+            self._repair(step)
+        self._begun = True
 
-    def _set_aside(self) -> None:
-        number = 1
-        while (aside := self._path.with_name(f"metrics.{number}.jsonl")).exists():
-            number += 1
-        self._path.rename(aside)
-        logger.info("%s was there from another run; it is now %s", self._path, aside)
+    def _repair(self, step: int) -> None:
+        """Keep the records before ``step``, from which on a resumed run makes them again; set aside what is none."""
+        found = self._path.read_bytes()
+        *lines, cut_off = found.split(b"\n")
+        records = {line: _step_of(line) for line in {*lines, cut_off}}
+        damaged = [line for line in lines if records[line] is None and line.strip()]
+        if damaged:
+            aside = self._path.with_name(f"{self._path.stem}.damaged.txt")
+            with aside.open("ab") as file:
+                file.write(b"".join(line + b"\n" for line in damaged))
+            logger.warning("%d lines of %s are no records; they are now in %s", len(damaged), self._path, aside)
+        if cut_off and records[cut_off] is None:
+            logger.info("the last line of %s was cut off and is dropped: %.60r", self._path, cut_off)
+        kept = [line for line in [*lines, cut_off] if (at := records[line]) is not None and at < step]
+        if (repaired := b"".join(line + b"\n" for line in kept)) != found:
+            write_whole(self._path, repaired)
+
+    def _write(self, data: bytes) -> None:
+        with self._path.open("a+b", buffering=0) as file:
+            size = file.seek(0, 2)
+            if size:
+                file.seek(size - 1)
+                data = data if file.read(1) == b"\n" else b"\n" + data
+            try:
+                left = memoryview(data)
+                while left:
+                    left = left[file.write(left) :]
+            except BaseException:
+                file.truncate(size)
+                raise
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a record; None if a line is none."""
+    try:
+        return integer(mapping(parse_json(line))["step"])
+    except (KeyError, TypeError, ValueError):
+        return None

@@ -50,4 +50,4 @@ class StateSaver:
             if written is not None and self._processes.is_rank_zero:
                 written()
 
-        self._writer.submit_unwatched(write)
+        self._writer.submit_unwatched(write, "saving the window")
