@@ -68,7 +68,7 @@ class MergeConfig:
         output_dir: folder for snapshots and metrics.jsonl. None: the callbacks use "merged" inside the trainer's own
             output folder, the engine uses "merged" in the working directory.
         keep_last: how many of the newest snapshots are kept; 0 with ``keep_best=False`` publishes none.
-        keep_best: whether the snapshot of lowest merged loss is kept beside them.
+        keep_best: whether the snapshot of lowest loss on the search split is kept beside them.
         snapshot_files: under FSDP, "whole": rank 0 gathers and writes the model, "sharded": every rank
             writes its part (``consolidate_snapshot`` makes a model folder of it), or "auto": whole up to 5 GB.
         dtype: how rows are kept: "auto", "float32", "bfloat16" or "int8" (1.0625 bytes per number, and 4 for all rows).

@@ -323,7 +323,7 @@ class TrajectoryMerger:
 
     @property
     def best_snapshot(self) -> Path | None:
-        """The folder of the published snapshot of lowest merged loss so far."""
+        """The folder of the published snapshot of lowest loss on the search split so far."""
         return self.output_dir / self._store.best.name if self._store.best else None
 
     def live_evaluation(self, model: nn.Module) -> Evaluation:

@@ -24,7 +24,7 @@ def publish(store, step, loss, model=None):
     model = model or nn.Linear(2, 2)
     layout = ParameterLayout(model)
     merge = {"weights_format": weights_format(model), "merged_tensors": [slot.name for slot in layout.slots]}
-    return store.publish(step, loss, collect_weights(model, layout), merge)
+    return store.publish(step, loss, 9.0 - loss, collect_weights(model, layout), merge)
 
 
 def folders(path):
@@ -58,7 +58,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        store.publish(1, 1.0, write, {})
+        store.publish(1, 1.0, 1.0, write, {})
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(FileNotFoundError, match="no merged snapshot"):
         find_snapshot(tmp_path)
@@ -88,7 +88,7 @@ layout = ParameterLayout(model)
 merge = {"weights_format": "state_dict", "merged_tensors": ["weight", "bias"]}
 for step in range(1, 10**6):
     torch.nn.init.constant_(model.weight, step)
-    store.publish(step, 1 / step if step % 3 else 1.0, collect_weights(model, layout), merge)
+    store.publish(step, 1 / step if step % 3 else 1.0, 0.0, collect_weights(model, layout), merge)
     print(step, flush=True)
 """
 

@@ -354,7 +354,7 @@ def test_load_merged_at_end_puts_the_best_snapshot_into_the_model(loader, train,
     other = tiny_llama(seed=5)
     load_merged(tmp_path / "merged" / "best", other)
     assert same_weights(model, other)
-    best = min(merger.records, key=lambda record: record.merged_loss)
+    best = min(merger.records, key=lambda record: record.search_losses["merged"])
     assert find_snapshot(tmp_path / "merged").name == f"step-{best.step:08d}"
 
 
@@ -401,7 +401,7 @@ def test_a_peft_run_keeps_and_publishes_only_the_adapter(loader, train, tmp_path
     other = adapted(9)
     load_merged(best, other)
     report = HeldOutLoss(loader, batches=4)
-    best_loss = min(record.merged_loss for record in merger.records)
+    best_loss = min(merger.records, key=lambda record: record.search_losses["merged"]).merged_loss
     assert report.evaluate(other, "report").loss == pytest.approx(best_loss, abs=1e-6)
 
 

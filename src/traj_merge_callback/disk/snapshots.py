@@ -6,8 +6,9 @@ Layout of an output folder, format version 1::
         *.safetensors       weights, in shards with an index file when large
         merge.json          how it was made: steps, weights, losses of both splits, search, versions
         config.json, ...    for a Hugging Face model, so that from_pretrained(folder) works
-    best, latest            symbolic links to the snapshot of lowest merged loss, and the newest
-    index.json              {"version", "best", "latest", "snapshots": [{"name", "step", "merged_loss"}]}
+    best, latest            symbolic links to the snapshot of lowest search loss, and the newest
+    index.json              {"version", "best", "latest",
+                             "snapshots": [{"name", "step", "search_loss", "merged_loss"}]}
     metrics.jsonl           one line for each merge
 """
 
@@ -30,10 +31,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SnapshotEntry:
-    """A published snapshot: folder name inside the output folder, optimizer step, merged loss on the report split."""
+    """A published snapshot.
+
+    Args:
+        name: of its folder, inside the output folder.
+        step: optimizer step.
+        search_loss: its objective on the search split, by which the best snapshot is chosen.
+        merged_loss: its loss on the report split, which chooses nothing.
+    """
 
     name: str
     step: int
+    search_loss: float
     merged_loss: float
 
 
@@ -43,7 +52,7 @@ class SnapshotStore:
     Args:
         folder: the output folder; created when the first snapshot is published.
         keep_last: how many of the newest snapshots to keep.
-        keep_best: whether to keep the one of lowest merged loss as well.
+        keep_best: whether to keep the one of lowest search loss as well.
     """
 
     def __init__(self, folder: Path, *, keep_last: int, keep_best: bool) -> None:
@@ -55,8 +64,12 @@ class SnapshotStore:
 
     @property
     def best(self) -> SnapshotEntry | None:
-        """The published snapshot of lowest merged loss, the newest of equals."""
-        return min(self.entries, key=lambda entry: (entry.merged_loss, -entry.step), default=None)
+        """The published snapshot of lowest loss on the search split, the newest of equals.
+
+        Were it chosen by the loss that is reported for it, that number would be the lowest of several noisy ones, and
+        too low.
+        """
+        return min(self.entries, key=lambda entry: (entry.search_loss, -entry.step), default=None)
 
     @property
     def latest(self) -> SnapshotEntry | None:
@@ -70,6 +83,7 @@ class SnapshotStore:
     def publish(
         self,
         step: int,
+        search_loss: float,
         merged_loss: float,
         write: Callable[[Path], None],
         merge: dict[str, Any],
@@ -79,7 +93,7 @@ class SnapshotStore:
 
         Args:
             step: optimizer step.
-            merged_loss: on the report split.
+            search_loss, merged_loss: see :class:`SnapshotEntry`.
             write: writes the weights into a folder.
             merge: content of merge.json.
             together: the ranks, if all of them call this, each to write its part; by default this one writes alone.
@@ -101,7 +115,7 @@ class SnapshotStore:
                 text = json.dumps({"version": FORMAT_VERSION, **merge, "packages": _versions()}, indent=2)
                 (temporary / "merge.json").write_text(text + "\n", encoding="utf-8")
         kept = [entry for entry in self.entries if entry.name != name]
-        self.entries = [*kept, SnapshotEntry(name, step, merged_loss)]
+        self.entries = [*kept, SnapshotEntry(name, step, search_loss, merged_loss)]
         self._prune(writes=processes.is_rank_zero)
         return self.folder / name
 

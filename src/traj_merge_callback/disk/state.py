@@ -1,6 +1,6 @@
 """A run's merging state beside the trainer's checkpoint: the window's rows, and what merges remember.
 
-Layout of the folder, format version 2::
+Layout of the folder, format version 3::
 
     state.json                           steps, what merges remember, and the index of parts
     row-00.rank-00000.safetensors ...    one row, as it is stored (int8 rows as int8), this rank's columns
@@ -14,7 +14,7 @@ some rank wrote; int8 rows are rounded once more where they are not.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,11 @@ from ..window.storage import BLOCK, decode_int8
 from ..window.window import CheckpointWindow
 from .atomic import remove_tree, shared_folder, write_tensors
 from .parts import PartsIndex, Range, part_path, ranges_of
+from .snapshots import SnapshotEntry
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _SHARED = "shared"
+_ENTRY = {field.name for field in fields(SnapshotEntry)}
 
 
 @dataclass
@@ -108,9 +110,9 @@ class Saved:
         """See :meth:`RunState.from_json`."""
         merging = None if values["merging"] is None else _integer(values["merging"])
         for entry in values["snapshots"]:
-            if Path(entry["name"]).name != entry["name"] or set(entry) != {"name", "step", "merged_loss"}:
+            if Path(entry["name"]).name != entry["name"] or set(entry) != _ENTRY:
                 raise ValueError(f"{entry!r} is no snapshot")
-            _numbers([_integer(entry["step"]), entry["merged_loss"]])
+            _numbers([_integer(entry["step"]), entry["search_loss"], entry["merged_loss"]])
         return cls(RunState.from_json(values["run"]), merging, str(values["heldout"]), values["snapshots"])
 
 

@@ -96,7 +96,8 @@ class Publisher:
                 write = self._shard(weights) if sharded else self._whole(weights, gathered)
                 merge = self._merge_json(weights, step, steps, described, losses, sharded=sharded)
                 ranks = self._writer_processes if sharded else None
-                publish = functools.partial(self._store.publish, step, losses["merged_loss"], write, merge, ranks)
+                search_loss, merged_loss = described["search_losses"]["merged"], losses["merged_loss"]
+                publish = functools.partial(self._store.publish, step, search_loss, merged_loss, write, merge, ranks)
         except Exception as raised:
             error = raised
         writing: Future[Path | None] = Future()
