@@ -9,7 +9,6 @@ import copy
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,10 +17,13 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from ..distributed import Processes
 from .isolation import preserved_rng
+from .reachable import preserved
 
 
 def read_batches(name: str, loader: Any, count: int, seed: int, processes: Processes) -> list[Any]:
     """The first ``count`` batches of a loader, on the CPU, the same ones on every rank.
+
+    Afterwards the loader, and everything that it can reach, is as it was (see ``reachable.py``).
 
     If all ranks read the same batches, only a digest is exchanged. Otherwise (a DistributedSampler, Accelerate's
     loaders) the batches read are gathered on every rank and put together by :func:`merge_shares`.
@@ -112,29 +114,15 @@ def _read(name: str, loader: Iterable[Any], count: int, seed: int) -> list[Any]:
         # A shallow copy, so that persistent workers of the original keep the state they are in.
         loader = copy.copy(loader)
         loader._iterator = None  # type: ignore[attr-defined]
-    with preserved_rng(seed), _preserved_generators(loader, seed):
+    # An iterator is there to be read once, as whoever gives one knows.
+    said = "" if isinstance(loader, Iterator) else f"heldout loader {name!r}"
+    with preserved_rng(seed), preserved([loader], seed=seed, name=said):
         iterator = iter(loader)
         found = [map_tensors(batch, lambda t: t.detach().cpu()) for batch in itertools.islice(iterator, count)]
         del iterator
     if not found:
         raise ValueError(f"heldout loader {name!r} yields no batches: give at least one batch of held-out data")
     return found
-
-
-@contextmanager
-def _preserved_generators(loader: Any, seed: int) -> Iterator[None]:
-    """Seed the generators of a loader and its samplers inside the context, and restore their states after it."""
-    owners = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
-    owners.append(getattr(owners[-1], "sampler", None))
-    found = {id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)}
-    states = [(generator, generator.get_state()) for generator in found.values()]
-    try:
-        for generator, _ in states:
-            generator.manual_seed(seed)
-        yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)
 
 
 # One batch
