@@ -136,7 +136,7 @@ def save_state(folder: Path, window: dict[str, Any], index: PartsIndex, saved: S
             if window["shared"]:
                 write_tensors(part_path(temporary, _SHARED, processes.rank), window["shared"], processes)
         if processes.is_rank_zero:
-            kept = {name: window[name] for name in ("steps", "dtype", "pushed", "sampled")}
+            kept = {name: window[name] for name in ("steps", "dtype", "pushed", "sampled", "not_finite")}
             document = {
                 "version": FORMAT_VERSION,
                 "window": {**kept, "shared": sorted(window["shared"])},
@@ -193,7 +193,9 @@ def _read_document(folder: Path, window: CheckpointWindow, step: int) -> tuple[S
             f"{folder} has format version {version!r}; this version of traj-merge-callback reads {FORMAT_VERSION}"
         )
     found = {name: tuple(tensor["shape"]) for name, tensor in index.tensors.items()}
-    if found != {slot.name: slot.shape for slot in window.layout.slots}:
+    # A buffer that is not finite any more belongs to no column now, and is left out.
+    kept_shapes = {name: shape for name, shape in found.items() if name not in window.layout.skipped}
+    if kept_shapes != {slot.name: slot.shape for slot in window.layout.slots}:
         raise ValueError(f"{folder} was saved for a model with other parameters")
     if kept["steps"] and kept["steps"][-1] > step:
         raise ValueError(f"{folder} holds checkpoints up to step {kept['steps'][-1]}, but training is at step {step}")
@@ -204,8 +206,9 @@ def _checked_window(kept: dict[str, Any]) -> dict[str, Any]:
     steps = [_integer(step) for step in kept["steps"]]
     if steps != sorted(set(steps)) or _integer(kept["pushed"]) < len(steps) or _integer(kept["sampled"]) < 0:
         raise ValueError(f"steps={steps}, pushed={kept['pushed']}, sampled={kept['sampled']} are of no window")
-    if not all(isinstance(name, str) for name in [kept["dtype"], *kept["shared"]]):
-        raise TypeError(f"dtype={kept['dtype']!r}, shared={kept['shared']!r}")
+    names = [kept["dtype"], *kept["shared"], *kept["not_finite"]]
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"dtype={kept['dtype']!r}, shared={kept['shared']!r}, not_finite={kept['not_finite']!r}")
     return kept
 
 

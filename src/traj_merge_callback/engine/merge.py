@@ -87,6 +87,7 @@ class Merge:
         with in_use:
             steps = list(window.steps)
             candidates = self._candidates(model)
+            yield from candidates.prepare()
             yield from candidates.load(None)
             live_search = yield from candidates.evaluate("search")
             if not math.isfinite(live_search.loss):
@@ -103,7 +104,10 @@ class Merge:
             raise ValueError(f"the held-out loss on the report split is not finite: {losses}")
         snapshot = None
         if self._config.publishes:
-            snapshot = yield from self._publisher.publish(candidates.weights, step, steps, described, losses)
+            not_finite = yield from candidates.not_finite()
+            snapshot = yield from self._publisher.publish(
+                candidates.weights, step, steps, described, losses, not_finite
+            )
         return MergeRecord(
             step=step,
             search=self._config.search,

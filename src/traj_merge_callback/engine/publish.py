@@ -71,7 +71,13 @@ class Publisher:
         self._extra = extra
 
     def publish(
-        self, weights: Weights, step: int, steps: list[int], described: dict[str, Any], losses: dict[str, Any]
+        self,
+        weights: Weights,
+        step: int,
+        steps: list[int],
+        described: dict[str, Any],
+        losses: dict[str, Any],
+        not_finite: str | None,
     ) -> Pieces[Path | None]:
         """Write a snapshot of the candidate at hand; one that cannot be written is a failure of its own.
 
@@ -80,6 +86,7 @@ class Publisher:
             step: optimizer step of the merge.
             steps: of the window's rows.
             described, losses: what merge.json says of the weights, and of the report split.
+            not_finite: name of a merged tensor that is not finite, on this rank; such a snapshot is not written.
 
         Returns:
             The snapshot's folder, None if it could not be written.
@@ -92,6 +99,8 @@ class Publisher:
         publish: Callable[[], Path] | None = None
         error: Exception | None = None
         try:
+            if not_finite is not None:
+                raise ValueError(f"the merge at step {step} is not finite in {not_finite!r}")
             if sharded or self._processes.is_rank_zero:
                 write = self._shard(weights) if sharded else self._whole(weights, gathered)
                 merge = self._merge_json(weights, step, steps, described, losses, sharded=sharded)

@@ -43,13 +43,28 @@ class Candidates:
 
     def __init__(self, weights: Weights, window: CheckpointWindow, heldout: HeldOutLoss) -> None:
         self.weights = weights
+        #: Names of the buffers that are live's in every candidate.
+        self.unmerged = frozenset[str]()
         self._window = window
         self._heldout = heldout
+
+    def prepare(self) -> Pieces[None]:
+        """Find out what candidates of the rows that the window holds now take from live."""
+        self.unmerged = yield from self._window.unmerged_pieces()
 
     def load(self, weights: np.ndarray | None) -> Pieces[None]:
         """Make the merge with these merge weights the current candidate; None: live, as last captured."""
         yield from self._window.combine_pieces(weights, self.weights.row)
+        if self.unmerged:
+            layout, views = self._window.layout, self._window.layout.views(self.weights.row)
+            for slot, tensor in zip(layout.slots, layout.tensors(self.weights.model), strict=True):
+                if slot.name in self.unmerged:
+                    views[slot.name].copy_(tensor)
         yield from self.weights.gather()
+
+    def not_finite(self) -> Pieces[str | None]:
+        """The name of a merged tensor of the current candidate that is not finite in its own dtype, if there is one."""
+        return (yield from self._window.not_finite_pieces(self.weights.row, self.unmerged))
 
     def evaluate(self, split: Split) -> Pieces[Evaluation]:
         """Evaluate the current candidate on a split."""

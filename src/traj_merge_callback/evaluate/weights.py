@@ -67,7 +67,7 @@ class WholeWeights:
         self.layout = layout
         self.whole = row
         if self._shares is not None:
-            self.layout = ParameterLayout(model, trainable_only=layout.trainable_only)
+            self.layout = ParameterLayout(model, trainable_only=layout.trainable_only, skipped=layout.skipped)
             self._in_shares = self._shares.share * len(self._shares.ranks)
             self._mine = sum(slot.numel for slot in layout.slots if slot.is_parameter)
             self._parameters = sum(slot.numel for slot in self.layout.slots if slot.is_parameter)

@@ -2,8 +2,9 @@
 
 A row is one flat vector of N numbers. :class:`ParameterLayout` maps it to the model: parameters in the order of
 ``named_parameters`` (tied ones once; under FSDP those of each unit side by side), then the floating-point buffers of
-the ``state_dict``. With several ranks each holds its own columns (see ``sharding``). :func:`parameter_groups` sorts the
-tensors into groups that may have merge weights of their own.
+the ``state_dict`` that are finite when the window is made (masks that hold -inf are not). With several ranks each holds
+its own columns (see ``sharding``). :func:`parameter_groups` sorts the tensors into groups that may have merge weights
+of their own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -105,14 +106,23 @@ class ParameterLayout:
         trainable_only: keep only parameters that require gradients, so that a LoRA run keeps kilobytes. False keeps
             every floating-point parameter.
         sharding: which shard of each tensor this rank's rows hold; by default the whole tensor.
+        skipped: names of buffers that are not merged; by default of those that hold a number that is not finite now.
 
     Raises:
         ValueError: nothing to merge, or complex parameters.
     """
 
-    def __init__(self, model: nn.Module, *, trainable_only: bool = True, sharding: Sharding | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        trainable_only: bool = True,
+        sharding: Sharding | None = None,
+        skipped: Set[str] | None = None,
+    ) -> None:
         self.trainable_only = trainable_only
         model = unwrap(model)
+        self.skipped = _not_finite(model) if skipped is None else frozenset(skipped)
         self.sharding = Sharding(Processes(alone=True)) if sharding is None else sharding
         found = []
         for name, tensor, is_parameter in self._walk(model):
@@ -133,6 +143,8 @@ class ParameterLayout:
             offset += numel
         self.slots = tuple(slots)
         self.numel = offset
+        #: Where the columns of parameters end; those of buffers follow.
+        self.parameters_end = sum(slot.numel for slot in slots if slot.is_parameter)
 
     @classmethod
     def divided(cls, model: nn.Module, processes: Processes, *, trainable_only: bool) -> ParameterLayout:
@@ -144,7 +156,10 @@ class ParameterLayout:
         """
         model = unwrap(model)
         numel = sum(p.numel() for p in model.parameters() if _is_merged(p, trainable_only))
-        layout = cls(model, trainable_only=trainable_only, sharding=find_sharding(model, processes, numel))
+        # A rank whose own buffers are finite skips those of the others too: all have the same columns.
+        skipped = frozenset[str]().union(*processes.all_gather_object(_not_finite(model)))
+        sharding = find_sharding(model, processes, numel)
+        layout = cls(model, trainable_only=trainable_only, sharding=sharding, skipped=skipped)
         described = repr([(slot.name, slot.shape, slot.dtype) for slot in layout.slots])
         if len(set(processes.all_gather_object(hashlib.sha256(described.encode()).digest()))) > 1:
             raise ValueError(
@@ -174,7 +189,7 @@ class ParameterLayout:
                 yield clean_name(name), parameter, True
         for name, places in persistent_buffers(model).items():
             buffer = places[0].tensor
-            if buffer.is_floating_point():
+            if buffer.is_floating_point() and clean_name(name) not in self.skipped:
                 yield clean_name(name), buffer, False
 
     def tensors(self, model: nn.Module) -> list[Tensor]:
@@ -218,6 +233,14 @@ def persistent_buffers(model: nn.Module) -> dict[str, list[BufferPlace]]:
             name = names.setdefault(id(buffer), f"{prefix}.{key}" if prefix else key)
             places.setdefault(name, []).append(BufferPlace(module, key))
     return places
+
+
+def _not_finite(model: nn.Module) -> frozenset[str]:
+    """The names of the floating-point buffers of the ``state_dict`` that hold a number that is not finite."""
+    found = {clean_name(name): places[0].tensor for name, places in persistent_buffers(model).items()}
+    return frozenset(
+        name for name, buffer in found.items() if buffer.is_floating_point() and not buffer.float().isfinite().all()
+    )
 
 
 def _is_merged(parameter: Tensor, trainable_only: bool) -> bool:

@@ -206,6 +206,26 @@ def gram(rows: list[StoredRow], piece: list[Chunk], products: Tensor) -> None:
             products[chunk.region] += (filled @ filled.T).double()
 
 
+def until(piece: list[Chunk], end: int) -> list[Chunk]:
+    """The columns of a piece that come before ``end``."""
+    return [Chunk(r, slice(columns.start, min(columns.stop, end))) for r, columns in piece if columns.start < end]
+
+
+def are_equal(rows: list[StoredRow], columns: slice) -> bool:
+    """Whether some columns are the same in all rows."""
+    chunks = [slice(start, min(start + CHUNK, columns.stop)) for start in range(columns.start, columns.stop, CHUNK)]
+    last, device = len(rows) - 1, rows[-1].storage.stored(rows[-1].place, columns)[0].device
+    found = (
+        (index, values) for chunk in chunks for _, index, values in _newest_and_deltas(rows, [Chunk(0, chunk)], device)
+    )
+    return not any(index < last and values.any() for index, values in found)
+
+
+def within(values: Tensor, limit: float) -> bool:
+    """Whether no number is NaN, or larger than ``limit`` in magnitude."""
+    return not len(values) or float(values.abs().amax()) <= limit  # NaN is within no limit
+
+
 def _newest_and_deltas(
     rows: list[StoredRow], piece: list[Chunk], device: torch.device
 ) -> Iterator[tuple[Chunk, int, Tensor]]:

@@ -7,7 +7,7 @@ gradient of a loss in the parameters it is the gradient of that loss in the merg
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -105,6 +105,8 @@ class CheckpointWindow:
         self._readers = 0
         self._lock = threading.Lock()
         self._pushing = False  # whether the last capture is of a push, and has not been waited for
+        # Buffers that once held a number that is not finite: rows hold other numbers in their place.
+        self._not_finite: set[str] = set()
 
     @property
     def size(self) -> int:
@@ -213,13 +215,29 @@ class CheckpointWindow:
             assert isinstance(self._ring.rows, DenseRows)
             assert index is not None
             target = self._ring.rows.row(index)
+
+        def arrived() -> None:
+            self._keep_finite(target)
+            then()
+
         tensors = self.layout.tensors(model)
         pairs = list(zip(self.layout.views(target).values(), self.layout.locals(tensors), strict=True))
         volatile = self.layout.volatile(model, tensors)
         for (view, tensor), at_once in zip(pairs, volatile, strict=True):
             if at_once:
                 view.copy_(tensor)
-        self._capture.begin([pair for pair, at_once in zip(pairs, volatile, strict=True) if not at_once], then)
+        self._capture.begin([pair for pair, at_once in zip(pairs, volatile, strict=True) if not at_once], arrived)
+
+    def _keep_finite(self, row: Tensor) -> None:
+        """Put other numbers in the place of buffers that are not finite, which would spoil products and int8 blocks."""
+        views = self.layout.views(row)
+        for slot in self.layout.slots:
+            if slot.is_parameter or views[slot.name].isfinite().all():
+                continue
+            self._not_finite.add(slot.name)
+            base = self._ring.rows.base(slice(slot.offset, slot.offset + slot.numel))
+            # The anchor of int8 rows, so that neighbours in a block are not rounded to the scale of this difference.
+            views[slot.name].copy_(torch.zeros(()) if base is None else base.view(slot.shard.local))
 
     def _accumulate(self) -> None:
         """Add the live weights that have arrived to the running mean."""
@@ -349,7 +367,7 @@ class CheckpointWindow:
         """Inner products of the rows' deltas to the newest row, shape ``(num_weights, num_weights)``, in float64.
 
         With ``d`` the difference of two vectors of merge weights, which sums to 0, ``d' G d`` is the squared distance
-        between the two merged models.
+        between the two merged models' parameters. Buffers do not count: their numbers have scales of their own.
 
         Args:
             grouped: sum over the columns of each parameter group separately: shape
@@ -363,8 +381,44 @@ class CheckpointWindow:
         found = torch.zeros(len(self._columns.regions(grouped)), rows, rows, dtype=torch.float64)
         for piece in self._columns.pieces(grouped, found.device):
             yield PROJECT
-            products.gram(self._stored_rows(), piece, found)
+            products.gram(self._stored_rows(), products.until(piece, self.layout.parameters_end), found)
         return (yield from self._columns.sum(found, grouped=grouped, summands=False))
+
+    # What is not merged
+
+    def unmerged_pieces(self) -> Pieces[frozenset[str]]:
+        """The names of the buffers that a merge takes from live, in pieces: a merge of their rows would only round
+        them, as they are the same in all, or they were not finite at some time.
+        """
+        rows, found = self._stored_rows(), set[str]()
+        for slot in self.layout.slots:
+            if not slot.is_parameter:
+                yield COMBINE
+                columns = slice(slot.offset, slot.offset + slot.numel)
+                if slot.name in self._not_finite or products.are_equal(rows, columns):
+                    found.add(slot.name)
+        return frozenset(found)
+
+    def not_finite_pieces(self, row: Tensor, unmerged: Set[str]) -> Pieces[str | None]:
+        """The name of a merged tensor that would not be finite in its own dtype, in pieces; None: all are.
+
+        Args:
+            row: a merge, shape ``(N,)``.
+            unmerged: names of tensors that are not looked at.
+        """
+        slots = [slot for slot in self.layout.slots if slot.name not in unmerged]
+        limits = [min(torch.finfo(slot.dtype).max, torch.finfo(row.dtype).max) for slot in slots]
+        found = None
+        for piece in self._columns.pieces(False, row.device):
+            yield COMBINE
+            for _, columns in piece:
+                if found is not None or products.within(row[columns], min(limits)):
+                    continue
+                for slot, limit in zip(slots, limits, strict=True):
+                    first, last = max(slot.offset, columns.start), min(slot.offset + slot.numel, columns.stop)
+                    if first < last and not products.within(row[first:last], limit):
+                        found = slot.name
+        return found
 
     def _stored_rows(self) -> list[StoredRow]:
         """The rows that merge weights belong to, oldest first, once the last capture is complete."""
@@ -379,10 +433,11 @@ class CheckpointWindow:
         Keys: "steps" of the rows, oldest first; "dtype"; "pushed", the number of pushes ever made; "sampled", the
         number of checkpoints in the running mean; "rows", the named tensors that each row is stored as; "shared", by
         name what there is beside the rows: the int8 "anchor", the leading rows "start" and "average", the running
-        "mean", and "arrival", the live weights of the last capture.
+        "mean", and "arrival", the live weights of the last capture; "not_finite", the names of buffers that rows hold
+        other numbers for.
         """
         self.settle()
-        return self._ring.state_dict()
+        return {**self._ring.state_dict(), "not_finite": sorted(self._not_finite)}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -394,6 +449,7 @@ class CheckpointWindow:
         """
         self.settle()
         self._ring.load_state_dict(state)
+        self._not_finite = set(state["not_finite"])
 
     @torch.no_grad()
     def load_rows(self, state: dict[str, Any], read: Callable[[str, Tensor], None]) -> None:
@@ -409,3 +465,4 @@ class CheckpointWindow:
         """
         self.settle()
         self._ring.load_rows(state, read)
+        self._not_finite = set(state["not_finite"])
