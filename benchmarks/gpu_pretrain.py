@@ -29,6 +29,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 from traj_merge_callback import CheckpointWindow, HeldOutLoss, TrajectoryMerger
 from traj_merge_callback.engine.budget import Stopwatch
+from traj_merge_callback.window.devices import side_stream
 from traj_merge_callback.window.storage import in_memory
 
 TURN = 10
@@ -174,7 +175,7 @@ def overlap(bench: Bench) -> dict[str, float]:
         start = torch.cuda.Event(enable_timing=True)
         start.record()
         window.push(model, step)
-        (stream,) = window._capture._streams.values()
+        stream = side_stream(bench.device, "capture")
         copied, backward, stepped = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         copied.record(stream)
         bench.backward(model, step)

@@ -34,7 +34,8 @@ from traj_merge_callback import CheckpointWindow, Evaluation, HeldOutLoss, Probl
 from traj_merge_callback.distributed import Processes
 from traj_merge_callback.engine.choose import Selection, select
 from traj_merge_callback.evaluate.candidate import Candidates, weights_in
-from traj_merge_callback.evaluate.heldout import Split
+from traj_merge_callback.evaluate.heldout import Split, device_of
+from traj_merge_callback.evaluate.parking import Parking
 from traj_merge_callback.evaluate.weights import installed
 from traj_merge_callback.pieces import finish
 from traj_merge_callback.search import Observed, Search, resolve_search
@@ -103,7 +104,9 @@ class Case:
                 self.window.sample(self.model)
             put(self.model, trajectory.at(end))
             self.window.push(self.model, end)
-        self.candidates = Candidates(weights_in(self.model, self.window, self.heldout.seed), self.window, self.heldout)
+        parking = Parking(device_of(self.model), self.window.processes)
+        weights = weights_in(self.model, self.window, self.heldout.seed, parking)
+        self.candidates = Candidates(weights, self.window, self.heldout)
         self.live_search = self.heldout.evaluate(self.model, "search")
         self.live = self.heldout.evaluate(self.model, "report")
         self.problem = Problem(

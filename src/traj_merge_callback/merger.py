@@ -157,7 +157,7 @@ class TrajectoryMerger:
             processes=self.processes,
         )
         index = PartsIndex.of(self.window.layout.slots, self.processes)
-        self._writer = Writer()
+        self._writer = Writer(device_of(model))
         self._saver = StateSaver(self.window, index, self._writer, self._writer_processes)
         publisher = Publisher(
             self.config,

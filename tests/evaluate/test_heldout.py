@@ -15,6 +15,7 @@ from traj_merge_callback import CheckpointWindow, HeldOutLoss
 from traj_merge_callback.evaluate.candidate import weights_in
 from traj_merge_callback.evaluate.data import merge_shares
 from traj_merge_callback.evaluate.isolation import isolated
+from traj_merge_callback.evaluate.parking import Parking
 from traj_merge_callback.evaluate.weights import installed
 from traj_merge_callback.pieces import finish
 
@@ -247,7 +248,7 @@ class Gradient:
 
 
 def gradient_of(loss, model, window, project):
-    gradient = Gradient(weights_in(model, window, 0), project)
+    gradient = Gradient(weights_in(model, window, 0, Parking(torch.device("cpu"), window.processes)), project)
 
     def ready(gradients):
         return isolated(model, gradients=gradients)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..distributed import Processes
+from ..window.devices import worker
 
 T = TypeVar("T")
 _TEMPORARY = ".tmp-"
@@ -153,10 +155,13 @@ class Writer:
     """One thread that writes files in the order in which they are submitted.
 
     It ends, with everything written, when it is closed or when Python exits.
+
+    Args:
+        device: of the tensors that are written.
     """
 
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="traj-merge-writer")
+    def __init__(self, device: torch.device) -> None:
+        self._thread = worker("traj-merge-writer", device)
         self._unwatched: list[tuple[str, Future[Any]]] = []
 
     def submit(self, job: Callable[[], T]) -> Future[T]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..window.devices import side_stream
 from ..window.layout import ParameterLayout, clean_name, persistent_buffers, unwrap
 from ..window.sharding import has_fsdp
 from .snapshots import read_merge
@@ -44,12 +45,12 @@ def _under_fsdp(model: nn.Module) -> nn.Module:
     return getattr(model, "_fsdp_wrapped_module", model)
 
 
-def collect_weights(model: nn.Module, layout: ParameterLayout) -> Callable[[Path], None]:
+def collect_weights(model: nn.Module, layout: ParameterLayout, *, at_once: bool = False) -> Callable[[Path], None]:
     """Collect the weights that ``model`` holds now; the function returned writes them into an existing folder, later.
 
-    Until then the merged row must stay as it is. Of what is not merged, buffers are copied, because training goes on,
-    and frozen parameters are not, because they do not change. A plain module's file holds the merged tensors and every
-    other buffer of the state dict; frozen parameters are left out.
+    Until then the merged row must stay as it is, unless it is copied to the CPU ``at_once``. Of what is not merged,
+    buffers are copied, because training goes on, and frozen parameters are not, because they do not change. A plain
+    module's file holds the merged tensors and every other buffer of the state dict; frozen parameters are left out.
     """
     model = unwrap(model)
     merged = {slot.name for slot in layout.slots}
@@ -58,11 +59,16 @@ def collect_weights(model: nn.Module, layout: ParameterLayout) -> Callable[[Path
     state = {name: value.detach() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     for name in state.keys() - parameters.keys():
         state[name] = state[name].clone()
-    devices = {state[name].device for name in state.keys() - frozen if state[name].is_cuda}
-    ready = {device: torch.cuda.current_stream(device).record_event() for device in devices}
+    devices = {state[name].device for name in state.keys() - frozen}
+    ready = {device: torch.cuda.current_stream(device).record_event() for device in devices if device.type == "cuda"}
+
+    def copied(devices: Iterable[torch.device]) -> dict[str, Tensor]:
+        return state | _on_cpu({name: state[name] for name in state.keys() - frozen}, devices, ready)
+
+    now = copied(devices) if at_once else None
 
     def write(folder: Path) -> None:
-        kept = state | _on_cpu({name: state[name] for name in state.keys() - frozen}, ready)
+        kept = copied(ready) if now is None else now
         if weights_format(model) == STATE_DICT:
             names = {clean_name(name) for name in parameters}
             kept = {clean_name(name): value for name, value in kept.items()}
@@ -122,15 +128,24 @@ def _write(folder: Path, model: nn.Module, state: dict[str, Tensor]) -> None:
         model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
 
 
-def _on_cpu(state: dict[str, Tensor], ready: dict[torch.device, torch.cuda.Event]) -> dict[str, Tensor]:
-    """Copies of a GPU's tensors, made beside what the GPU does otherwise; tensors that share memory still do."""
+def _on_cpu(
+    state: dict[str, Tensor], devices: Iterable[torch.device], ready: dict[torch.device, torch.cuda.Event]
+) -> dict[str, Tensor]:
+    """Copies of the tensors on some devices, made beside what a GPU does otherwise; those that share memory still do.
+
+    Args:
+        state: tensors by name.
+        devices: whose tensors are copied.
+        ready: for each GPU, the event after which its tensors may be read.
+    """
     moved: dict[tuple[int, torch.Size], Tensor] = {}
-    for device, event in ready.items():
-        with torch.cuda.stream(torch.cuda.Stream(device)):
-            torch.cuda.current_stream(device).wait_event(event)
+    for device in devices:
+        with torch.cuda.stream(side_stream(device, "snapshot")) if device in ready else nullcontext():
+            if device in ready:
+                torch.cuda.current_stream(device).wait_event(ready[device])
             for tensor in state.values():
                 if tensor.device == device:
-                    moved[tensor.data_ptr(), tensor.shape] = tensor.cpu()
+                    moved[tensor.data_ptr(), tensor.shape] = tensor.to("cpu", copy=True)
     return {name: moved.get((tensor.data_ptr(), tensor.shape), tensor) for name, tensor in state.items()}
 
 
@@ -257,8 +272,8 @@ def collect_checkpoint(name: str, checkpoint: dict[str, Any], model: nn.Module) 
     """The function that writes a trainer's checkpoint of the weights that ``model`` holds now, later."""
     buffers = {buffer for buffer, _ in model.named_buffers(remove_duplicate=False)}
     for key, value in checkpoint["state_dict"].items():
-        if key in buffers:  # which training goes on to write
-            checkpoint["state_dict"][key] = value.clone()
+        # Training goes on to write buffers, and a GPU's memory may be needed.
+        checkpoint["state_dict"][key] = value.clone() if key in buffers else value.cpu()
     return lambda folder: torch.save(checkpoint, folder / name)
 
 

@@ -10,7 +10,8 @@ from torch import nn
 from ..config import MergeConfig
 from ..evaluate.candidate import Candidates, weights_in
 from ..evaluate.fsdp import Units
-from ..evaluate.heldout import HeldOutLoss, Split
+from ..evaluate.heldout import HeldOutLoss, Split, device_of
+from ..evaluate.parking import Parking
 from ..metrics import MergeRecord, report_losses
 from ..pieces import Pieces
 from ..search.evaluation import Evaluation
@@ -46,6 +47,7 @@ class Merge:
         self._config = config
         self._heldout = heldout
         self._publisher = publisher
+        self.parking = Parking(device_of(model), window.processes)
         self._units = Units(model, window.layout, window.processes) if window.layout.sharding.units else None
 
     def probe(self, model: nn.Module) -> Pieces[None]:
@@ -104,9 +106,9 @@ class Merge:
             raise ValueError(f"the held-out loss on the report split is not finite: {losses}")
         snapshot = None
         if self._config.publishes:
-            not_finite = yield from candidates.not_finite()
+            not_finite, at_once = (yield from candidates.not_finite()), self.parking.tight
             snapshot = yield from self._publisher.publish(
-                candidates.weights, step, steps, described, losses, not_finite
+                candidates.weights, step, steps, described, losses, not_finite, at_once=at_once
             )
         return MergeRecord(
             step=step,
@@ -122,5 +124,5 @@ class Merge:
         )
 
     def _candidates(self, model: nn.Module) -> Candidates:
-        weights = weights_in(model, self.window, self._heldout.seed, units=self._units)
+        weights = weights_in(model, self.window, self._heldout.seed, self.parking, units=self._units)
         return Candidates(weights, self.window, self._heldout)

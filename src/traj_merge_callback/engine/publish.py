@@ -78,6 +78,8 @@ class Publisher:
         described: dict[str, Any],
         losses: dict[str, Any],
         not_finite: str | None,
+        *,
+        at_once: bool,
     ) -> Pieces[Path | None]:
         """Write a snapshot of the candidate at hand; one that cannot be written is a failure of its own.
 
@@ -87,6 +89,7 @@ class Publisher:
             steps: of the window's rows.
             described, losses: what merge.json says of the weights, and of the report split.
             not_finite: name of a merged tensor that is not finite, on this rank; such a snapshot is not written.
+            at_once: copy what is on a device to the CPU before training goes on, and not beside it.
 
         Returns:
             The snapshot's folder, None if it could not be written.
@@ -102,7 +105,7 @@ class Publisher:
             if not_finite is not None:
                 raise ValueError(f"the merge at step {step} is not finite in {not_finite!r}")
             if sharded or self._processes.is_rank_zero:
-                write = self._shard(weights) if sharded else self._whole(weights, gathered)
+                write = self._shard(weights, at_once) if sharded else self._whole(weights, gathered, at_once)
                 merge = self._merge_json(weights, step, steps, described, losses, sharded=sharded)
                 ranks = self._writer_processes if sharded else None
                 search_loss, merged_loss = described["search_losses"]["merged"], losses["merged_loss"]
@@ -130,18 +133,20 @@ class Publisher:
         wanted = self._config.snapshot_files
         return wanted == "sharded" or (wanted == "auto" and size > SHARD_BYTES)
 
-    def _whole(self, weights: Weights, gathered: dict[int, Tensor] | None) -> Write:
+    def _whole(self, weights: Weights, gathered: dict[int, Tensor] | None, at_once: bool) -> Write:
         """Collect the whole model, and what is written beside it."""
         if gathered is not None:
             return _both(collect_gathered(weights.model, self._window.layout, gathered, weights.row), self._beside())
         assert isinstance(weights, WholeWeights)
         with weights.installed():
-            return _both(collect_weights(weights.model, weights.layout), self._beside())
+            return _both(collect_weights(weights.model, weights.layout, at_once=at_once), self._beside())
 
-    def _shard(self, weights: Weights) -> Write:
+    def _shard(self, weights: Weights, at_once: bool) -> Write:
         """Collect this rank's part of the model; rank 0 also writes what is beside the weights."""
         row, rank = weights.row, self._processes.rank
-        if row.is_cuda:
+        if at_once:
+            row = row.to("cpu", copy=True)
+        elif row.is_cuda:
             torch.cuda.current_stream(row.device).synchronize()
         beside = None
         if self._processes.is_rank_zero:

@@ -18,6 +18,7 @@ from ..config import MergeConfig
 from ..distributed import CollectiveTimeout, Processes
 from ..evaluate.heldout import HeldOutLoss, Split, device_of
 from ..evaluate.isolation import preserved_rng
+from ..evaluate.parking import Parking
 from ..metrics import MergeRecord
 from ..pieces import BACKWARD, FORWARD, WAIT, Pieces
 from ..search.evaluation import Evaluation
@@ -43,6 +44,7 @@ class Run(Generic[T]):
         device: where they are done.
         wait: waits for what a piece of the kind WAIT waits for.
         processes: the ranks, which do the same pieces in step.
+        parking: of the device memory that pieces hold.
     """
 
     def __init__(
@@ -52,8 +54,10 @@ class Run(Generic[T]):
         device: torch.device,
         wait: Callable[[], None],
         processes: Processes,
+        parking: Parking,
     ) -> None:
         self._pieces = pieces
+        self._parking = parking
         self._processes = processes
         self._wait = wait
         self._durations = durations
@@ -75,7 +79,29 @@ class Run(Generic[T]):
         Raises:
             Exception: what a piece raised; the run is done then.
         """
-        watch, spent, kind = Stopwatch(self._device), 0.0, None
+        watch = Stopwatch(self._device)
+        moved = self._bring_back(watch)
+        self._advance(watch, limit - moved)
+        if not self.done:
+            self._parking.park()
+            moved += watch.lap()
+        self.seconds += moved
+        self.longest_pause = max(self.longest_pause, moved)
+
+    def _bring_back(self, watch: Stopwatch) -> float:
+        """Bring back what is parked, which fails on all ranks if it fails on one; how long that took."""
+        if not self._parking.away:
+            return 0.0
+        try:
+            with self._processes.raise_on_all():
+                self._parking.bring_back()
+        except BaseException:
+            self.abandon()
+            raise
+        return watch.lap()
+
+    def _advance(self, watch: Stopwatch, limit: float) -> None:
+        spent, kind = 0.0, None
         with preserved_rng():
             while (
                 not self.done and (spent == 0.0 or spent + self.next_piece <= limit) and not kind == self._next == WAIT
@@ -91,13 +117,16 @@ class Run(Generic[T]):
     def complete(self, on_piece: Callable[[str | None], None] = lambda kind: None) -> None:
         """Do all pieces that are left, waiting for what must be waited for."""
         before = self.seconds
+        watch = Stopwatch(self._device)
+        self.seconds += self._bring_back(watch)
         while not self.done:
             if self._next == WAIT:
                 began = time.perf_counter()
                 self._wait()
                 self.seconds += time.perf_counter() - began
             kind = self._next
-            self.advance(0.0)
+            watch.lap()
+            self._advance(watch, 0.0)
             on_piece(kind)
         self.longest_pause = max(self.longest_pause, self.seconds - before)
 
@@ -105,6 +134,7 @@ class Run(Generic[T]):
         """Give up what is left."""
         self.done = True
         self._pieces.close()
+        self._parking.release()
 
     def _do(self, watch: Stopwatch) -> float:
         """Do one piece, which fails on all ranks if it fails on one; the longest of their durations."""
@@ -113,6 +143,7 @@ class Run(Generic[T]):
             self._next = next(self._pieces)
         except StopIteration as stop:
             self.result, self.done = stop.value, True
+            self._parking.release()
         except BaseException as raised:
             error = raised
         try:
@@ -228,7 +259,8 @@ class Schedule:
 
     def evaluate(self, model: nn.Module, split: Split) -> Evaluation:
         """Evaluate the model with the weights that it has now, at once."""
-        run = Run(self._merge.live(model, split), Durations(), device_of(model), self._wait, self._processes)
+        parking, device = self._merge.parking, device_of(model)
+        run = Run(self._merge.live(model, split), Durations(), device, self._wait, self._processes, parking)
         run.complete()
         assert run.result is not None
         return run.result
@@ -240,7 +272,7 @@ class Schedule:
             self._run = self._again = None
 
     def _in_pieces(self, pieces: Pieces[MergeRecord | None], model: nn.Module) -> Run[MergeRecord | None]:
-        return Run(pieces, self._durations, device_of(model), self._wait, self._processes)
+        return Run(pieces, self._durations, device_of(model), self._wait, self._processes, self._merge.parking)
 
     def _drive(self, drive: Callable[[Run[MergeRecord | None]], None]) -> MergeRecord | None:
         while True:

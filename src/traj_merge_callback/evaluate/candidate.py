@@ -12,22 +12,29 @@ from ..search.evaluation import Evaluation, Gradient
 from ..window.window import CheckpointWindow
 from .fsdp import ShardedWeights, Units
 from .heldout import HeldOutLoss, Split, device_of
+from .parking import Parking
 from .weights import Weights, WholeWeights
 
 
-def weights_in(model: nn.Module, window: CheckpointWindow, seed: int, *, units: Units | None = None) -> Weights:
+def weights_in(
+    model: nn.Module, window: CheckpointWindow, seed: int, parking: Parking, *, units: Units | None = None
+) -> Weights:
     """Room for the weights of one candidate of a window, on the model's device.
 
     Args:
         model: the model being trained.
         window: the checkpoints.
         seed: see ``isolated``.
+        parking: of the device memory that it takes, from now on until the next call.
         units: the model's FSDP units; None for a model without FSDP.
     """
-    row = window.staging_on(device_of(model))
+    slots = window.layout.slots
+    # The candidate and its gradient, whole where they are not sharded.
+    parking.begin(8 * (window.layout.numel if units is not None else sum(slot.whole_numel for slot in slots)))
+    row = parking.hold(window.staging_on(device_of(model)))
     if units is not None:
-        return ShardedWeights(model, window.layout, row, seed, units)
-    return WholeWeights(model, window.layout, row, seed)
+        return ShardedWeights(model, window.layout, row, seed, units, parking)
+    return WholeWeights(model, window.layout, row, seed, parking)
 
 
 class Candidates:

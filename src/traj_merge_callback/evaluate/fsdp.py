@@ -26,6 +26,7 @@ from ..pieces import EXCHANGE, Pieces
 from ..window.layout import ParameterLayout, Slot, unwrap
 from ..window.sharding import Unit
 from .isolation import isolated
+from .parking import Parking
 from .weights import add_gradients, installed
 
 
@@ -43,10 +44,14 @@ class ShardedWeights:
         row: float32, on the model's device, shape ``(layout.numel,)``.
         seed: see ``isolated``.
         units: the model's FSDP units.
+        parking: of the other large tensors made here.
     """
 
-    def __init__(self, model: nn.Module, layout: ParameterLayout, row: Tensor, seed: int, units: Units) -> None:
+    def __init__(
+        self, model: nn.Module, layout: ParameterLayout, row: Tensor, seed: int, units: Units, parking: Parking
+    ) -> None:
         self.row = row
+        self._parking = parking
         self.model = model
         self._layout = layout
         self._units = units
@@ -138,7 +143,9 @@ class ShardedWeights:
 
     def clear_gradient(self) -> None:
         """Set the accumulated gradient to zero."""
-        self._gradient = torch.zeros_like(self.row) if self._gradient is None else self._gradient.zero_()
+        if self._gradient is None:
+            self._gradient = self._parking.hold(torch.empty_like(self.row))
+        self._gradient.zero_()
 
     def add_gradient(self) -> None:
         """Accumulate the gradients of a backward pass; called inside :meth:`ready`."""

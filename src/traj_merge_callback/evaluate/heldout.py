@@ -19,7 +19,7 @@ from ..pieces import BACKWARD, EXCHANGE, FORWARD, Pieces, finish
 from ..search.evaluation import PARTS, Evaluation, Gradient
 from ..window.layout import unwrap
 from .data import count_sequences, fingerprint, map_tensors, read_batches, select_sequences
-from .isolation import isolated
+from .isolation import isolated, uncached_casts
 
 Nll: TypeAlias = Callable[[nn.Module, Any], tuple[Tensor | float, Tensor | float | int]]
 Split = Literal["search", "report"]
@@ -262,7 +262,7 @@ class HeldOutLoss:
             data = batches[mine if counts else first].data
             with ready(gradient is not None):
                 batch = self._to_device(data) if self._to_device else _to_device_of(model, data)
-                with self._precision():
+                with self._precision(), uncached_casts():
                     nll, tokens = self._nll(model, batch)
                 if gradient is not None and float(tokens):
                     (counts * torch.as_tensor(nll)).backward()

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .attention import compiled_flex_attention
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
 _CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)
@@ -108,6 +110,20 @@ def preserved_rng(seed: int | None = None) -> Iterator[None]:
 
 
 @contextmanager
+def uncached_casts() -> Iterator[None]:
+    """Let autocast keep no low-precision copies of weights: it finds them by tensor, and candidates share tensors.
+
+    A cache that training has filled, where the whole training loop runs under autocast, is neither read nor cleared.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+@contextmanager
 def isolated(model: nn.Module, seed: int = 0, *, gradients: bool = False) -> Iterator[None]:
     """Run ``model`` inside, in eval mode and eagerly even if compiled; afterwards everything is as it was.
 
@@ -132,6 +148,7 @@ def isolated(model: nn.Module, seed: int = 0, *, gradients: bool = False) -> Ite
         stack.enter_context(preserved_rng(seed))
         # A compiled model would otherwise recompile for eval mode, which counts against training's recompile limit.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(compiled_flex_attention())
         try:
             for module, saved in zip(modules, attributes, strict=True):
                 _copy_state(module, saved)

@@ -15,6 +15,7 @@ from ..pieces import EXCHANGE, Pieces
 from ..window.layout import BufferPlace, ParameterLayout, Slot, clean_name, persistent_buffers, unwrap
 from ..window.sharding import EqualShares
 from .isolation import delayed_interrupts, isolated
+from .parking import Parking
 
 
 class Weights(Protocol):
@@ -55,10 +56,12 @@ class WholeWeights:
         layout: the layout of this rank's columns.
         row: float32, on the model's device, shape ``(layout.numel,)``.
         seed: see ``isolated``.
+        parking: of the other large tensors made here.
     """
 
-    def __init__(self, model: nn.Module, layout: ParameterLayout, row: Tensor, seed: int) -> None:
+    def __init__(self, model: nn.Module, layout: ParameterLayout, row: Tensor, seed: int, parking: Parking) -> None:
         self.row = row
+        self._parking = parking
         self.model = model
         self._isolated = functools.partial(isolated, unwrap(model), seed)
         self._gradient: Tensor | None = None
@@ -79,7 +82,7 @@ class WholeWeights:
         The columns of buffers, which every rank has, begin where the parameters end and overlap the padding.
         """
         size = self.layout.numel if self._shares is None else max(self.layout.numel, self._in_shares)
-        return torch.zeros(size, device=self.row.device)
+        return self._parking.hold(torch.zeros(size, device=self.row.device))
 
     def gather(self) -> Pieces[None]:
         """See :class:`Weights`."""
@@ -156,19 +159,16 @@ def installed(layout: ParameterLayout, model: nn.Module, row: Tensor) -> Iterato
                     replaced.append((place, buffer))
                     merged = view.to(device=buffer.device, dtype=buffer.dtype, copy=True)
                     place.module._buffers[place.name] = merged
-            # Autocast caches low-precision copies by tensor identity, and these tensors just changed content.
-            torch.clear_autocast_cache()
             yield
         finally:
             for tensor, data in live:
                 tensor.data = data
             for place, buffer in replaced:
                 place.module._buffers[place.name] = buffer
-            torch.clear_autocast_cache()
 
 
 def add_gradients(slots: Sequence[Slot], row: Tensor, tensors: Sequence[Tensor]) -> None:
     """Add the ``grad`` of each tensor, if it has one, to its slot's columns of a flat row."""
     for slot, tensor in zip(slots, tensors, strict=True):
         if tensor.grad is not None:
-            row[slot.offset : slot.offset + slot.numel].add_(tensor.grad.reshape(-1))
+            row[slot.offset : slot.offset + slot.numel].add_(tensor.grad.reshape(-1).to(row.device))

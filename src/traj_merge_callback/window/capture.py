@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from .devices import side_stream, worker
+
 
 class Capture:
     """Copies tensors in the background, while the next forward and backward pass run, but before any optimizer writes.
@@ -25,19 +27,19 @@ class Capture:
 
     Args:
         asynchronous: False copies at once.
+        device: of the sources, or of the first of them.
     """
 
-    def __init__(self, *, asynchronous: bool) -> None:
+    def __init__(self, *, asynchronous: bool, device: torch.device) -> None:
         self.waited_s = 0.0
         # Futures and events of the last capture, until someone has waited for them.
         self._reading: Future[None] | None = None
         self._jobs: list[Future[None]] = []
         self._copied: dict[torch.device, torch.cuda.Event] = {}
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._worker: ThreadPoolExecutor | None = None
         self._hook: Any = None
         if asynchronous:
-            self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="traj-merge-capture")
+            self._worker = worker("traj-merge-capture", device)
             # The hook must not keep a window alive that its owner has dropped.
             guard = functools.partial(_guard, weakref.ref(self))
             self._hook = register_optimizer_step_pre_hook(torch.compiler.disable(guard))
@@ -54,7 +56,7 @@ class Capture:
         # A detached tensor keeps its memory; a parameter points elsewhere while a merged model is evaluated.
         pairs = [(target, source.detach()) for target, source in pairs]
         for device in {source.device for _, source in pairs if source.is_cuda}:
-            stream = self._streams.setdefault(device, torch.cuda.Stream(device))
+            stream = side_stream(device, "capture")
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 for target, source in pairs:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..distributed import Processes
 from ..pieces import EXCHANGE, Pieces
+from .devices import side_stream
 from .layout import ParameterGroups, ParameterLayout, Slot
 from .storage import BLOCK, CHUNK, StoredRow
 
@@ -275,7 +276,7 @@ def _decoded(wanted: list[tuple[StoredRow, slice]], device: torch.device) -> Ite
 
 def _sent_ahead(stored: list[tuple[Tensor, ...]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
     """Copy tensors to a CUDA device, always one item ahead of the one that is worked on."""
-    copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    copying, computing = side_stream(device, "rows"), torch.cuda.current_stream(device)
     arrived: list[tuple[tuple[Tensor, ...], torch.cuda.Event]] = []
 
     def send(tensors: tuple[Tensor, ...]) -> None:

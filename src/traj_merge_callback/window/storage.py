@@ -6,11 +6,14 @@ these for the last k checkpoints, and the few rows beside them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .devices import page_locked
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 # Neighbouring int8 deltas that share one float32 scale: 4 bytes for 64 of them, 1/16 of a byte each.
@@ -23,10 +26,15 @@ Allocate = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
 
 
 def in_memory(*, pinned: bool = False, device: torch.device | None = None) -> Allocate:
-    """Tensors on ``device``, by default in CPU memory; pinned memory, to which a GPU copies while it computes."""
+    """Tensors on ``device``, by default in CPU memory; page-locked (pinned) memory, to which a GPU copies
+    while it computes, and of which not a byte more is taken than asked for.
+    """
 
     def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned and device is None)
+        size = math.prod(shape) * dtype.itemsize
+        if pinned and device is None and size:
+            return page_locked(size).view(dtype).view(shape)
+        return torch.empty(shape, dtype=dtype, device=device)
 
     return allocate
 

@@ -87,7 +87,9 @@ class CheckpointWindow:
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not one of {['auto', *DTYPES]}")
         self.groups: ParameterGroups | None = None if groups is None else parameter_groups(self.layout, groups)
-        pinned = in_memory(pinned=any(tensor.is_cuda for tensor in self.layout.tensors(model)))
+        devices = [tensor.device for tensor in self.layout.tensors(model)]
+        self._device = next((device for device in devices if device.type == "cuda"), devices[0])
+        pinned = in_memory(pinned=self._device.type == "cuda")
         exact = not mean_rows and (dtype == "float32" or (dtype == "bfloat16" and all_bfloat16)) and not buffered
         self._ring = Ring(
             size,
@@ -101,7 +103,7 @@ class CheckpointWindow:
         )
         self._columns = products.Columns(self.layout, self.groups, self.processes)
         self._average_rate = average_rate
-        self._capture = Capture(asynchronous=asynchronous)
+        self._capture = Capture(asynchronous=asynchronous, device=self._device)
         self._readers = 0
         self._lock = threading.Lock()
         self._pushing = False  # whether the last capture is of a push, and has not been waited for
@@ -206,8 +208,8 @@ class CheckpointWindow:
     def _copy_live(self, model: nn.Module, then: Callable[[], None], index: int | None = None) -> None:
         """Begin to copy live weights to the ring's ``arrival``, or to row ``index`` itself if rows are exact copies.
 
-        ``then`` is called when the copy is complete, in the capture's thread if it is asynchronous. Tensors that a
-        forward pass may write are copied at once.
+        ``then`` is called when the copy is complete, in the capture's thread if it is asynchronous. Of tensors
+        that a forward pass may write a copy is made first, on their device.
         """
         self.settle()
         target = self._ring.arrival
@@ -221,12 +223,10 @@ class CheckpointWindow:
             then()
 
         tensors = self.layout.tensors(model)
-        pairs = list(zip(self.layout.views(target).values(), self.layout.locals(tensors), strict=True))
+        sources = self.layout.locals(tensors)
         volatile = self.layout.volatile(model, tensors)
-        for (view, tensor), at_once in zip(pairs, volatile, strict=True):
-            if at_once:
-                view.copy_(tensor)
-        self._capture.begin([pair for pair, at_once in zip(pairs, volatile, strict=True) if not at_once], arrived)
+        sources = [tensor.clone() if now else tensor for tensor, now in zip(sources, volatile, strict=True)]
+        self._capture.begin(list(zip(self.layout.views(target).values(), sources, strict=True)), arrived)
 
     def _keep_finite(self, row: Tensor) -> None:
         """Put other numbers in the place of buffers that are not finite, which would spoil products and int8 blocks."""
