@@ -158,7 +158,7 @@ class TrajectoryMerger:
         )
         index = PartsIndex.of(self.window.layout.slots, self.processes)
         self._writer = Writer(device_of(model))
-        self._saver = StateSaver(self.window, index, self._writer, self._writer_processes)
+        self._saver = StateSaver(self.window, index, self._writer, self._writer_processes, self.output_dir)
         publisher = Publisher(
             self.config,
             self.window,
@@ -302,6 +302,7 @@ class TrajectoryMerger:
             window, self.window = self.window, None
             self._schedule.abandon()
             self._writer.close()
+            self._saver.remove_orphans()
             window.close()
             self._writer_processes.close()
             self.processes.close()
@@ -404,7 +405,8 @@ class TrajectoryMerger:
         merge under way is begun again after resuming. Does nothing before the first step.
 
         Args:
-            folder: where to; rank 0's counts. None: nothing is saved.
+            folder: where to; rank 0's counts. If it is to stand in the folder of a checkpoint that is there already, it
+                is dropped when that is removed meanwhile. None: nothing is saved.
             written: called on rank 0, in that thread, when the folder is there.
         """
         if self.window is None or self._state.last_step is None:
@@ -412,11 +414,9 @@ class TrajectoryMerger:
         started, step = time.perf_counter(), self._state.last_step
         window = self.window
         with self._timeout_ends_merging(step), self._failures.contained("saving the window", step):
-            target = self.processes.from_rank0(lambda: None if folder is None else Path(folder))
+            target = self.processes.from_rank0(lambda: None if folder is None else Path(folder).absolute())
             if target is None:
                 return
-            # More than one state is never on its way.
-            self.wait()
             with self.processes.raise_on_all():
                 window.settle()
             # A merge under way can be made again if nothing was captured since: its rows and live weights are there.
@@ -431,6 +431,17 @@ class TrajectoryMerger:
             )
             self._saver.save(target, saved, written)
         self._overhead.spend(time.perf_counter() - started)
+
+    def remove_states(self, folder: str | Path) -> None:
+        """Remove a folder of states, in the writer's thread, also those on their way to it.
+
+        Args:
+            folder: what stands beside a checkpoint of the trainer; rank 0 removes it.
+        """
+        if self.window is not None:
+            self._saver.remove(Path(folder).absolute())
+        elif self.processes.is_rank_zero:
+            remove_tree(Path(folder))
 
     def wait(self) -> None:
         """Wait until everything that was to be written is on the disk."""

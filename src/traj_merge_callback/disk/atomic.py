@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,31 +20,29 @@ from ..distributed import Processes
 from ..window.devices import worker
 
 T = TypeVar("T")
-_TEMPORARY = ".tmp-"
+TEMPORARY = ".tmp-"
 
 
 @contextmanager
-def whole_folder(target: Path, tag: str | None = None) -> Iterator[Path]:
+def whole_folder(target: Path, temporary: Path | None = None) -> Iterator[Path]:
     """A temporary folder that becomes ``target`` when the block ends well, and vanishes when it raises.
 
     A folder that is already at ``target`` is replaced; it stays until the new one is complete on disk.
 
     Args:
         target: the folder.
-        tag: makes the temporary folder's name unique; by default the process's number does.
+        temporary: a folder that is there; by default one is made beside ``target``, and the parents of both.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(target, tag or str(os.getpid()))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary = temporary or _make_temporary(target)
     try:
         yield temporary
         for path in sorted(temporary.rglob("*")):
-            _flush(path)
+            if path.is_dir() or path.stat().st_nlink == 1:  # a file that another folder shares is on the disk already
+                _flush(path)
         _flush(temporary)
         if target.exists():
             remove_folder(target)
-        temporary.rename(target)
+        _rename(temporary, target)
         _flush(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -50,23 +50,32 @@ def whole_folder(target: Path, tag: str | None = None) -> Iterator[Path]:
 
 
 @contextmanager
-def shared_folder(target: Path, processes: Processes) -> Iterator[Path]:
+def shared_folder(
+    target: Path,
+    processes: Processes,
+    staging: Path | None = None,
+    check: Callable[[Path], None] = lambda temporary: None,
+) -> Iterator[Path]:
     """:func:`whole_folder` for several ranks: it becomes ``target`` when the block has ended well on all of them.
 
     Args:
         target: the folder, on a file system that all ranks share.
         processes: the ranks, all of which enter the block.
+        staging: the temporary folder is made there, if all ranks see it, and not beside ``target``, whose parent may
+            vanish at any time and is never made.
+        check: called on rank 0 when all ranks have written; what it raises stays without a target.
 
     Raises:
-        OSError: the folder is not the same for all ranks.
+        OSError: the folder is not the same for all ranks, or ``staging`` is given and there is no parent any more.
         Exception: what went wrong here, or that something did on another rank.
     """
-    tag = processes.from_rank0(lambda: f"{os.getpid()}-shared")
-    temporary = _temporary(target, tag)
+    temporary = processes.from_rank0(lambda: _make_temporary(target, staging))
+    if staging is not None and processes.all_reduce_max(float(not temporary.is_dir()))[0]:
+        processes.from_rank0(lambda: remove_tree(temporary))
+        temporary = processes.from_rank0(lambda: _make_temporary(target, target.parent))
     with ExitStack() as stack:
-        with processes.raise_on_all():
-            if processes.is_rank_zero:
-                stack.enter_context(whole_folder(target, tag))
+        if processes.is_rank_zero:
+            stack.enter_context(whole_folder(target, temporary))
         with processes.raise_on_all():
             if not temporary.is_dir():
                 raise OSError(
@@ -75,11 +84,41 @@ def shared_folder(target: Path, processes: Processes) -> Iterator[Path]:
                 )
         with processes.raise_on_all():
             yield temporary
+        processes.from_rank0(lambda: check(temporary))
         processes.from_rank0(stack.close)
 
 
-def _temporary(target: Path, tag: str) -> Path:
-    return target.parent / f"{_TEMPORARY}{target.name}-{tag}"
+def _make_temporary(target: Path, staging: Path | None = None) -> Path:
+    """A new temporary folder for ``target``: in ``staging`` if it can be renamed from there, else beside it."""
+    if staging is None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    elif staging != target.parent:
+        with suppress(OSError):
+            staging.mkdir(parents=True, exist_ok=True)
+            if staging.stat().st_dev == target.parent.stat().st_dev:
+                temporary = temporary_path(staging / target.name)
+                temporary.mkdir()
+                return temporary
+    temporary = temporary_path(target)
+    temporary.mkdir()
+    return temporary
+
+
+def _rename(temporary: Path, target: Path) -> None:
+    try:
+        temporary.rename(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        # Containers may mount folders of one disk separately, and nothing is renamed from one mount to another.
+        with whole_folder(target, _make_temporary(target, target.parent)) as copied:
+            shutil.copytree(temporary, copied, dirs_exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside ``path`` that nobody else has, also not in another container on the same disk."""
+    return path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex}")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], processes: Processes) -> None:
@@ -91,7 +130,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], processes: Processes) 
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Replace the content of a file in one step; text is written in UTF-8."""
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}")
+    temporary = temporary_path(path)
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         _flush(temporary)
@@ -112,8 +151,7 @@ def set_aside(path: Path) -> Path:
 
 def remove_folder(path: Path) -> None:
     """Remove a folder; a reader, or a process killed halfway, never sees it with files missing."""
-    doomed = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}-removed")
-    shutil.rmtree(doomed, ignore_errors=True)
+    doomed = temporary_path(path)
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
@@ -125,15 +163,18 @@ def remove_tree(path: Path) -> None:
 
 def point_link(link: Path, target_name: str) -> None:
     """Let the symbolic link ``link`` point to its neighbour ``target_name``, in one step."""
-    temporary = link.with_name(f"{_TEMPORARY}{link.name}-{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target_name, target_is_directory=True)
-    temporary.replace(link)
+    temporary = temporary_path(link)
+    try:
+        temporary.symlink_to(target_name, target_is_directory=True)
+        temporary.replace(link)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed process left half-written in ``folder``."""
-    for path in folder.glob(f"{_TEMPORARY}*"):
+    for path in folder.glob(f"{TEMPORARY}*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:

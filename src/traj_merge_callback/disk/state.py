@@ -13,7 +13,10 @@ some rank wrote; int8 rows are rounded once more where they are not.
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ from ..distributed import Processes
 from ..search.problem import SearchState
 from ..window.storage import BLOCK, decode_int8
 from ..window.window import CheckpointWindow
-from .atomic import remove_tree, shared_folder, write_tensors
+from .atomic import TEMPORARY, remove_tree, shared_folder, write_tensors
 from .parts import PartsIndex, Range, part_path, ranges_of
 from .snapshots import SnapshotEntry
 
@@ -116,7 +119,48 @@ class Saved:
         return cls(RunState.from_json(values["run"]), merging, str(values["heldout"]), values["snapshots"])
 
 
-def save_state(folder: Path, window: dict[str, Any], index: PartsIndex, saved: Saved, processes: Processes) -> None:
+class SharedParts:
+    """The files that one rank wrote into its last state, for further states of the same window to share.
+
+    A file has several names then (hard links), and is written once.
+    """
+
+    def __init__(self) -> None:
+        self._window: dict[str, Any] = {}
+        self._files: dict[str, tuple[Path, os.stat_result]] = {}
+
+    def link(self, window: dict[str, Any], path: Path) -> bool:
+        """Let a file of another state appear at ``path`` as well, if it is there and of this very window."""
+        if path.name not in self._files or window != self._window:
+            return False
+        source, written = self._files[path.name]
+        try:
+            os.link(source, path)
+        except OSError:  # it was removed, or the file system has no hard links
+            return False
+        if os.path.samestat(found := path.stat(), written) and _same_content(found, written):
+            return True
+        path.unlink()
+        return False
+
+    def note(self, window: dict[str, Any], paths: list[Path]) -> None:
+        """Files that were written, of a window with these numbers."""
+        self._window, self._files = window, {}
+        for path in paths:
+            with suppress(OSError):
+                self._files[path.name] = path, path.stat()
+
+
+def save_state(
+    folder: Path,
+    window: dict[str, Any],
+    index: PartsIndex,
+    saved: Saved,
+    processes: Processes,
+    *,
+    shared: SharedParts | None = None,
+    staging: Path | None = None,
+) -> None:
     """Write a state, which then exists whole or not at all; a collective.
 
     Args:
@@ -125,18 +169,30 @@ def save_state(folder: Path, window: dict[str, Any], index: PartsIndex, saved: S
         index: of the window's columns.
         saved: the rest.
         processes: the ranks.
+        shared: what this rank wrote before, which is not written again.
+        staging: see :func:`shared_folder`.
 
     Raises:
         OSError: the disk is full or read-only, or ranks do not share the folder.
     """
-    with shared_folder(folder, processes) as temporary:
+    kept = {name: window[name] for name in ("steps", "dtype", "pushed", "sampled", "not_finite")}
+    shared = shared or SharedParts()
+    parts = {_row_name(row): tensors for row, tensors in enumerate(window["rows"])}
+    if window["shared"]:
+        parts[_SHARED] = window["shared"]
+
+    def check(written: Path) -> None:
+        for rank, name in itertools.product(index.parts, parts):
+            if not part_path(written, name, rank).is_file():
+                raise FileNotFoundError(f"{part_path(written, name, rank)} was removed while it was written")
+
+    with shared_folder(folder, processes, staging, check) as temporary:
         if processes.rank in index.parts:
-            for row, tensors in enumerate(window["rows"]):
-                write_tensors(part_path(temporary, _row_name(row), processes.rank), tensors, processes)
-            if window["shared"]:
-                write_tensors(part_path(temporary, _SHARED, processes.rank), window["shared"], processes)
+            for name, tensors in parts.items():
+                path = part_path(temporary, name, processes.rank)
+                if not shared.link(kept, path):
+                    write_tensors(path, tensors, processes)
         if processes.is_rank_zero:
-            kept = {name: window[name] for name in ("steps", "dtype", "pushed", "sampled", "not_finite")}
             document = {
                 "version": FORMAT_VERSION,
                 "window": {**kept, "shared": sorted(window["shared"])},
@@ -144,6 +200,8 @@ def save_state(folder: Path, window: dict[str, Any], index: PartsIndex, saved: S
                 "index": index.to_json(),
             }
             (temporary / "state.json").write_text(json.dumps(document), encoding="utf-8")
+    if processes.rank in index.parts:
+        shared.note(kept, [part_path(folder, name, processes.rank) for name in parts])
 
 
 def load_state(folder: Path, window: CheckpointWindow, step: int) -> Saved:
@@ -169,6 +227,26 @@ def remove_other_states(folder: Path | None) -> None:
     for old in folder.parent.glob("step-*") if folder is not None else []:
         if old != folder:
             remove_tree(old)
+
+
+def has_company(state: Path) -> bool:
+    """Whether anything but merging states is in the folder of a state, such as the trainer's checkpoint itself."""
+    try:
+        beside = list(state.parent.iterdir())
+    except OSError:
+        return False
+    return any(not path.name.startswith(TEMPORARY) and not (path / "state.json").is_file() for path in beside)
+
+
+def remove_orphan(state: Path) -> None:
+    """Remove a state whose checkpoint was removed, and the checkpoint's folder if nothing else is in it."""
+    remove_tree(state)
+    with suppress(OSError):
+        state.parent.rmdir()
+
+
+def _same_content(one: os.stat_result, other: os.stat_result) -> bool:
+    return (one.st_size, one.st_mtime_ns) == (other.st_size, other.st_mtime_ns)
 
 
 def _row_name(index: int) -> str:

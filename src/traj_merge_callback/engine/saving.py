@@ -2,34 +2,70 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..disk.atomic import Writer
+from ..disk.atomic import Writer, remove_tree
 from ..disk.parts import PartsIndex
-from ..disk.state import Saved, save_state
-from ..distributed import Processes
+from ..disk.state import Saved, SharedParts, has_company, remove_orphan, save_state
+from ..distributed import CollectiveTimeout, Processes
 from ..window.window import CheckpointWindow
+
+logger = logging.getLogger("traj_merge_callback")
+# States that may wait behind the one that is written: a checkpoint and its copies, of this save and the last.
+_MOST_WAITING = 4
+
+
+@dataclass(eq=False)
+class _Request:
+    """A state that is to be written.
+
+    Args:
+        target: the folder.
+        belongs: whether it goes into the folder of a checkpoint that is there already, and goes with it.
+        begun, dropped, done: whether it is being written, is not wanted any more, and has left the queue.
+    """
+
+    target: Path
+    belongs: bool
+    begun: bool = False
+    dropped: bool = False
+    done: bool = False
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether the checkpoint was removed."""
+        return self.belongs and not has_company(self.target)
 
 
 class StateSaver:
-    """Writes states of one run, one after another, in the writer's thread.
+    """Writes states of one run, one after another, in the writer's thread; training waits for none of them.
+
+    Rows that are on their way are not overwritten, as nothing is captured until then: states that are asked for
+    meanwhile are of the same rows, and share the files of the first one.
 
     Args:
-        window: whose rows are saved; as long as they are on their way nothing is captured.
+        window: whose rows are saved.
         index: of the window's columns.
         writer: the thread that writes.
-        writer_processes: the ranks, for the writer's thread.
+        processes: the ranks, for the writer's thread. Rank 0 decides what is written.
+        staging: where half-written states of checkpoints stand.
     """
 
     def __init__(
-        self, window: CheckpointWindow, index: PartsIndex, writer: Writer, writer_processes: Processes
+        self, window: CheckpointWindow, index: PartsIndex, writer: Writer, processes: Processes, staging: Path
     ) -> None:
         self._window = window
         self._index = index
         self._writer = writer
-        self._processes = writer_processes
+        self._processes = processes
+        self._staging = staging
+        self._shared = SharedParts()
+        # Those that were not done, or not looked after, the last time.
+        self._requests: list[_Request] = []
 
     def save(self, target: Path, saved: Saved, written: Callable[[], None] | None) -> None:
         """Have a state written into a folder; the last capture is complete.
@@ -39,6 +75,13 @@ class StateSaver:
             saved: what there is beside the window.
             written: called on rank 0, in the writer's thread, when the folder is there.
         """
+        self.remove_orphans()
+        waiting = [one for one in self._requests if not one.begun and not one.dropped]
+        too_many = max(0, len(waiting) + 1 - _MOST_WAITING)
+        for one in [one for one in waiting if one.target == target] or waiting[:too_many]:
+            self._drop(one, target)
+        request = _Request(target, has_company(target))
+        self._requests.append(request)
         tensors = self._window.state_dict()
         with ExitStack() as stack:
             stack.enter_context(self._window.in_use())
@@ -46,8 +89,58 @@ class StateSaver:
 
         def write() -> None:
             with until_written:
-                save_state(target, tensors, self._index, saved, self._processes)
+                try:
+                    if not self._processes.from_rank0(lambda: self._begin(request)):
+                        return
+                    save_state(
+                        target,
+                        tensors,
+                        self._index,
+                        saved,
+                        self._processes,
+                        shared=self._shared,
+                        staging=self._staging if request.belongs else None,
+                    )
+                except Exception as error:
+                    timeout = isinstance(error, CollectiveTimeout)
+                    if timeout or not self._processes.from_rank0(lambda: request.orphaned):
+                        raise
+                    return
+                finally:
+                    request.done = True
             if written is not None and self._processes.is_rank_zero:
                 written()
 
         self._writer.submit_unwatched(write, "saving the window")
+
+    def remove(self, folder: Path) -> None:
+        """Have the states in a folder removed, those that are still on their way too."""
+        for one in self._requests:
+            one.dropped |= folder in one.target.parents
+        if self._processes.is_rank_zero:
+            self._writer.submit_unwatched(lambda: remove_tree(folder), "removing a saved window")
+
+    def remove_orphans(self) -> None:
+        """Remove states that got into the folder of a checkpoint while the trainer was removing it.
+
+        Called by the thread that removes checkpoints, when it is not doing so.
+        """
+        done = [one for one in self._requests if one.done]
+        self._requests = [one for one in self._requests if one not in done]
+        for one in done if self._processes.is_rank_zero else []:
+            if one.orphaned:
+                remove_orphan(one.target)
+
+    def _begin(self, request: _Request) -> bool:
+        """Whether a state is still wanted."""
+        request.begun = not request.dropped and not request.orphaned
+        return request.begun
+
+    def _drop(self, request: _Request, newer: Path) -> None:
+        request.dropped = True
+        if request.target != newer and self._processes.is_rank_zero:
+            logger.warning(
+                "no window is saved in %s, as checkpoints are saved faster than the disk writes windows; the newest "
+                "checkpoints have theirs",
+                request.target,
+            )

@@ -172,8 +172,12 @@ class TrajMergeCallback(pl.Callback):
     def _remove_checkpoint(self, remove: Callable[..., None], filepath: Any) -> None:
         """Remove the checkpoint and the state beside it."""
         remove(filepath)
-        if (folder := _beside(filepath)) is not None and (self.merger is None or self.merger.processes.is_rank_zero):
+        if (folder := _beside(filepath)) is None:
+            return
+        if self.merger is None:
             remove_tree(folder)
+        else:
+            self.merger.remove_states(folder)
 
     def state_dict(self) -> dict[str, Any]:
         """Only the step; the rows are too large for the .ckpt and stand beside it."""
