@@ -3,6 +3,7 @@
 Arguments: the folder for results, and a JSON list of runs, each a mapping with a "name" and options of :func:`run`.
 """
 
+import functools
 import json
 import logging
 import os
@@ -15,14 +16,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from conftest import AT_ONCE, LENGTH, tiny_llama
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 import realtext
 from traj_merge_callback import TrajectoryMerger
@@ -58,6 +61,17 @@ def wrapped(model, strategy):
         device = torch.device("cpu")
         return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=device)
     return model
+
+
+def checkpointed(model, how):
+    """Checkpoint the activations of every block, or of parts of it: when, and how."""
+    if how.startswith("inside"):
+        for layer in model.model.layers:
+            for module in (layer.mlp, layer.self_attn.o_proj):
+                module.forward = functools.partial(checkpoint, module.forward, use_reentrant=how == "inside-reentrant")
+        return
+    parts = LlamaMLP if how == "mlp" else LlamaDecoderLayer
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, parts))
 
 
 def full_state(model):
@@ -113,6 +127,7 @@ def run(
     steps=12,
     tied=True,
     frozen=False,
+    checkpointing=None,
     shares=False,
     node_local=False,
     save_at=None,
@@ -130,6 +145,7 @@ def run(
         steps: optimizer steps.
         tied: whether the model's embeddings are.
         frozen: whether its first layer is.
+        checkpointing: how activations are checkpointed, see :func:`checkpointed`; "after" the model is wrapped.
         shares: whether each process's held-out loader reads a share of its own.
         node_local: whether processes see different output folders.
         save_at: save weights and merging state at this step.
@@ -140,7 +156,11 @@ def run(
     # Sizes that four processes cannot share equally; of nine rows the last one gets none.
     model = tiny_llama(dropout=0.0, hidden_size=36, intermediate_size=9, tie_word_embeddings=tied)
     model.model.layers[0].requires_grad_(not frozen)
+    if checkpointing not in (None, "after"):
+        checkpointed(model, checkpointing)
     model = wrapped(model, strategy)
+    if checkpointing == "after":
+        checkpointed(model, checkpointing)
     # Without a state of its own, so that a resumed run needs none.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     merger = None

@@ -261,6 +261,21 @@ def test_a_process_that_fails_in_an_evaluation_fails_the_merge_in_all(folder):
     assert same_weights(folder / "fsdp2-fails-backward", folder / "fsdp2-plain")
 
 
+def test_activation_checkpointing_costs_fsdp_no_gain(tmp_path):
+    ways = ["before", "after", "mlp", "inside", "inside-reentrant"]
+    runs = [{"name": "without"}, *({"name": way, "checkpointing": way} for way in ways)]
+    runs += [{"name": "before-plain", "checkpointing": "before", "merging": False}]
+    runs = [{"strategy": "fsdp2", "steps": 6, "tied": False, **run} for run in runs]
+    output = launch("loop.py", 2, str(tmp_path), json.dumps(runs))
+    assert "could not search with gradients" not in output
+    (expected,) = records(tmp_path, "without")
+    assert expected["gain"] > 0.05
+    for way in ways:
+        (record,) = records(tmp_path, way)
+        assert record["gain"] == pytest.approx(expected["gain"], abs=1e-5), way
+    assert same_weights(tmp_path / "before", tmp_path / "before-plain")
+
+
 def test_a_process_that_does_not_answer_ends_merging_and_not_training(tmp_path):
     run = {"strategy": "fsdp2", "happens": "sleep", "at": [12], "on_error": "warn", "process_timeout": 3}
     runs = [{"name": "plain", "strategy": "fsdp2", "merging": False}, {"name": "run", **run}]

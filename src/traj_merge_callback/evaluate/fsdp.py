@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +36,7 @@ class ShardedWeights:
     Implements ``Weights`` (see ``weights.py``). Neither FSDP's own state nor its process groups are used: live
     parameters are not gathered, and a failure here cannot block a collective of training. In a pass with gradients the
     innermost units are gathered again during the backward pass (activation checkpointing), so that no rank ever has
-    the whole model.
+    the whole model. Where the model itself checkpoints activations, what it computes again finds whole tensors too.
 
     Args:
         model: the model being trained; wrappers (compile) are looked through.
@@ -59,6 +59,8 @@ class ShardedWeights:
         self._gradient: Tensor | None = None
         # This rank's columns of each unit, as the autograd leaves of the present pass.
         self._leaves: dict[int, Tensor] = {}
+        # The unit that a recomputation of the model's own has gathered last, and its tensors.
+        self._again: tuple[int, dict[int, Tensor]] | None = None
         # Tensors outside of all units, as the present pass computes with them.
         self._plain: list[tuple[Slot, Tensor]] = []
 
@@ -74,18 +76,22 @@ class ShardedWeights:
         with installed(self._layout, model, self.row), self._isolated(gradients=gradients):
             pairs = zip(self._layout.slots, self._layout.tensors(model), strict=True)
             self._plain = [(slot, tensor) for slot, tensor in pairs if slot.shard.unit is None]
-            self._leaves = {}
+            self._leaves, self._again = {}, None
             # Attributes set here are restored by ``isolated``, which saves each module's ``vars``.
             for module in model.modules():
-                vars(module)["_parameters"] = dict(module._parameters)
+                vars(module)["_parameters"] = _Parameters(module._parameters)
                 for kind in ("_forward_pre_hooks", "_forward_hooks"):
                     vars(module)[kind] = _without_fsdp(vars(module)[kind])
             for index, unit in enumerate(self._units):
                 inside = unit.module.module if hasattr(unit.module, "_fsdp_wrapped_module") else unit.module
                 forward = inside if inside is not unit.module else unit.module.forward
                 vars(unit.module)["forward"] = functools.partial(self._forward, index, forward, gradients)
+                for key in self._units.keys[index] if gradients else []:
+                    for place, name in unit.places[key]:
+                        place._parameters.gather_when_read(name, functools.partial(self._recomputed, index, key))  # type: ignore[attr-defined]
             with self._units.one_pass("gradients" if gradients else "forward"):
                 yield
+            self._again = None
 
     def _forward(self, index: int, forward: Any, gradients: bool, *args: Any, **kwargs: Any) -> Any:
         """Replaces the forward of a unit's module."""
@@ -106,7 +112,8 @@ class ShardedWeights:
         outermost = index == 0 and getattr(policy, "cast_root_forward_inputs", False)
         if dtype is not None and (policy.cast_forward_inputs or outermost):
             args, kwargs = _cast((args, kwargs), dtype)
-        replaced = [(place, place[0]._parameters[place[1]]) for key in tensors for place in unit.places[key]]
+        # Not by index, which would gather (see _Parameters).
+        replaced = [(place, place[0]._parameters.get(place[1])) for key in tensors for place in unit.places[key]]
         try:
             for key, tensor in tensors.items():
                 for module, name in unit.places[key]:
@@ -129,6 +136,13 @@ class ShardedWeights:
             mine = self._leaves.setdefault(index, mine.detach().requires_grad_())
         whole = _Gathered.apply(mine, self._units, index, dtype)
         return dict(zip(self._units.keys[index], whole, strict=True))
+
+    def _recomputed(self, index: int, key: int) -> Tensor:
+        """A unit's whole tensor, for a part of the model that computes again after the unit's forward has ended."""
+        if self._again is None or self._again[0] != index:
+            dtype = getattr(_precision(self._units[index].module), "param_dtype", None)
+            self._again = index, self._gathered(index, dtype, True)
+        return self._again[1][key]
 
     def whole(self) -> Pieces[dict[int, Tensor]]:
         """The candidate's tensors of all units, on rank 0's CPU, by the ``id`` of the live parameter; else empty."""
@@ -161,6 +175,27 @@ class ShardedWeights:
         assert self._gradient is not None
         return self._gradient
         yield
+
+
+class _Parameters(dict[str, Any]):
+    """A module's parameters; reading the shard of one gives the whole tensor.
+
+    Only a backward pass reads shards: where the model itself checkpoints activations (a ``checkpoint_wrapper``, or
+    ``torch.utils.checkpoint`` in its forward), parts of it compute again when their unit's forward has long ended.
+    """
+
+    def __init__(self, parameters: Mapping[str, Any]) -> None:
+        super().__init__(parameters)
+        self._shards: dict[str, tuple[Any, Callable[[], Tensor]]] = {}
+
+    def gather_when_read(self, name: str, gather: Callable[[], Tensor]) -> None:
+        """Let reading this parameter, as long as it is the shard that it is now, call ``gather``."""
+        self._shards[name] = self.get(name), gather
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        shard, gather = self._shards.get(name, (None, None))
+        return gather() if gather is not None and value is shard else value
 
 
 @dataclass(frozen=True)
