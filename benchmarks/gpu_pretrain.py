@@ -1,4 +1,4 @@
-"""Pretraining on a GPU with the callback on: overhead, pauses, overlap of captures, bandwidth, and what merging gains.
+"""Pretraining on a GPU with the callback on: overhead, pauses, overlap, bandwidth, memory, and what merging gains.
 
 A GPT-2 of 85 M parameters learns source code byte by byte in bfloat16 (autocast), for a few minutes on one GPU, without
 a network. ``--pack FILE`` writes the text on a machine that has it; ``--text FILE`` reads it; without either it is
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import resource
 import statistics
 import sys
 import sysconfig
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -228,6 +230,106 @@ def bandwidth(bench: Bench) -> dict[str, float]:
     return found
 
 
+def resident() -> int:
+    """Bytes of this process in CPU memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def memory(bench: Bench) -> dict[str, float]:
+    """Page-locked bytes as counted and as taken; device memory of products; a capture with many buffers."""
+    model = bench.build()
+    before, window = resident(), CheckpointWindow(model, 8, dtype="bfloat16")
+    for step in range(1, 9):
+        window.push(model, step)
+    found = {"host_bytes_taken_over_counted": (resident() - before) / window.nbytes}
+    row = torch.empty(window.layout.numel, device=bench.device)
+    window.combine([0.125] * 8, row)
+    reserved = torch.cuda.memory_reserved()
+    for _ in range(40):
+        window.combine([0.125] * 8, row)
+    found["reserved_by_40_combines_over_row"] = (torch.cuda.memory_reserved() - reserved) / row.nbytes
+    for count in (0, 500):
+        for index in range(count):
+            model.register_buffer(f"running_{index}", torch.zeros(64, device=bench.device))
+        window = CheckpointWindow(model, 2, asynchronous=True)
+        times = []
+        for step in range(1, 9):
+            bench.synchronize()
+            began = time.perf_counter()
+            window.push(model, step)
+            times.append(time.perf_counter() - began)
+            window.settle()
+        found[f"capture_call_ms_with_{count}_buffers"] = 1000 * statistics.median(times)
+        window.close()
+    return found
+
+
+def tight(bench: Bench) -> dict[str, Any]:
+    """The same run with room for merges on the device, and with a device that training fills."""
+    found: dict[str, Any] = {}
+    models = []
+    for name in ("roomy", "tight"):
+        model = bench.build()
+        optimizer = bench.optimizer(model)
+        merger = bench.merger(capture_every=5, merge_every=20, max_overhead=None)
+        filled, pauses = None, []
+        for step in range(1, 81):
+            bench.backward(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 4 and name == "tight":
+                free, _ = torch.cuda.mem_get_info()
+                needed = 8 * sum(parameter.numel() for parameter in model.parameters())
+                filled = torch.empty(max(0, free - needed), dtype=torch.uint8, device=bench.device)
+            began = time.perf_counter()
+            merger.step(model, step)
+            bench.synchronize()
+            pauses.append(time.perf_counter() - began)
+        found[name] = {"merges": [record.step for record in merger.records], "longest_pause_s": max(pauses)}
+        merger.close()
+        models.append(model)
+        del filled
+        torch.cuda.empty_cache()
+    pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
+    found["bit_identical"] = all(torch.equal(one, other) for one, other in pairs)
+    return found
+
+
+class Flex(nn.Module):
+    """Attention by ``flex_attention``, to be compiled."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.inside = nn.Linear(64 * heads, 64 * heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Causal attention of ``x``, shape ``(sequences, length, 64 * heads)``, to itself."""
+        query = self.inside(x).unflatten(2, (self.heads, 64)).transpose(1, 2)
+        return flex_attention(query, query, query, score_mod=causal)
+
+
+def causal(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """A score modification of ``flex_attention``: no position sees a later one."""
+    return torch.where(query >= key, score, -float("inf"))
+
+
+def flex(bench: Bench, heads: int = 8, length: int = 8192) -> dict[str, float]:
+    """Peak device memory of a held-out evaluation with ``flex_attention``, over that of its scores."""
+    model: Any = torch.compile(Flex(heads).to(bench.device))
+    data = [torch.randn(1, length, 64 * heads) for _ in range(2)]
+    loss = HeldOutLoss(data, nll=lambda model, x: (model(x).square().sum(), 1))
+    began = time.perf_counter()
+    loss.evaluate(model, "report")
+    found = {"first_evaluation_s": time.perf_counter() - began}
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss.evaluate(model, "report")
+    scores = 4 * heads * length * length
+    return {**found, "peak_over_scores": (torch.cuda.max_memory_allocated() - before) / scores}
+
+
 def curves(bench: Bench, steps: int, capture_every: int, merge_every: int) -> dict[str, Any]:
     """Live and merged loss over a run at a constant rate, and of twins whose rate decays over their last 40 %."""
     report = HeldOutLoss(bench.batches(16), precision=bench.precision)
@@ -322,6 +424,9 @@ def main() -> None:
     if device.type == "cuda":
         result["overlap"] = overlap(bench)
         result["bandwidth"] = bandwidth(bench)
+        result["memory"] = memory(bench)
+        result["tight"] = tight(bench)
+        result["flex_attention"] = flex(bench)
         print(json.dumps(result, indent=2), flush=True)
     result["overhead"] = overhead(bench, rounds, capture_every, merge_every)
     print(json.dumps(result["overhead"], indent=2), flush=True)
