@@ -133,7 +133,8 @@ def test_any_number_of_ranks_reads_what_any_other_number_wrote(sizes, writers, r
         return found, share
 
     written, share = divided(writers)
-    index = PartsIndex({}, {rank: ranges for rank, ranges in enumerate(written) if ranges})
+    tensors = {f"t{i}": {"shape": [size], "front": 0, "dtype": "float32"} for i, size in enumerate(sizes)}
+    index = PartsIndex(tensors, {rank: ranges for rank, ranges in enumerate(written) if ranges})
     assert PartsIndex.from_json(json.loads(json.dumps(index.to_json()))) == index
     parts = [whole[rank * share : (rank + 1) * share] for rank in range(writers)]
     wanted, share = divided(readers)
@@ -204,7 +205,7 @@ def test_a_damaged_part_names_the_folder(tmp_path):
     path = tmp_path / "state" / "row-01.rank-00000.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-4])
-    with pytest.raises(ValueError, match=r"a file of .*state is damaged"):
+    with pytest.raises(ValueError, match=r"row-01\.rank-00000\.safetensors is damaged"):
         load_state(tmp_path / "state", CheckpointWindow(model, 3), 5)
     save_file({"row": load_file(path.with_name("row-00.rank-00000.safetensors"))["row"].half()}, path)
     with pytest.raises(ValueError, match=r"dtype torch\.float16"):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 from .atomic import whole_folder
 from .model_files import SHARD_BYTES, write_shards
-from .parts import PartsIndex, is_snapshot_part, read_tensors, tensor_sizes
-from .snapshots import read_merge
+from .parts import PartsIndex, check_parts, read_tensors, tensor_sizes
+from .snapshots import read_merge, snapshot_folder
+from .untrusted import own_file
 
 
 def consolidate_snapshot(folder: str | Path, output: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
@@ -27,9 +29,12 @@ def consolidate_snapshot(folder: str | Path, output: str | Path, *, shard_bytes:
 
     Raises:
         FileNotFoundError: ``folder`` is no snapshot, or a part of it is missing.
-        ValueError: it is not in parts, or its parts are of another format version.
+        FileExistsError: ``output`` is there and is not an empty folder.
+        ValueError: it is not in parts, is damaged, or its parts are of another format version.
     """
-    folder, output = Path(folder), Path(output)
+    folder, output = snapshot_folder(folder), Path(output)
+    if os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir())):
+        raise FileExistsError(f"output={str(output)!r} is there already: remove it, or name a new folder")
     merge = read_merge(folder)
     if not merge.get("sharded"):
         raise ValueError(f"{folder} is not a snapshot in parts: it can be loaded as it is")
@@ -39,11 +44,13 @@ def consolidate_snapshot(folder: str | Path, output: str | Path, *, shard_bytes:
             "torch.distributed.checkpoint, which this version does not read: consolidate it with that version"
         )
     index = PartsIndex.from_json(merge["sharded"])
+    check_parts(folder, index)
     with whole_folder(output) as temporary:
         write_shards(temporary, tensor_sizes(index), lambda names: read_tensors(folder, index, names), shard_bytes)
         for path in folder.iterdir():
-            if path.is_file() and not is_snapshot_part(path):
-                shutil.copy2(path, temporary / path.name)
+            # Weights are those of the parts, whatever other weights there may be.
+            if path.is_file() and ".safetensors" not in path.suffixes:
+                shutil.copy2(own_file(path), temporary / path.name)
         text = json.dumps({**merge, "sharded": None}, indent=2)
         (temporary / "merge.json").write_text(text + "\n", encoding="utf-8")
     return output

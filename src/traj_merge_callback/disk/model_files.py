@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Iterator
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..window.devices import side_stream
 from ..window.layout import ParameterLayout, clean_name, persistent_buffers, unwrap
 from ..window.sharding import has_fsdp
-from .snapshots import read_merge
+from .snapshots import read_merge, snapshot_folder
+from .untrusted import damage_of, read_json_object, safetensors_in, texts
 
 STATE_DICT, TRANSFORMERS, PEFT = "state_dict", "transformers", "peft"
 # Bytes of a weights file at most; a model of more is sharded, as Hugging Face does.
@@ -201,13 +204,15 @@ def write_shards(
 
 def _read_shards(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
+    if not os.path.lexists(index):
+        return safetensors_in(folder / "model.safetensors")
+    with damage_of(index):
+        names = sorted(set(texts(list(read_json_object(index)["weight_map"].values()))))
+    if wrong := [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]:
+        raise ValueError(f"{index} is damaged: {wrong[0]!r} is not the name of a weights file")
     state: dict[str, Tensor] = {}
     for name in names:
-        state |= load_file(folder / name)
+        state |= safetensors_in(folder / name)
     return state
 
 
@@ -224,13 +229,14 @@ def load_merged(folder: str | Path, model: nn.Module) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: ``folder`` is no snapshot.
-        ValueError: the snapshot does not fit the model; the message names the tensors, and the model is unchanged.
+        ValueError: the snapshot is damaged, or does not fit the model; the message names the tensors, and the model is
+            unchanged.
 
     Example::
 
         load_merged("merged/best", model)
     """
-    folder, model = Path(folder), unwrap(model)
+    folder, model = snapshot_folder(folder), unwrap(model)
     merge = read_merge(folder)
     if has_fsdp(model):
         raise ValueError("load_merged needs a whole model: load the snapshot before FSDP is applied")
@@ -238,28 +244,62 @@ def load_merged(folder: str | Path, model: nn.Module) -> dict[str, Any]:
         raise ValueError(
             f"snapshot {folder} is in parts: make a model folder of it first, with traj_merge_callback.consolidate"
         )
-    if merge["weights_format"] == PEFT:
-        from peft import load_peft_weights, set_peft_model_state_dict
-
-        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    weights_format = merge.get("weights_format")
+    with damage_of(folder / "merge.json"):
+        merged = set(texts(merge["merged_tensors"]))
+    if weights_format == PEFT:
+        _load_adapter(folder, model)
         return merge
+    if weights_format not in (STATE_DICT, TRANSFORMERS):
+        raise ValueError(f"{folder / 'merge.json'} is damaged: weights_format={weights_format!r}")
     state = _read_shards(folder)
     targets = {clean_name(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    if merge["weights_format"] == TRANSFORMERS and not state.keys() <= targets.keys():
+    if weights_format == TRANSFORMERS and not state.keys() <= targets.keys():
         # save_pretrained stores some architectures under other names than the module's; only transformers knows them.
-        state = type(model).from_pretrained(folder).state_dict()  # type: ignore[attr-defined]
+        # It is given the tensors, not the folder, in which it might find anything.
+        with damage_of(folder), _quiet_transformers():
+            whole = type(model).from_pretrained(None, config=model.config, state_dict=state)  # type: ignore[attr-defined]
+        state = whole.state_dict()
     wrong = [f"{name} is not in the model" for name in state.keys() - targets.keys()]
-    wrong += [
-        f"{name} is {tuple(value.shape)} in the snapshot, {tuple(targets[name].shape)} in the model"
-        for name, value in state.items()
-        if name in targets and value.shape != targets[name].shape
-    ]
-    wrong += [f"{name} is not in the snapshot" for name in set(merge["merged_tensors"]) - _names_of(state, targets)]
-    if wrong:
-        raise ValueError(f"snapshot {folder} does not fit {type(model).__name__}: {'; '.join(sorted(wrong)[:5])}")
+    wrong += _misfits(state, targets, merged)
+    wrong += [f"{name} is not in the snapshot" for name in merged - _names_of(state, targets)]
+    _raise_misfits(wrong, folder, model)
     for name, value in state.items():
         targets[name].copy_(value)
     return merge
+
+
+def _load_adapter(folder: Path, model: nn.Module) -> None:
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    state = safetensors_in(folder / "adapter_model.safetensors")
+    if not hasattr(model, "peft_config"):
+        raise ValueError(f"snapshot {folder} is an adapter, and {type(model).__name__} is not a PEFT model")
+    targets = get_peft_model_state_dict(model, save_embedding_layers=False)
+    wrong = [f"{name} is not in the snapshot" for name in targets.keys() - state.keys()]
+    _raise_misfits([*wrong, *_misfits(state, targets, state.keys())], folder, model)
+    set_peft_model_state_dict(model, state)
+
+
+def _misfits(state: dict[str, Tensor], targets: dict[str, Tensor], merged: Set[str]) -> Iterator[str]:
+    """What keeps the tensors of a snapshot from being copied into those of a model, one sentence for each.
+
+    Those that are merged must be finite; buffers that are not may hold anything.
+    """
+    for name, value in state.items():
+        if (target := targets.get(name)) is None:
+            continue
+        if value.shape != target.shape:
+            yield f"{name} is {tuple(value.shape)} in the snapshot, {tuple(target.shape)} in the model"
+        elif value.is_floating_point() != target.is_floating_point():
+            yield f"{name} is {value.dtype} in the snapshot, {target.dtype} in the model"
+        elif name in merged and not value.to(target.dtype).isfinite().all():
+            yield f"{name} holds numbers that are not finite in {target.dtype}"
+
+
+def _raise_misfits(wrong: list[str], folder: Path, model: nn.Module) -> None:
+    if wrong:
+        raise ValueError(f"snapshot {folder} does not fit {type(model).__name__}: {'; '.join(sorted(wrong)[:5])}")
 
 
 def _names_of(state: dict[str, Tensor], targets: dict[str, Tensor]) -> set[str]:

@@ -21,8 +21,12 @@ from torch import Tensor
 
 from ..distributed import Processes
 from ..window.layout import Slot
+from .untrusted import damage_of, integer, mapping, own_file, sequence
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# More numbers than a tensor can have, and more ranks than there are anywhere.
+_MOST_NUMBERS = 2**53
+_LARGEST_RANK = 10**7
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _FLOATS}
 
 
@@ -93,14 +97,11 @@ class PartsIndex:
             ValueError: it is none.
         """
         try:
-            parts = {
-                int(rank): tuple(Range(str(name), int(start), int(count)) for name, start, count in ranges)
-                for rank, ranges in values["parts"].items()
-            }
-            tensors = {
-                name: {"shape": [int(n) for n in t["shape"]], "front": int(t["front"]), "dtype": t["dtype"]}
-                for name, t in values["tensors"].items()
-            }
+            tensors = {name: _described(t) for name, t in mapping(values["tensors"]).items()}
+            sizes = {name: math.prod(t["shape"]) for name, t in tensors.items()}
+            parts = {int(rank): _ranges(found, sizes) for rank, found in mapping(values["parts"]).items()}
+            if wrong := [rank for rank in parts if not 0 <= rank <= _LARGEST_RANK]:
+                raise ValueError(f"{wrong[0]} is no rank")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"the index of parts is not valid ({type(error).__name__}: {error})") from error
         return cls(tensors, parts)
@@ -147,6 +148,25 @@ class PartsIndex:
         return whole.movedim(0, front) if moved else whole
 
 
+def _described(tensor: dict[str, Any]) -> dict[str, Any]:
+    shape, front = [integer(n) for n in sequence(tensor["shape"])], integer(tensor["front"])
+    if front >= max(len(shape), 1) or math.prod(shape) > _MOST_NUMBERS:
+        raise ValueError(f"shape={shape}, front={front} are of no tensor")
+    if tensor["dtype"] not in _DTYPES:
+        raise ValueError(f"dtype={tensor['dtype']!r} is not one of {sorted(_DTYPES)}")
+    return {"shape": shape, "front": front, "dtype": tensor["dtype"]}
+
+
+def _ranges(found: Any, sizes: dict[str, int]) -> tuple[Range, ...]:
+    ranges = tuple(Range(name, integer(start), integer(count, least=1)) for name, start, count in sequence(found))
+    for one in ranges:
+        if one.start + one.count > sizes[one.tensor]:
+            raise ValueError(f"{one} is longer than the tensor, which has {sizes[one.tensor]} numbers")
+    if len({one.tensor for one in ranges}) < len(ranges):
+        raise ValueError("a rank holds two ranges of one tensor")
+    return ranges
+
+
 def ranges_of(slots: Sequence[Slot]) -> tuple[Range, ...]:
     """The ranges of this rank's columns, in their order."""
     return tuple(Range(slot.name, slot.shard.start, slot.numel) for slot in slots if slot.numel)
@@ -173,9 +193,23 @@ def snapshot_part_path(folder: Path, rank: int) -> Path:
     return part_path(folder, _WEIGHTS, rank)
 
 
-def is_snapshot_part(path: Path) -> bool:
-    """Whether a file of a snapshot's folder is a part of it."""
-    return path.name.startswith(f"{_WEIGHTS}.rank-")
+def check_parts(folder: Path, index: PartsIndex) -> None:
+    """Check that a sharded snapshot's files can hold all that its index promises, before memory is taken for it.
+
+    Raises:
+        ValueError: they cannot.
+        FileNotFoundError: a part is missing.
+    """
+    missing = {name: math.prod(tensor["shape"]) for name, tensor in index.tensors.items()}
+    for rank, ranges in index.parts.items():
+        path = own_file(snapshot_part_path(folder, rank))
+        sizes = [one.count * _DTYPES[index.tensors[one.tensor]["dtype"]].itemsize for one in ranges]
+        if sum(sizes) > path.stat().st_size:
+            raise ValueError(f"{path} is damaged: it has {path.stat().st_size} bytes, and should hold {sum(sizes)}")
+        for one in ranges:
+            missing[one.tensor] -= one.count
+    if short := [name for name, count in missing.items() if count > 0]:
+        raise ValueError(f"the files of {folder} do not hold all of {short[0]!r}")
 
 
 def tensor_sizes(index: PartsIndex) -> dict[str, int]:
@@ -187,7 +221,7 @@ def read_tensors(folder: Path, index: PartsIndex, names: Sequence[str]) -> dict[
     """Some whole tensors of a sharded snapshot.
 
     Raises:
-        ValueError: numbers of a tensor are in no part.
+        ValueError: numbers of a tensor are in no part, or a part is damaged.
         FileNotFoundError: a part is missing.
     """
     found = {}
@@ -195,7 +229,8 @@ def read_tensors(folder: Path, index: PartsIndex, names: Sequence[str]) -> dict[
         described = index.tensors[name]
         flat = torch.empty(math.prod(described["shape"]), dtype=_DTYPES[described["dtype"]])
         for copy in index.copies(Range(name, 0, len(flat))):
-            with safe_open(snapshot_part_path(folder, copy.rank), framework="pt") as opened:
+            path = own_file(snapshot_part_path(folder, copy.rank))
+            with damage_of(path), safe_open(path, framework="pt") as opened:
                 flat[copy.target].copy_(opened.get_slice(name)[copy.numbers])
         found[name] = index.unflatten(name, flat).contiguous()
     return found

@@ -17,6 +17,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import os
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,8 +26,13 @@ from typing import Any
 
 from ..distributed import Processes
 from .atomic import point_link, remove_folder, remove_leftovers, shared_folder, write_whole
+from .untrusted import folder_name_of_step, integer, is_folder_of_step, is_step_name, read_json_object, resolved
 
 FORMAT_VERSION = 1
+_LINKS = ("best", "latest")
+# How often a snapshot that the index names is looked for while a run goes on, and how long in between.
+_LOOKS = 5
+_BETWEEN_LOOKS_S = 0.02
 logger = logging.getLogger(__name__)
 
 
@@ -78,7 +85,10 @@ class SnapshotStore:
 
     def restore(self, entries: list[dict[str, Any]]) -> None:
         """Take over the entries of an earlier part of the same run, those whose folders are still there."""
-        self.entries = [SnapshotEntry(**entry) for entry in entries if (self.folder / entry["name"]).is_dir()]
+        self.entries = [SnapshotEntry(**entry) for entry in entries if self._holds(entry["name"])]
+
+    def _holds(self, name: str) -> bool:
+        return is_folder_of_step(self.folder / name, "merge.json")
 
     def publish(
         self,
@@ -104,7 +114,7 @@ class SnapshotStore:
         Raises:
             OSError: the disk is full or read-only, or ranks do not share the folder; nothing half-written stays behind.
         """
-        name = f"step-{step:08d}"
+        name = folder_name_of_step(step)
         processes = together or Processes(alone=True)
         if not self._begun and processes.is_rank_zero:
             remove_leftovers(self.folder)
@@ -130,7 +140,7 @@ class SnapshotStore:
         if writes:
             self._write_index()
         for entry in doomed:
-            if writes and (self.folder / entry.name).is_dir():
+            if writes and self._holds(entry.name):
                 remove_folder(self.folder / entry.name)
 
     def _write_index(self) -> None:
@@ -154,34 +164,66 @@ class SnapshotStore:
 def find_snapshot(output_dir: str | Path, which: str = "best") -> Path:
     """The folder of the "best" or "latest" snapshot of a run, without reading the snapshots.
 
+    Returns:
+        The snapshot's own folder, not a link to it: whoever reads all files from there reads one snapshot, whatever a
+        run that goes on publishes meanwhile. It may be pruned in that time; then files are missing.
+
     Raises:
-        ValueError: ``which`` is neither.
+        ValueError: ``which`` is neither, or the index is damaged or leads elsewhere.
         FileNotFoundError: nothing has been published in ``output_dir``.
     """
-    if which not in ("best", "latest"):
-        raise ValueError(f"which={which!r} is not one of ['best', 'latest']")
-    index = Path(output_dir) / "index.json"
-    if not index.is_file():
+    if which not in _LINKS:
+        raise ValueError(f"which={which!r} is not one of {list(_LINKS)}")
+    folder = Path(output_dir)
+    index = folder / "index.json"
+    if not os.path.lexists(index):
         raise FileNotFoundError(f"no merged snapshot has been published in {output_dir} (no index.json)")
-    name = json.loads(index.read_text(encoding="utf-8"))[which]
-    if name is None:
-        raise FileNotFoundError(f"{index} names no {which} snapshot")
-    return Path(output_dir) / name
+    for _ in range(_LOOKS):
+        name = read_json_object(index).get(which)
+        if name is None:
+            raise FileNotFoundError(f"{index} names no {which} snapshot")
+        if not is_step_name(name):
+            raise ValueError(f"{index} is damaged: {which}={name!r} is not the name of a snapshot")
+        if is_folder_of_step(folder / name, "merge.json"):
+            return (folder / name).resolve()
+        time.sleep(_BETWEEN_LOOKS_S)  # it was pruned, or is being replaced, since the index was read
+    raise FileNotFoundError(f"{index} names {name}, but there is no such snapshot")
+
+
+def snapshot_folder(folder: str | Path) -> Path:
+    """A snapshot's own folder, once and for all: what ``best`` or ``latest`` points to may change at any time.
+
+    Raises:
+        ValueError: such a link leads out of the output folder.
+    """
+    folder = Path(folder)
+    found = resolved(folder)
+    inside = found.parent == resolved(folder.parent) and is_step_name(found.name)
+    if folder.name in _LINKS and folder.is_symlink() and not inside:
+        raise ValueError(f"{folder} leads to {found}, which is no snapshot of the same output folder")
+    return found
 
 
 def read_merge(folder: str | Path) -> dict[str, Any]:
     """The content of a snapshot's merge.json: how its weights were made.
 
+    Args:
+        folder: a snapshot's folder, or the ``best`` or ``latest`` link beside it.
+
     Raises:
         FileNotFoundError: ``folder`` is no snapshot.
-        ValueError: it was written by a newer version of this library.
+        ValueError: it is damaged, was written by a newer version of this library, or is a link that leads elsewhere.
     """
-    path = Path(folder) / "merge.json"
-    if not path.is_file():
+    path = snapshot_folder(folder) / "merge.json"
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"{folder} is not a merged snapshot (no merge.json)")
-    merge = json.loads(path.read_text(encoding="utf-8"))
-    if merge["version"] > FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {merge['version']}; this library reads up to {FORMAT_VERSION}")
+    merge = read_json_object(path)
+    try:
+        version = integer(merge["version"], least=1)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    if version > FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {version}; this library reads up to {FORMAT_VERSION}")
     return merge
 
 

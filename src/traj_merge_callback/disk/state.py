@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from ..distributed import Processes
@@ -33,6 +32,19 @@ from ..window.window import CheckpointWindow
 from .atomic import TEMPORARY, remove_tree, shared_folder, write_tensors
 from .parts import PartsIndex, Range, part_path, ranges_of
 from .snapshots import SnapshotEntry
+from .untrusted import (
+    damage_of,
+    folder_name_of_step,
+    integer,
+    mapping,
+    number,
+    numbers,
+    own_file,
+    read_json_object,
+    safetensors_in,
+    sequence,
+    texts,
+)
 
 FORMAT_VERSION = 3
 _SHARED = "shared"
@@ -66,30 +78,28 @@ class RunState:
         Raises:
             KeyError, TypeError, ValueError: it is none.
         """
-        previous, memory = values["search"]["previous"], values["search"]["memory"]
-        if not isinstance(memory, dict):
-            raise TypeError(f"search.memory is {memory!r}")
-        row_losses = {int(step): _numbers(losses) for step, losses in values["search"]["row_losses"].items()}
+        search, previous = mapping(values["search"]), values["search"]["previous"]
+        # A candidate of a run that diverged has a loss that is not finite.
+        row_losses = {
+            int(step): numbers(losses, finite=False) for step, losses in mapping(search["row_losses"]).items()
+        }
+        last_step = integer(values["last_step"])
+        last_merge_step = integer(values["last_merge_step"])
+        if last_merge_step > last_step:
+            raise ValueError(f"last_merge_step={last_merge_step} is after last_step={last_step}")
+        busy_s, wall_s = number(values["busy_s"]), number(values["wall_s"])
+        if min(busy_s, wall_s) < 0:
+            raise ValueError(f"busy_s={busy_s}, wall_s={wall_s} are no times")
         return cls(
-            last_step=_integer(values["last_step"]),
-            last_merge_step=_integer(values["last_merge_step"]),
-            search=SearchState(None if previous is None else _numbers(previous), row_losses, memory),
-            history=[(_integer(step), _numbers([loss])[0]) for step, loss in values["history"]],
-            busy_s=_numbers([values["busy_s"]])[0],
-            wall_s=_numbers([values["wall_s"]])[0],
+            last_step=last_step,
+            last_merge_step=last_merge_step,
+            search=SearchState(
+                None if previous is None else numbers(previous), row_losses, mapping(search["memory"]), restored=True
+            ),
+            history=[(integer(step), number(loss)) for step, loss in sequence(values["history"])],
+            busy_s=busy_s,
+            wall_s=wall_s,
         )
-
-
-def _integer(value: Any) -> int:
-    if type(value) is not int:
-        raise TypeError(f"{value!r} is not an integer")
-    return value
-
-
-def _numbers(values: Any) -> list[float]:
-    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
-        raise TypeError(f"{values!r} are not numbers")
-    return values
 
 
 @dataclass(frozen=True)
@@ -111,12 +121,13 @@ class Saved:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Saved:
         """See :meth:`RunState.from_json`."""
-        merging = None if values["merging"] is None else _integer(values["merging"])
-        for entry in values["snapshots"]:
-            if Path(entry["name"]).name != entry["name"] or set(entry) != _ENTRY:
+        merging = None if values["merging"] is None else integer(values["merging"])
+        for entry in sequence(values["snapshots"]):
+            numbers([entry["search_loss"], entry["merged_loss"]])
+            if entry["name"] != folder_name_of_step(integer(entry["step"])) or set(entry) != _ENTRY:
                 raise ValueError(f"{entry!r} is no snapshot")
-            _numbers([_integer(entry["step"]), entry["search_loss"], entry["merged_loss"]])
-        return cls(RunState.from_json(values["run"]), merging, str(values["heldout"]), values["snapshots"])
+        (heldout,) = texts([values["heldout"]])
+        return cls(RunState.from_json(mapping(values["run"])), merging, heldout, values["snapshots"])
 
 
 class SharedParts:
@@ -215,10 +226,7 @@ def load_state(folder: Path, window: CheckpointWindow, step: int) -> Saved:
     processes = window.processes
     saved, index, kept = processes.from_rank0(lambda: _read_document(folder, window, step))
     with processes.raise_on_all():
-        try:
-            _fill(folder, kept, index, window)
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"a file of {folder} is damaged ({type(error).__name__}: {error})") from error
+        _fill(folder, kept, index, window)
     return saved
 
 
@@ -256,20 +264,20 @@ def _row_name(index: int) -> str:
 def _read_document(folder: Path, window: CheckpointWindow, step: int) -> tuple[Saved, PartsIndex, dict[str, Any]]:
     """Everything in a state.json, checked before anything is restored: the state, the index, the window's numbers."""
     path = folder / "state.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"{folder} holds no merging state (no state.json)")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        version = document["version"]
-        if version == FORMAT_VERSION:
-            saved, index = Saved.from_json(document), PartsIndex.from_json(document["index"])
-            kept = _checked_window(document["window"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
-    if version != FORMAT_VERSION:
+    document = read_json_object(path)
+    if (version := document.get("version")) != FORMAT_VERSION:
         raise ValueError(
             f"{folder} has format version {version!r}; this version of traj-merge-callback reads {FORMAT_VERSION}"
         )
+    try:
+        saved, index = Saved.from_json(document), PartsIndex.from_json(document["index"])
+        kept = _checked_window(mapping(document["window"]))
+        if saved.merging is not None and kept["steps"][-1:] != [saved.merging]:
+            raise ValueError(f"merging={saved.merging} is not the last of steps={kept['steps']}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error!s:.200})") from error
     found = {name: tuple(tensor["shape"]) for name, tensor in index.tensors.items()}
     # A buffer that is not finite any more belongs to no column now, and is left out.
     kept_shapes = {name: shape for name, shape in found.items() if name not in window.layout.skipped}
@@ -277,16 +285,16 @@ def _read_document(folder: Path, window: CheckpointWindow, step: int) -> tuple[S
         raise ValueError(f"{folder} was saved for a model with other parameters")
     if kept["steps"] and kept["steps"][-1] > step:
         raise ValueError(f"{folder} holds checkpoints up to step {kept['steps'][-1]}, but training is at step {step}")
+    if saved.run.last_step is not None and saved.run.last_step > step:
+        raise ValueError(f"{folder} was saved at step {saved.run.last_step}, but training is at step {step}")
     return saved, index, kept
 
 
 def _checked_window(kept: dict[str, Any]) -> dict[str, Any]:
-    steps = [_integer(step) for step in kept["steps"]]
-    if steps != sorted(set(steps)) or _integer(kept["pushed"]) < len(steps) or _integer(kept["sampled"]) < 0:
+    steps = [integer(step) for step in sequence(kept["steps"])]
+    if steps != sorted(set(steps)) or integer(kept["pushed"]) < len(steps) or integer(kept["sampled"]) < 0:
         raise ValueError(f"steps={steps}, pushed={kept['pushed']}, sampled={kept['sampled']} are of no window")
-    names = [kept["dtype"], *kept["shared"], *kept["not_finite"]]
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError(f"dtype={kept['dtype']!r}, shared={kept['shared']!r}, not_finite={kept['not_finite']!r}")
+    texts([kept["dtype"], *sequence(kept["shared"]), *sequence(kept["not_finite"])])
     return kept
 
 
@@ -295,9 +303,10 @@ def _fill(folder: Path, saved: dict[str, Any], index: PartsIndex, window: Checkp
     slots = window.layout.slots
     fronts_differ = any(index.tensors[slot.name]["front"] != slot.shard.dim for slot in slots)
     if not fronts_differ and (rank := index.rank_of(ranges_of(slots))) is not None:
-        rows = [load_file(part_path(folder, _row_name(row), rank)) for row in range(len(saved["steps"]))]
-        shared = load_file(part_path(folder, _SHARED, rank)) if saved["shared"] else {}
-        window.load_state_dict({**saved, "rows": rows, "shared": shared})
+        rows = [safetensors_in(part_path(folder, _row_name(row), rank)) for row in range(len(saved["steps"]))]
+        shared = safetensors_in(part_path(folder, _SHARED, rank)) if saved["shared"] else {}
+        with damage_of(folder):
+            window.load_state_dict({**saved, "rows": rows, "shared": shared})
         return
 
     def read(name: str, target: Tensor) -> None:
@@ -322,12 +331,14 @@ def _fill(folder: Path, saved: dict[str, Any], index: PartsIndex, window: Checkp
                 whole = index.unflatten(slot.name, flat).movedim(slot.shard.dim, 0).reshape(-1)
                 columns.copy_(whole[slot.shard.start : slot.shard.start + slot.numel])
 
-    window.load_rows(saved, read)
+    with damage_of(folder):
+        window.load_rows(saved, read)
 
 
 def _columns(folder: Path, name: str, tensor: str, rank: int, columns: slice) -> Tensor:
     """Some columns of a tensor in the part that a rank wrote."""
-    with safe_open(part_path(folder, name, rank), framework="pt") as opened:
+    path = own_file(part_path(folder, name, rank))
+    with damage_of(path), safe_open(path, framework="pt") as opened:
         return opened.get_slice(tensor)[columns]
 
 

@@ -7,9 +7,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 # Larger than any document of ours: an index of ranges takes about 60 bytes for each tensor and rank.
 _LARGEST_DOCUMENT = 2**30
@@ -43,39 +49,33 @@ def _short_integer(digits: str) -> int:
     return int(digits)
 
 
-def read_json_object(folder: Path, name: str) -> dict[str, Any]:
-    """The JSON object in a file of a folder.
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; see :func:`own_file`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is something else, or lies elsewhere.
     """
-    path = file_in(folder, name)
+    own_file(path)
     if (size := path.stat().st_size) > _LARGEST_DOCUMENT:
         raise ValueError(f"{path} is damaged: it has {size} bytes")
     try:
-        document = parse_json(path.read_bytes())
-        if not isinstance(document, dict):
-            raise TypeError(f"it is a {type(document).__name__}, not an object")
+        return mapping(parse_json(path.read_bytes()))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
-    return document
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error!s:.200})") from error
 
 
-def file_in(folder: Path, name: str) -> Path:
-    """A file of a folder: a regular one, which lies in that folder after links are followed.
+def own_file(path: Path) -> Path:
+    """A path, if a regular file is there, which lies in its folder after links are followed.
 
     Links into the ``blobs`` of the Hugging Face cache, as ``huggingface_hub.snapshot_download`` makes them, are
     followed too.
 
     Raises:
         FileNotFoundError: there is no regular file.
-        ValueError: ``name`` is no file name, or the file lies elsewhere.
+        ValueError: its name is no file name, or the file lies elsewhere.
     """
-    if not is_file_name(name):
-        raise ValueError(f"{name!r} in {folder} is not the name of a file")
-    path = folder / name
-    home, found = _resolved(folder), _resolved(path)
+    home, found = resolved(path.parent), resolved(path)
     stores = [above.parent / "blobs" for above in home.parents if above.name == "snapshots"]
     if not found.is_relative_to(home) and found.parent not in stores:
         raise ValueError(f"{path} leads out of its folder, to {found}")
@@ -84,16 +84,37 @@ def file_in(folder: Path, name: str) -> Path:
     return path
 
 
-def is_file_name(name: Any) -> bool:
-    """Whether a name can be that of a file in a folder, and leads nowhere else."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+def resolved(path: Path) -> Path:
+    """Where a path leads.
 
-
-def _resolved(path: Path) -> Path:
+    Raises:
+        ValueError: in a circle.
+    """
     try:
         return path.resolve()
     except (OSError, RuntimeError) as error:  # links that lead to each other
         raise ValueError(f"{path} leads nowhere ({error})") from error
+
+
+def safetensors_in(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU; see :func:`own_file`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or lies elsewhere.
+    """
+    own_file(path)
+    with damage_of(path):
+        return load_file(path)
+
+
+@contextmanager
+def damage_of(path: Path) -> Iterator[None]:
+    """What is wrong with a file, or with the files of a folder, becomes a ValueError that names it."""
+    try:
+        yield
+    except (SafetensorError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
 
 def folder_name_of_step(step: int) -> str:
@@ -101,14 +122,19 @@ def folder_name_of_step(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def is_step_name(name: Any) -> bool:
+    """Whether it is a name that :func:`folder_name_of_step` gives."""
+    if not isinstance(name, str) or not re.fullmatch(r"step-[0-9]{8,18}", name):
+        return False
+    return name == folder_name_of_step(int(name.removeprefix("step-")))
+
+
 def is_folder_of_step(path: Path, holds: str) -> bool:
     """Whether a path is a folder of ours, as :func:`folder_name_of_step` names it, with a file of ours in it.
 
     A user's folder that happens to have such a name is none, nor is a link.
     """
-    digits = path.name.removeprefix("step-")
-    ours = digits.isascii() and digits.isdigit() and path.name == folder_name_of_step(int(digits[:19]))
-    return ours and path.is_dir() and not path.is_symlink() and (path / holds).is_file()
+    return is_step_name(path.name) and path.is_dir() and not path.is_symlink() and (path / holds).is_file()
 
 
 # Values of a JSON document
@@ -158,8 +184,7 @@ def sequence(values: Any) -> list[Any]:
 
 def texts(values: Any) -> list[str]:
     """A list of strings; see :func:`sequence`."""
-    found: Iterable[Any] = sequence(values)
-    if wrong := [value for value in found if not isinstance(value, str)]:
+    if wrong := [value for value in sequence(values) if not isinstance(value, str)]:
         raise TypeError(f"{wrong[0]!r} is not a string")
     return values
 

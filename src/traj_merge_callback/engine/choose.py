@@ -155,6 +155,8 @@ class Chooser:
         self._without_gradients = self._ungrouped = False
         # What is under way that another attempt can do without: "gradients", "groups" or None.
         self._trying: str | None = None
+        # Whether merges use what an earlier part of the run remembered, and whether they may.
+        self._remembers, self._may_remember = False, True
 
     @property
     def closed_form(self) -> bool:
@@ -183,6 +185,9 @@ class Chooser:
         Returns:
             The selection, and what the record and merge.json say of it: weights by name, losses on the search split.
         """
+        if state.restored and not self._may_remember:
+            state.forget()
+        self._remembers = state.restored and self._may_remember
         problem = yield from self._problem(window, live, state, step, evaluations)
         start = Selection(None, problem.live_loss, live)
         build: Callable[..., Search] = self._search
@@ -201,6 +206,7 @@ class Chooser:
             make = lambda: GroupedSearch(grouped, start=best)  # noqa: E731
             chosen = yield from select(make, grouped, measure, chosen, {}, self._processes)
             self._trying = None
+        state.restored = self._remembers = False
         state.previous = None if shared is None else shared.tolist()
         state.row_losses = {row: losses for row, losses in state.row_losses.items() if row in window.steps}
         if shared is None:
@@ -219,10 +225,17 @@ class Chooser:
     def fall_back(self, error: Exception) -> bool:
         """After a failed merge: whether it can be made without what failed, which is not tried again; a collective."""
         # Ranks that did not fail may be a piece ahead: what rank 0 was trying holds for all.
-        trying = self._processes.from_rank0(lambda: self._trying)
-        self._trying = None
+        trying = self._processes.from_rank0(lambda: "memory" if self._remembers else self._trying)
+        self._trying, self._remembers = None, False
         cause = (type(error).__name__, error)
-        if trying == "gradients":
+        if trying == "memory":
+            self._may_remember = False
+            logger.warning(
+                "the first merge after resuming failed (%s: %s); it is made again without what the saved state "
+                "remembers of earlier merges",
+                *cause,
+            )
+        elif trying == "gradients":
             self._without_gradients = True
             logger.warning(
                 "auto could not search with gradients of the held-out loss (%s: %s); it goes on with search='reach', "

@@ -24,11 +24,18 @@ class SearchState:
         previous: its weights.
         row_losses: losses of single rows on the search split, by step; of each component of the objective.
         memory: what the search itself remembers.
+        restored: whether all this was read from a file and no merge has been made with it yet.
     """
 
     previous: list[float] | None = None
     row_losses: dict[int, list[float]] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
+    restored: bool = field(default=False, compare=False)
+
+    def forget(self) -> None:
+        """Drop everything: the next merge is like a first one."""
+        self.previous = None
+        self.forget_losses()
 
     def forget_losses(self) -> None:
         """Drop what was measured on other held-out data."""
