@@ -6,11 +6,14 @@ What can fail on one rank alone is followed by an all-reduce of an error flag, s
 
 from __future__ import annotations
 
+import atexit
 import datetime
+import pickle
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +23,10 @@ from torch import Tensor
 T = TypeVar("T")
 # Process groups of some of the ranks, by the group of all ranks and by rank numbers.
 _subgroups: dict[tuple[Any, tuple[int, ...]], Any] = {}
+#: What asks for the end of a program. Everything else that is raised is a failure, also where a library derives it from
+#: BaseException, as torch, Rust extensions (``PanicException``) and trio do: ``except ENDS: raise`` stands before
+#: ``except BaseException`` wherever failures are caught.
+ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
 
 class FailedOnAllRanks(RuntimeError):
@@ -61,52 +68,60 @@ class Processes:
         if self._group is None:
             return list(values)
         found = torch.tensor(values, dtype=torch.float64)
-        with collective_timeout(self.timeout):
-            dist.all_reduce(found, dist.ReduceOp.MAX, group=self._group)
+        self._complete(dist.all_reduce, found, dist.ReduceOp.MAX)
         return found.tolist()
 
     def all_gather_array(self, values: np.ndarray) -> np.ndarray:
         """The float64 arrays of all ranks, which have the same shape, as ``(ranks, *shape)``."""
-        mine = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64))
-        if self._group is None:
-            return mine[None].numpy()
-        found = [torch.empty_like(mine) for _ in range(self.size)]
-        with collective_timeout(self.timeout):
-            dist.all_gather(found, mine, group=self._group)
-        return torch.stack(found).numpy()
+        return self._all_gather(torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64))).numpy()
 
     def all_gather_object(self, value: T) -> list[T]:
         """The small objects of all ranks."""
-        found: list[Any] = [value]
-        if self._group is not None:
-            found = [None] * self.size
-            with collective_timeout(self.timeout):
-                dist.all_gather_object(found, value, group=self._group)
-        return found
+        if self._group is None:
+            return [value]
+        mine = pickle.dumps(value)
+        (longest,) = self.all_reduce_max(len(mine))
+        # Shorter ones are padded; pickles know where they end.
+        padded = torch.frombuffer(bytearray(mine.ljust(int(longest), b"\0")), dtype=torch.uint8)
+        return [pickle.loads(one.numpy().tobytes()) for one in self._all_gather(padded)]
+
+    def _all_gather(self, mine: Tensor) -> Tensor:
+        if self._group is None:
+            return mine[None]
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        self._complete(dist.all_gather, found, mine)
+        return torch.stack(found)
+
+    def _complete(self, collective: Callable[..., Any], *arguments: Any) -> None:
+        _complete(collective, *arguments, group=self._group, timeout=self.timeout)
 
     def from_rank0(self, make: Callable[[], T]) -> T:
         """Call ``make`` on rank 0 and broadcast what it returns.
 
         Raises:
-            Exception: on rank 0 what ``make`` raised.
+            BaseException: on rank 0 what ``make`` raised.
             FailedOnAllRanks: on the other ranks, that it did.
         """
         if self._group is None:
             return make()
-        made: list[Any] = [None, None]
-        error: Exception | None = None
+        made: tuple[Any, str | None] = (None, None)
+        error: BaseException | None = None
         if self.is_rank_zero:
             try:
-                made[0] = make()
-            except Exception as raised:
-                error, made[1] = raised, _described(raised)
-        with collective_timeout(self.timeout):
-            dist.broadcast_object_list(made, src=0, group=self._group)
+                made = make(), None
+            except BaseException as raised:
+                error, made = raised, (None, described(raised))
+        try:
+            value, failure = self.all_gather_object(made)[0]
+        except CollectiveTimeout:
+            if isinstance(error, ENDS):
+                raise error from None
+            raise
         if error is not None:
             raise error
-        if made[1] is not None:
-            raise FailedOnAllRanks(f"rank 0 failed: {made[1]}")
-        return made[0]
+        if failure is not None:
+            raise FailedOnAllRanks(f"rank 0 failed: {failure}")
+        return value
 
     def all_reduce_error(self, error: BaseException | None, *values: float) -> list[float]:
         """The largest of each value over all ranks, if no rank has an error.
@@ -114,28 +129,33 @@ class Processes:
         Raises:
             BaseException: on the ranks that have one, their own error.
             FailedOnAllRanks: on the others.
-            CollectiveTimeout: a rank does not answer, and this one has no error of its own.
+            CollectiveTimeout: a rank does not answer, and this one is not about to end.
         """
         if self._group is None or isinstance(error, CollectiveTimeout):
             if error is not None:
                 raise error
             return list(values)
-        failed, *found = self.all_reduce_max(float(error is not None), *values)
+        try:
+            failed, *found = self.all_reduce_max(float(error is not None), *values)
+        except CollectiveTimeout:
+            if isinstance(error, ENDS):
+                raise error from None
+            raise
         if not failed:
             return found
-        described = self.all_gather_object(None if error is None else _described(error))
+        texts = self.all_gather_object(None if error is None else described(error))
         if error is not None:
             raise error
-        failures = [f"rank {rank} failed: {text}" for rank, text in enumerate(described) if text is not None]
+        failures = [f"rank {rank} failed: {text}" for rank, text in enumerate(texts) if text is not None]
         raise FailedOnAllRanks("; ".join(failures[:3]))
 
     @contextmanager
     def raise_on_all(self) -> Iterator[None]:
         """Run a block that contains no collective; afterwards every rank continues, or every rank raises."""
-        error: Exception | None = None
+        error: BaseException | None = None
         try:
             yield
-        except Exception as raised:
+        except BaseException as raised:
             error = raised
         self.all_reduce_error(error)
 
@@ -159,34 +179,69 @@ class Processes:
         return [rank for rank, host in enumerate(hosts) if host == hosts[self.rank]]
 
     def close(self) -> None:
-        """Destroy the group of all ranks; a rank that still waits in it gets an error."""
-        if self._group is not None and dist.is_initialized():
+        """Leave the group of all ranks, and destroy it if nothing failed in it."""
+        if self._group is not None and dist.is_initialized() and self._group not in _failed_groups():
             dist.destroy_process_group(self._group)
         self._group = None
 
 
-@contextmanager
-def collective_timeout(timeout: float) -> Iterator[None]:
-    """Turn what a collective raises into :class:`CollectiveTimeout`."""
+def all_gather_into(out: Tensor, part: Tensor, group: Any, timeout: float) -> None:
+    """Fill ``out`` with the ``part`` of each rank of a group, all of one shape, in the order of the ranks.
+
+    Raises:
+        CollectiveTimeout: a rank does not answer within ``timeout`` seconds.
+    """
+    # Where there is a newer name the older one warns.
+    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    _complete(gather, out, part, group=group, timeout=timeout)
+
+
+def reduce_scatter_sum(out: Tensor, whole: Tensor, group: Any, timeout: float) -> None:
+    """Fill ``out`` with this rank's slice of the sum of ``whole`` over the ranks of a group.
+
+    Raises:
+        CollectiveTimeout: a rank does not answer within ``timeout`` seconds.
+    """
+    scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+    _complete(scatter, out, whole, group=group, timeout=timeout)
+
+
+def _complete(collective: Callable[..., Any], *arguments: Any, group: Any, timeout: float) -> None:
+    """Do a collective, and turn what it raises into :class:`CollectiveTimeout`."""
+    work, began = None, time.monotonic()
     try:
-        yield
+        work = collective(*arguments, group=group, async_op=True)
+        if work is not None:
+            work.wait()
     except RuntimeError as error:
+        _failed.append(_Failed(group, work, began + timeout))
         raise CollectiveTimeout(
             f"a rank failed, ended, or did not answer within {timeout:g} s (process_timeout): {error}"
         ) from error
 
 
-def all_gather_into(out: Tensor, part: Tensor, group: Any) -> None:
-    """Fill ``out`` with the ``part`` of each rank of a group, all of one shape, in the order of the ranks."""
-    # Where there is a newer name the older one warns.
-    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
-    gather(out, part, group=group)
+class _Failed(NamedTuple):
+    """A collective that failed: threads of torch may still be at work on it, until its time is over."""
+
+    group: Any
+    work: Any
+    over: float  # on time.monotonic
 
 
-def reduce_scatter_sum(out: Tensor, whole: Tensor, group: Any) -> None:
-    """Fill ``out`` with this rank's slice of the sum of ``whole`` over the ranks of a group."""
-    scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
-    scatter(out, whole, group=group)
+# Neither these operations nor their groups are given up before the program ends.
+_failed: list[_Failed] = []
+
+
+def _failed_groups() -> list[Any]:
+    return [failed.group for failed in _failed]
+
+
+@atexit.register
+def _wait_for_failed() -> None:
+    """Let operations end: one that ends while Python does aborts the process, when it frees its tensors."""
+    for failed in _failed:
+        while failed.work is not None and not failed.work.is_completed() and time.monotonic() < failed.over:
+            time.sleep(0.01)
 
 
 def several_ranks() -> bool:
@@ -194,5 +249,10 @@ def several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _described(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+def described(error: BaseException) -> str:
+    """An exception's type and text in one line; without the text of one that cannot tell it."""
+    name = type(error).__name__
+    try:
+        return f"{name}: {error}"
+    except Exception as raised:
+        return f"{name} (whose text cannot be had: {type(raised).__name__})"

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from .config import MergeConfig
-from .disk.atomic import Writer, remove_tree
+from .disk.atomic import Writer
 from .disk.mapped import on_disk
 from .disk.metrics_file import MetricsFile
 from .disk.model_files import load_merged
@@ -132,6 +132,7 @@ class TrajectoryMerger:
         Raises:
             ValueError: the model cannot be merged (nothing trainable, or parameters sharded in a way that is not
                 supported).
+            OSError: with ``window_storage="disk"``, there is too little space for the rows.
         """
         if not self._active or self.window is not None:
             return
@@ -140,10 +141,10 @@ class TrajectoryMerger:
         average_rate, options = resolve_search(self.config.search).average_rate, self.config.search_options
         allocate = {
             "memory": lambda: None,
-            "disk": lambda: on_disk(self._window_folder),
+            "disk": lambda: on_disk(self.output_dir, self.processes),
             "device": lambda: in_memory(device=device_of(model)),
         }[self.config.window_storage]
-        self.window = CheckpointWindow(
+        window = CheckpointWindow(
             model,
             self.config.window_size,
             dtype=self.config.dtype,
@@ -156,12 +157,12 @@ class TrajectoryMerger:
             asynchronous=True,
             processes=self.processes,
         )
-        index = PartsIndex.of(self.window.layout.slots, self.processes)
+        index = PartsIndex.of(window.layout.slots, self.processes)
         self._writer = Writer(device_of(model))
-        self._saver = StateSaver(self.window, index, self._writer, self._writer_processes, self.output_dir)
+        self._saver = StateSaver(window, index, self._writer, self._writer_processes, self.output_dir)
         publisher = Publisher(
             self.config,
-            self.window,
+            window,
             index,
             self._store,
             self._writer,
@@ -170,8 +171,9 @@ class TrajectoryMerger:
             self._extra,
         )
         chooser = Chooser(self.config, self.heldout, self.processes)
-        merge = Merge(model, self.window, self.config, self.heldout, chooser, publisher)
+        merge = Merge(model, window, self.config, self.heldout, chooser, publisher)
         self._schedule = Schedule(self.config, self.heldout, merge, self._overhead, self._writer.wait, self.processes)
+        self.window = window
         self._waited_s = 0.0
         self._overhead.begin()
 
@@ -306,7 +308,6 @@ class TrajectoryMerger:
             window.close()
             self._writer_processes.close()
             self.processes.close()
-            remove_tree(self._window_folder)
         self._failures.summarise()
         self._failures.counts.clear()
 
@@ -317,10 +318,6 @@ class TrajectoryMerger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    @property
-    def _window_folder(self) -> Path:
-        return self.output_dir / ".window"
 
     @property
     def best_snapshot(self) -> Path | None:
@@ -448,11 +445,11 @@ class TrajectoryMerger:
         if self.window is not None:
             self._writer.wait()
 
-    def resume_from(self, folder: Path | None, model: nn.Module, step: int) -> None:
+    def resume_from(self, find: Callable[[], Path | None], model: nn.Module, step: int) -> None:
         """:meth:`load_state` for a trainer's resume: if nothing usable is found, say so and start an empty window."""
         self._metrics.resumed = True
         with self._timeout_ends_merging(step), self._failures.contained("restoring the window", step):
-            if (found := self.processes.from_rank0(lambda: folder)) is None:
+            if (found := self.processes.from_rank0(find)) is None:
                 raise FileNotFoundError("the checkpoint has no saved window beside it; the window starts empty")
             self.load_state(found, model, step)
 
@@ -478,7 +475,8 @@ class TrajectoryMerger:
         saved = load_state(Path(folder), self.window, step)
         self._state, self._captured = saved.run, saved.merging
         if saved.heldout == self.heldout.digest:
-            self._store.restore(saved.snapshots)
+            with self.processes.raise_on_all():
+                self._store.restore(saved.snapshots)
         else:
             logger.info("the held-out data changed since %s was saved: losses measured before are forgotten", folder)
             self._state.search.forget_losses()

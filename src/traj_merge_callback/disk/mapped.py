@@ -2,33 +2,107 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import math
+import os
+import shutil
+import socket
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..window.storage import Allocate
+from ..distributed import Processes
+from ..window.storage import DTYPES, Allocate, rows_nbytes
+
+# What systems answer that cannot reserve space in a file system.
+_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
 
 
-def on_disk(folder: Path) -> Allocate:
-    """Tensors that are safetensors files in ``folder``, mapped into memory: the system keeps in RAM what fits."""
+def on_disk(folder: Path, processes: Processes) -> Allocate:
+    """Rows in a folder's file system, mapped into memory: the system keeps in RAM what fits; a collective.
 
-    def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    Their files have no names: no other rank, run or container can write to them, and their space is free again however
+    this process ends. Their space is reserved before they are mapped, because a write to mapped memory that finds the
+    disk full kills the process.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    with processes.raise_on_all():
         folder.mkdir(parents=True, exist_ok=True)
+        place = (socket.gethostname(), folder.stat().st_dev)
+        free = shutil.disk_usage(folder).free
+    # Here all ranks know what is free, and none has taken any of it.
+    return _OnDisk(folder, free, processes.all_gather_object(place).count(place))
+
+
+class _OnDisk:
+    """Allocates one window's rows.
+
+    Args:
+        folder: on whose file system.
+        free: bytes free there.
+        ranks: how many ranks share them.
+    """
+
+    def __init__(self, folder: Path, free: int, ranks: int) -> None:
+        self._folder = folder
+        self._free = free
+        self._ranks = ranks
+        self._rows: tuple[int, int, str] | None = None  # how many, of how many numbers, of which dtype
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor in a file of its own.
+
+        Raises:
+            OSError: there is too little space for all rows, with the numbers.
+        """
+        if self._rows is None:  # the first tensor is that of the rows, and others belong to it
+            kind = next(kind for kind, known in DTYPES.items() if known is dtype)
+            self._rows = (shape[0], shape[1], kind)
+            if rows_nbytes(*self._rows) > self._free:
+                raise self._no_space(errno.ENOSPC)
         size = math.prod(shape) * dtype.itemsize
         if not size:
             return torch.empty(shape, dtype=dtype)
-        kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8"}[dtype]
-        header = json.dumps({name: {"dtype": kind, "shape": shape, "data_offsets": [0, size]}}).encode()
-        header += b" " * (-len(header) % 64 + 56)  # with its length in front, data begin at a multiple of 64
-        path = folder / f"{name}.safetensors"
-        with path.open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            file.truncate(8 + len(header) + size)
-        mapped = np.memmap(path, dtype=np.uint8, mode="r+", offset=8 + len(header), shape=(size,))
+        try:
+            with tempfile.TemporaryFile(dir=self._folder) as file:
+                self._reserve(file.fileno(), size)
+                mapped = np.memmap(file, dtype=np.uint8, mode="r+", shape=(size,))
+        except OSError as error:
+            raise self._no_space(error.errno or errno.ENOSPC) from error
         return torch.from_numpy(mapped).view(dtype).view(shape)
 
-    return allocate
+    def _reserve(self, descriptor: int, size: int) -> None:
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except (AttributeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in _UNSUPPORTED:
+                raise
+            assert self._rows is not None
+            if rows_nbytes(*self._rows) > self._free // self._ranks:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            os.truncate(descriptor, size)
+
+    def _no_space(self, number: int) -> OSError:
+        assert self._rows is not None
+        (count, numel, dtype), share = self._rows, self._free // self._ranks
+        beside, one = (rows_nbytes(size, numel, dtype) for size in (0, 1))
+        fewer = min((share - beside) // (one - beside), count - 1)
+        fits = ["dtype='int8'"] if rows_nbytes(count, numel, "int8") <= share and dtype != "int8" else []
+        fits += [f"window_size={fewer}"] if fewer >= 2 else []
+        ranks = f" for each of {self._ranks} ranks" if self._ranks > 1 else ""
+        return OSError(
+            number,
+            f"{os.strerror(number)}: window_storage='disk' needs {_bytes(rows_nbytes(count, numel, dtype))}{ranks} for "
+            f"{count} rows of {dtype}, and {_bytes(self._free)} are free in {self._folder}; "
+            + (f"what would fit: {' or '.join(fits)}, or " if fits else "")
+            + "an output_dir with more space",
+        )
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

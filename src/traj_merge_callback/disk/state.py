@@ -216,7 +216,7 @@ def save_state(
 
 
 def load_state(folder: Path, window: CheckpointWindow, step: int) -> Saved:
-    """Fill the window from a folder of :func:`save_state`; a collective.
+    """Fill the window from a folder of :func:`save_state`; a collective. The window is empty if a part cannot be read.
 
     Raises:
         FileNotFoundError: there is no such folder, or a part is missing.
@@ -225,8 +225,13 @@ def load_state(folder: Path, window: CheckpointWindow, step: int) -> Saved:
     """
     processes = window.processes
     saved, index, kept = processes.from_rank0(lambda: _read_document(folder, window, step))
-    with processes.raise_on_all():
-        _fill(folder, kept, index, window)
+    try:
+        with processes.raise_on_all():
+            _fill(folder, kept, index, window)
+    except BaseException:
+        # Some ranks may have read all of their rows and some none: merges need the same rows on all.
+        window.clear()
+        raise
     return saved
 
 

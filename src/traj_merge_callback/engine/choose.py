@@ -222,7 +222,7 @@ class Chooser:
             "search_losses": {"live": problem.live_loss, "merged": chosen.loss},
         }
 
-    def fall_back(self, error: Exception) -> bool:
+    def fall_back(self, error: BaseException) -> bool:
         """After a failed merge: whether it can be made without what failed, which is not tried again; a collective."""
         # Ranks that did not fail may be a piece ahead: what rank 0 was trying holds for all.
         trying = self._processes.from_rank0(lambda: "memory" if self._remembers else self._trying)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..distributed import CollectiveTimeout, FailedOnAllRanks
+from ..distributed import ENDS, CollectiveTimeout, FailedOnAllRanks, described
 
 logger = logging.getLogger("traj_merge_callback")
 
@@ -27,13 +27,15 @@ class Failures:
 
     @contextmanager
     def contained(self, what: str, step: int) -> Iterator[None]:
-        """Contain any ``Exception`` of the block but :class:`CollectiveTimeout`; Ctrl-C and exits always pass."""
+        """Contain any failure of the block but :class:`CollectiveTimeout`; Ctrl-C and exits always pass."""
         try:
             yield
-        except Exception as error:
+        except ENDS:
+            raise
+        except BaseException as error:
             if self._raise or isinstance(error, CollectiveTimeout):
                 raise
-            kind = f"{what} failed: {type(error).__name__}: {error}"
+            kind = f"{what} failed: {described(error)}"
             first = not any(known.startswith(f"{what} failed: {type(error).__name__}") for known in self.counts)
             self.counts[kind] += 1
             if first and (self._is_first or not isinstance(error, FailedOnAllRanks)):

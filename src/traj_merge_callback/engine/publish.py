@@ -23,7 +23,7 @@ from ..disk.model_files import (
 )
 from ..disk.parts import PartsIndex, snapshot_part, snapshot_part_path
 from ..disk.snapshots import SnapshotStore
-from ..distributed import FailedOnAllRanks, Processes
+from ..distributed import ENDS, FailedOnAllRanks, Processes
 from ..evaluate.fsdp import ShardedWeights
 from ..evaluate.weights import Weights, WholeWeights
 from ..pieces import PUBLISH, WAIT, Pieces
@@ -100,7 +100,7 @@ class Publisher:
             gathered = yield from weights.whole()
         yield PUBLISH
         publish: Callable[[], Path] | None = None
-        error: Exception | None = None
+        error: BaseException | None = None
         try:
             if not_finite is not None:
                 raise ValueError(f"the merge at step {step} is not finite in {not_finite!r}")
@@ -110,7 +110,9 @@ class Publisher:
                 ranks = self._writer_processes if sharded else None
                 search_loss, merged_loss = described["search_losses"]["merged"], losses["merged_loss"]
                 publish = functools.partial(self._store.publish, step, search_loss, merged_loss, write, merge, ranks)
-        except Exception as raised:
+        except ENDS:
+            raise
+        except BaseException as raised:
             error = raised
         writing: Future[Path | None] = Future()
         if self._processes.all_reduce_max(float(error is not None))[0]:

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..config import MergeConfig
-from ..distributed import CollectiveTimeout, Processes
+from ..distributed import ENDS, CollectiveTimeout, Processes
 from ..evaluate.heldout import HeldOutLoss, Split, device_of
 from ..evaluate.isolation import preserved_rng
 from ..evaluate.parking import Parking
@@ -282,7 +282,9 @@ class Schedule:
             try:
                 drive(run)
                 break
-            except Exception as error:
+            except ENDS:
+                raise
+            except BaseException as error:
                 if not self._restarts(run, error):
                     raise
             finally:
@@ -297,7 +299,7 @@ class Schedule:
             return None
         return replace(run.result, seconds=run.seconds, longest_pause=run.longest_pause)
 
-    def _restarts(self, failed: Run[MergeRecord | None], error: Exception) -> bool:
+    def _restarts(self, failed: Run[MergeRecord | None], error: BaseException) -> bool:
         """Begin the merge that failed again, if it can be made another way."""
         if isinstance(error, CollectiveTimeout) or self._again is None or not self._merge.chooser.fall_back(error):
             return False

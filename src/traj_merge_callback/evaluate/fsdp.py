@@ -15,11 +15,12 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from ..distributed import (
+    ENDS,
     CollectiveTimeout,
     FailedOnAllRanks,
     Processes,
     all_gather_into,
-    collective_timeout,
+    described,
     reduce_scatter_sum,
 )
 from ..pieces import EXCHANGE, Pieces
@@ -265,12 +266,12 @@ class Units:
             CollectiveTimeout: a rank does not answer.
         """
         self._expected, self._done = self._recorded.get(kind), []
-        error: Exception | None = None
+        error: BaseException | None = None
         try:
             yield
-        except (FailedOnAllRanks, CollectiveTimeout):
+        except (FailedOnAllRanks, CollectiveTimeout, *ENDS):
             raise
-        except Exception as raised:
+        except BaseException as raised:
             error = raised
         if self._expected is None:
             self._in_step(error, ended=True)
@@ -282,7 +283,7 @@ class Units:
         if error is not None:
             raise error
 
-    def _in_step(self, error: Exception | None, *, ended: bool) -> None:
+    def _in_step(self, error: BaseException | None, *, ended: bool) -> None:
         """Agree with all ranks, in a first pass, that none has failed and that all, or none, have ended the pass.
 
         Raises:
@@ -290,10 +291,10 @@ class Units:
         """
         try:
             at_end, not_at_end = self.processes.all_reduce_error(error, float(ended), -float(ended))
-        except (FailedOnAllRanks, CollectiveTimeout):
+        except (FailedOnAllRanks, CollectiveTimeout, *ENDS):
             raise
-        except Exception as own:
-            failure = f"rank {self.processes.rank} failed: {type(own).__name__}: {own}"
+        except BaseException as own:
+            failure = f"rank {self.processes.rank} failed: {described(own)}"
             raise FailedOnAllRanks(failure) from own
         if at_end != -not_at_end:
             raise FailedOnAllRanks("ranks do not gather the same modules in a forward pass")
@@ -346,11 +347,10 @@ class Units:
         if self._expected is None:
             self._in_step(None, ended=False)
         if len(ranks) > 1:
-            with collective_timeout(self.processes.timeout):
-                if kind == "gather":
-                    all_gather_into(all_, one, self._groups[ranks])
-                else:
-                    reduce_scatter_sum(one, all_, self._groups[ranks])
+            if kind == "gather":
+                all_gather_into(all_, one, self._groups[ranks], self.processes.timeout)
+            else:
+                reduce_scatter_sum(one, all_, self._groups[ranks], self.processes.timeout)
         self._done.append(_Collective(kind, index, values.dtype, values.device))
         if len(ranks) == 1:
             return values

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..distributed import all_gather_into, collective_timeout, reduce_scatter_sum
+from ..distributed import all_gather_into, reduce_scatter_sum
 from ..pieces import EXCHANGE, Pieces
 from ..window.layout import BufferPlace, ParameterLayout, Slot, clean_name, persistent_buffers, unwrap
 from ..window.sharding import EqualShares
@@ -91,8 +91,7 @@ class WholeWeights:
         yield EXCHANGE
         share = self.row.new_zeros(self._shares.share)
         share[: self._mine].copy_(self.row[: self._mine])
-        with collective_timeout(self._shares.processes.timeout):
-            all_gather_into(self.whole[: self._in_shares], share, self._shares.group)
+        all_gather_into(self.whole[: self._in_shares], share, self._shares.group, self._shares.processes.timeout)
         self.whole[self._parameters : self.layout.numel].copy_(self.row[self._mine :])
 
     def installed(self) -> AbstractContextManager[None]:
@@ -121,8 +120,8 @@ class WholeWeights:
             return self._gradient
         yield EXCHANGE
         share, found = self.row.new_empty(self._shares.share), torch.zeros_like(self.row)
-        with collective_timeout(self._shares.processes.timeout):
-            reduce_scatter_sum(share, self._gradient[: self._in_shares], self._shares.group)
+        whole, shares = self._gradient[: self._in_shares], self._shares
+        reduce_scatter_sum(share, whole, shares.group, shares.processes.timeout)
         found[: self._mine].copy_(share[: self._mine])
         return found
 

@@ -111,7 +111,7 @@ class TrajMergeCallback(pl.Callback):
         )
         self.merger.prepare(self._model)
         if self._resumed:
-            self.merger.resume_from(_saved_window(trainer), self._model, trainer.global_step)
+            self.merger.resume_from(lambda: _saved_window(trainer), self._model, trainer.global_step)
             self._resumed = False
         self._answer_monitors(trainer)
 

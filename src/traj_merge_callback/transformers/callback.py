@@ -130,7 +130,7 @@ class TrajMergeCallback(TrainerCallback):
         )
         self.merger.prepare(kwargs["model"])
         if state.global_step > 0:
-            self.merger.resume_from(self._saved_window(args, state), kwargs["model"], state.global_step)
+            self.merger.resume_from(lambda: self._saved_window(args, state), kwargs["model"], state.global_step)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

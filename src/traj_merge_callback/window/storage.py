@@ -21,7 +21,7 @@ BLOCK = 64
 # Columns of a row that one tensor operation works on: enough to be worth two threads, few enough for the cache.
 CHUNK = 1 << 20
 
-# Allocates an uninitialized tensor, given a name (of its file, where it is one), a shape and a dtype.
+# Allocates an uninitialized tensor, given its name, shape and dtype; of all that rows need, (rows, numbers) come first.
 Allocate = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
 
 
@@ -189,6 +189,16 @@ class Int8Rows:
 Rows = DenseRows | Int8Rows
 
 
+def rows_of(count: int, numel: int, dtype: str, allocate: Allocate) -> Rows:
+    """Rows kept as "float32", "bfloat16" or "int8"."""
+    return Int8Rows(count, numel, allocate) if dtype == "int8" else DenseRows(count, numel, DTYPES[dtype], allocate)
+
+
+def rows_nbytes(count: int, numel: int, dtype: str) -> int:
+    """Bytes that such rows take, the anchor of int8 rows included."""
+    return rows_of(count, numel, dtype, in_memory(device=torch.device("meta"))).nbytes
+
+
 class StoredRow(NamedTuple):
     """One row of the window: the storage that keeps it, and its index there."""
 
@@ -231,9 +241,7 @@ class Ring:
     ) -> None:
         self.size = size
         self.dtype = dtype
-        self.rows: Rows = (
-            Int8Rows(size, numel, allocate) if dtype == "int8" else DenseRows(size, numel, DTYPES[dtype], allocate)
-        )
+        self.rows = rows_of(size, numel, dtype, allocate)
         self.leading = DenseRows(2, numel, torch.float32, allocate_beside) if leading else None
         self.mean = allocate_beside("mean", (numel,), torch.float32) if mean else None
         self.arrival = None if live is None else allocate_beside("arrival", (numel,), live)
@@ -262,6 +270,10 @@ class Ring:
         """Remove the newest row."""
         self.pushed -= 1
         self.steps = self.steps[:-1]
+
+    def clear(self) -> None:
+        """Remove all rows."""
+        self.steps, self.pushed, self.sampled = [], 0, 0
 
     def place(self, position: int) -> int:
         """Index in ``rows`` of the row at ``position`` among those held, oldest first."""

@@ -91,16 +91,17 @@ class CheckpointWindow:
         self._device = next((device for device in devices if device.type == "cuda"), devices[0])
         pinned = in_memory(pinned=self._device.type == "cuda")
         exact = not mean_rows and (dtype == "float32" or (dtype == "bfloat16" and all_bfloat16)) and not buffered
-        self._ring = Ring(
-            size,
-            self.layout.numel,
-            dtype,
-            live=None if exact else torch.bfloat16 if all_bfloat16 else torch.float32,
-            leading=average_rate is not None,
-            mean=mean_rows,
-            allocate=allocate or pinned,
-            allocate_beside=pinned,
-        )
+        with self.processes.raise_on_all():
+            self._ring = Ring(
+                size,
+                self.layout.numel,
+                dtype,
+                live=None if exact else torch.bfloat16 if all_bfloat16 else torch.float32,
+                leading=average_rate is not None,
+                mean=mean_rows,
+                allocate=allocate or pinned,
+                allocate_beside=pinned,
+            )
         self._columns = products.Columns(self.layout, self.groups, self.processes)
         self._average_rate = average_rate
         self._capture = Capture(asynchronous=asynchronous, device=self._device)
@@ -266,6 +267,11 @@ class CheckpointWindow:
             if pushing:
                 self._ring.drop_newest()
             raise
+
+    def clear(self) -> None:
+        """Remove all rows."""
+        self.settle()
+        self._ring.clear()
 
     def close(self) -> None:
         """Let the last capture finish and stop watching optimizers."""
