@@ -11,7 +11,7 @@ from pathlib import Path
 from ..disk.atomic import Writer, remove_tree
 from ..disk.parts import PartsIndex
 from ..disk.state import Saved, SharedParts, has_company, remove_orphan, save_state
-from ..distributed import CollectiveTimeout, Processes
+from ..distributed import ENDS, CollectiveTimeout, Processes
 from ..window.window import CheckpointWindow
 
 logger = logging.getLogger("traj_merge_callback")
@@ -101,7 +101,9 @@ class StateSaver:
                         shared=self._shared,
                         staging=self._staging if request.belongs else None,
                     )
-                except Exception as error:
+                except ENDS:
+                    raise
+                except BaseException as error:
                     timeout = isinstance(error, CollectiveTimeout)
                     if timeout or not self._processes.from_rank0(lambda: request.orphaned):
                         raise
