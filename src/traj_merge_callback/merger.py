@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from .config import MergeConfig
-from .disk.atomic import Writer
+from .disk.atomic import Writer, remove_tree
 from .disk.mapped import on_disk
 from .disk.metrics_file import MetricsFile
 from .disk.model_files import load_merged
