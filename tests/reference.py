@@ -64,14 +64,16 @@ def choose(model, rows, search_split):
             return best
 
 
-def train_and_merge(model, take_step, steps, heldout, k=4, every=2):
-    """Train, keep the last k checkpoints, and load their merge; the losses of live and merged on the report split."""
+def train_and_merge(model, take_step, steps, search_split, report_split, k=4, every=2):
+    """Train, keep the last k checkpoints, and load their merge; the losses of live and merged on the report split.
+
+    Weights are chosen on one split and numbers come from the other, which shares no sequence and no document with it.
+    """
     rows = []
     for step in range(1, steps + 1):
         take_step(step)
         if step % every == 0:
             rows = [*rows, {name: p.detach().clone() for name, p in model.named_parameters()}][-k:]
-    report_split, search_split = heldout[0::2], heldout[1::2]  # weights are chosen on one, numbers come from the other
     model.eval()
     weights = choose(model, rows, search_split)
     with torch.no_grad():

@@ -6,7 +6,7 @@ import torch
 from conftest import AT_ONCE, tiny_llama
 from reference import one_gradient, train_and_merge
 
-from traj_merge_callback import Search, TrajectoryMerger, load_merged, register_search
+from traj_merge_callback import HeldOutLoss, Search, TrajectoryMerger, load_merged, register_search
 from traj_merge_callback.search import _registered
 
 STEPS = 120
@@ -54,12 +54,14 @@ def taking_steps(model, train):
 
 def test_the_engine_makes_the_merge_of_the_reference(text, train, tmp_path, search):
     sequences = torch.unique(text[1][:240], dim=0)
+    batches = [{"input_ids": batch, "labels": batch} for batch in sequences.split(16)]
+    dealt = HeldOutLoss(batches)._batches
+    splits = [torch.cat([batch.data["input_ids"] for batch in dealt[split]]) for split in ("search", "report")]
     model = tiny_llama(dropout=0.0)
-    weights, (live_loss, merged_loss) = train_and_merge(model, taking_steps(model, train), STEPS, sequences)
+    weights, (live_loss, merged_loss) = train_and_merge(model, taking_steps(model, train), STEPS, *splits)
 
     ours = tiny_llama(dropout=0.0)
     take_step = taking_steps(ours, train)
-    batches = [{"input_ids": batch, "labels": batch} for batch in sequences.split(16)]
     options = {"window_size": 4, "capture_every": 2, "merge_every": STEPS, "output_dir": str(tmp_path), **AT_ONCE}
     merger = TrajectoryMerger(batches, search=search, on_error="raise", **options)
     for step in range(1, STEPS + 1):

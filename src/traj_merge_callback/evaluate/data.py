@@ -9,49 +9,103 @@ import copy
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from ..distributed import Processes
+from .indices import Indices
 from .isolation import preserved_rng
 from .reachable import preserved
+from .sample import Split, evenly
+
+# The label of a position that is no target.
+IGNORED = -100
+_TAGS: tuple[Split | None, ...] = (None, "search", "report")
 
 
-def read_batches(name: str, loader: Any, count: int, seed: int, processes: Processes) -> list[Any]:
-    """The first ``count`` batches of a loader, on the CPU, the same ones on every rank.
+@dataclass
+class Held:
+    """What was read of one domain.
 
-    Afterwards the loader, and everything that it can reach, is as it was (see ``reachable.py``).
+    Args:
+        batches: on the CPU, each with the split that all its sequences are for; None: not decided yet.
+        total: how many sequences there were to choose from; None: not known, and these are the first.
+    """
 
-    If all ranks read the same batches, only a digest is exchanged. Otherwise (a DistributedSampler, Accelerate's
-    loaders) the batches read are gathered on every rank and put together by :func:`merge_shares`.
+    batches: list[tuple[Any, Split | None]]
+    total: int | None
+
+
+def read_batches(
+    name: str, loader: Any, count: int, seed: int, processes: Processes, search_fraction: float = 0.5
+) -> Held:
+    """``count`` batches of a loader, on the CPU, the same ones on every rank.
+
+    They are an even sample of everything there is where that can be asked for by index: of the sequences of a
+    DataLoader's map-style dataset (as far as its sampler draws them), or of a list's batches. Of any other iterable
+    they are the first. Samples of single sequences come apart by split, each in about ``count`` smaller batches.
+
+    If all ranks read the same batches, only a digest is exchanged. Otherwise (each rank has data of its own) the
+    batches read are gathered on every rank and put together by :func:`merge_shares`. Afterwards the loader, and
+    everything that it can reach, is as it was (see ``reachable.py``).
 
     Args:
         name: the domain's name, for messages.
         loader: a DataLoader or another iterable of batches.
-        count: how many batches are wanted.
-        seed: random seed for shuffled loaders.
+        count: how many batches are wanted, each as large as the loader's.
+        seed: random seed for shuffled loaders, and for the sample.
         processes: the ranks that train the model together.
+        search_fraction: see :func:`choose`.
 
     Raises:
         ValueError: the loader yields no batches.
         TypeError: it is not an iterable of batches.
     """
+    # Accelerate's loaders register themselves as the active one and move batches; their inner DataLoader does neither.
+    loader = getattr(loader, "base_dataloader", loader)
     with processes.raise_on_all():
-        mine = _read(name, loader, count, seed)
+        _check(name, loader)
+        with _undisturbed(name, loader, seed):
+            mine = Indices.of(loader)
+    indices = Indices.of_all(processes.all_gather_object(mine), processes.rank)
+    with processes.raise_on_all():
+        held = _read(name, loader, indices, count, seed, search_fraction)
     if processes.size == 1:
-        return mine
-    digests = processes.all_gather_object(_digest(mine))
+        return held
+    digests = processes.all_gather_object(_digest(held))
     shares = len(set(digests))
     if shares == 1:
-        return mine
+        return held
     # One rank sends each share, and no more of it than its portion of the batches wanted.
     sends = digests.index(digests[processes.rank]) == processes.rank
-    sent = processes.all_gather_object(mine[: -(-count // shares)] if sends else [])
+    sent = processes.all_gather_object(_portion(held, count, shares) if sends else None)
     by_sequence = isinstance(getattr(loader, "sampler", None), DistributedSampler)
-    return merge_shares([share for share in sent if share], count, by_sequence=by_sequence)
+    return _merged([share for share in sent if share is not None], count, by_sequence=by_sequence)
+
+
+def _portion(held: Held, count: int, shares: int) -> Held:
+    """The part of a rank's batches that it sends where ranks read different ones: an even one of an even sample."""
+    if held.total is None:
+        return Held(held.batches[: -(-count // shares)], None)
+    by_split = {split: [batch for batch in held.batches if batch[1] == split] for split in _TAGS}
+    return Held([batch for batches in by_split.values() for batch in batches[::shares]], held.total)
+
+
+def _merged(shares: list[Held], count: int, *, by_sequence: bool) -> Held:
+    merged: list[tuple[Any, Split | None]] = []
+    for split in _TAGS:
+        tagged = [[batch for batch, of in share.batches if of == split] for share in shares]
+        if tagged := [batches for batches in tagged if batches]:
+            wanted = count if split is None else sum(map(len, tagged))
+            merged += [(batch, split) for batch in merge_shares(tagged, wanted, by_sequence=by_sequence)]
+    totals = [share.total for share in shares]
+    return Held(merged, None if None in totals else sum(total for total in totals if total is not None))
 
 
 def merge_shares(shares: list[list[Any]], count: int, *, by_sequence: bool) -> list[Any]:
@@ -95,34 +149,56 @@ def _concatenated(sequences: list[Any]) -> Any:
     return map_tensors(sequences[0], lambda _: next(joined))
 
 
-def _digest(batches: list[Any]) -> bytes:
+def _digest(held: Held) -> bytes:
     digest = hashlib.sha256()
-    for batch in batches:
+    for batch, split in held.batches:
+        digest.update(str(split).encode())
         for index in range(count_sequences(batch)):
             digest.update(fingerprint(batch, index))
     return digest.digest()
 
 
-def _read(name: str, loader: Iterable[Any], count: int, seed: int) -> list[Any]:
-    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
-        raise TypeError(f"heldout loader {name!r} is a {type(loader).__name__}, a Dataset: wrap it in a DataLoader")
-    if not isinstance(loader, Iterable):
-        raise TypeError(f"heldout loader {name!r} is a {type(loader).__name__}: give an iterable of batches")
-    # Accelerate's loaders register themselves as the active one and move batches; their inner DataLoader does neither.
-    loader = getattr(loader, "base_dataloader", loader)
+def _read(name: str, loader: Any, indices: Indices | None, count: int, seed: int, search_fraction: float) -> Held:
+    total: int | None = None
+    splits: Sequence[Split | None] | None = None
     if isinstance(loader, DataLoader):
         # A shallow copy, so that persistent workers of the original keep the state they are in.
         loader = copy.copy(loader)
-        loader._iterator = None  # type: ignore[attr-defined]
-    # An iterator is there to be read once, as whoever gives one knows.
-    said = "" if isinstance(loader, Iterator) else f"heldout loader {name!r}"
-    with preserved_rng(seed), preserved([loader], seed=seed, name=said):
+        loader._iterator = None
+        if indices is not None:
+            # Set past DataLoader's own check: its workers and its collate_fn read what is asked for here.
+            key, wanted, splits, total = indices.chosen(loader.dataset, count, seed, search_fraction)
+            vars(loader)[key] = wanted
+            count = len(wanted)
+    elif isinstance(loader, (list, tuple)):
+        total = sum(map(count_sequences, loader))
+        loader = [loader[index] for index in evenly(len(loader), count, seed)]
+    with _undisturbed(name, loader, seed):
         iterator = iter(loader)
         found = [map_tensors(batch, lambda t: t.detach().cpu()) for batch in itertools.islice(iterator, count)]
         del iterator
     if not found:
         raise ValueError(f"heldout loader {name!r} yields no batches: give at least one batch of held-out data")
-    return found
+    if indices is not None and splits is None:
+        # The dataset's items are batches.
+        total = int(len(indices.drawn) * np.mean([count_sequences(batch) for batch in found]))
+    return Held(list(zip(found, splits or [None] * len(found), strict=True)), total)
+
+
+def _check(name: str, loader: Any) -> None:
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        raise TypeError(f"heldout loader {name!r} is a {type(loader).__name__}, a Dataset: wrap it in a DataLoader")
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"heldout loader {name!r} is a {type(loader).__name__}: give an iterable of batches")
+
+
+@contextmanager
+def _undisturbed(name: str, loader: Any, seed: int) -> Iterator[None]:
+    """Everything random that a loader draws from is seeded inside the context, and afterwards all of it is as it was."""
+    # An iterator is there to be read once, as whoever gives one knows.
+    said = "" if isinstance(loader, Iterator) else f"heldout loader {name!r}"
+    with preserved_rng(seed), preserved([loader], seed=seed, name=said):
+        yield
 
 
 # One batch
@@ -168,10 +244,14 @@ def select_sequences(batch: Any, indices: Sequence[int]) -> Any:
 
 
 def fingerprint(batch: Any, index: int) -> bytes:
-    """A digest of the content of one sequence, which padding does not change where there is an attention mask."""
+    """A digest of the content of one sequence, the same one wherever that sequence is found.
+
+    Of a sequence of tokens only these count: neither padding, where there is an attention mask, nor other entries of
+    the batch change it, nor which tokens a collator has masked at random.
+    """
     sequence = select_sequences(batch, [index])
-    if isinstance(sequence, Mapping) and "input_ids" in sequence and "attention_mask" in sequence:
-        tensors = [sequence["input_ids"][sequence["attention_mask"].bool()]]
+    if isinstance(sequence, Mapping) and isinstance(sequence.get("input_ids"), Tensor):
+        tensors = [_tokens(sequence)]
     else:
         tensors = tensors_of(sequence)
     digest = hashlib.sha256()
@@ -181,6 +261,17 @@ def fingerprint(batch: Any, index: int) -> bytes:
     if not tensors:
         digest.update(repr(sequence).encode())
     return digest.digest()
+
+
+def _tokens(sequence: Mapping[str, Any]) -> Tensor:
+    """The tokens of one sequence, without padding, as int64."""
+    tokens, labels, mask = (sequence.get(key) for key in ("input_ids", "labels", "attention_mask"))
+    assert isinstance(tokens, Tensor)
+    if isinstance(labels, Tensor) and labels.shape == tokens.shape and not labels.is_floating_point():
+        tokens = torch.where(labels == IGNORED, tokens, labels)
+    if isinstance(mask, Tensor) and mask.shape == tokens.shape:
+        tokens = tokens[mask.bool()]
+    return tokens.flatten().long()
 
 
 def as_tensors(values: Mapping[str, float]) -> dict[str, Tensor]:

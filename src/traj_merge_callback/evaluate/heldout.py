@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -18,18 +19,22 @@ from ..distributed import Processes
 from ..pieces import BACKWARD, EXCHANGE, FORWARD, Pieces, finish
 from ..search.evaluation import PARTS, Evaluation, Gradient
 from ..window.layout import unwrap
-from .data import count_sequences, fingerprint, map_tensors, read_batches, select_sequences
+from .data import IGNORED, Held, count_sequences, fingerprint, map_tensors, read_batches, select_sequences
 from .isolation import isolated, uncached_casts
+from .sample import Split, choose
+
+logger = logging.getLogger("traj_merge_callback")
 
 Nll: TypeAlias = Callable[[nn.Module, Any], tuple[Tensor | float, Tensor | float | int]]
-Split = Literal["search", "report"]
 # ready(gradients) -> a context that isolates the model (see isolated) and may give it a candidate's weights.
 Ready = Callable[[bool], AbstractContextManager[Any]]
 
 # A standard error needs several independent batches, so large ones are cut until each split has about this many.
 _MIN_BATCHES = 8
-# The label of a position that is no target.
-_IGNORED = -100
+# Of the share that a split is to have of a domain's sequences it gets at least this part.
+_MOST_UNEVEN = 0.5
+# The name of a single domain that was given none.
+_NAMELESS = "heldout"
 
 
 class MergeGradient(Protocol):
@@ -97,7 +102,7 @@ class HeldOutLoss:
         self._precision = precision
         self._to_device = to_device
         self.seed = seed
-        named = heldout if isinstance(heldout, Mapping) else {"heldout": heldout}
+        named = heldout if isinstance(heldout, Mapping) else {_NAMELESS: heldout}
         loaders = {str(name): loader for name, loader in named.items()}
         self.report_only = frozenset(report_only)
         if unknown := self.report_only - loaders.keys():
@@ -107,42 +112,63 @@ class HeldOutLoss:
             raise ValueError(f"report_only={sorted(self.report_only)} leaves no domain to search on")
         self._batches: dict[Split, list[_Batch]] = {"search": [], "report": []}
         self._digest = hashlib.sha256()
-        for name, loader in loaders.items():
-            fraction = 0.0 if name in self.report_only else search_fraction
-            self._deal(name, read_batches(name, loader, batches, seed, self._processes), fraction)
-        for split, dealt in self._batches.items():
-            if not any(batch.domain in self.searched for batch in dealt):
+        held = {
+            name: read_batches(name, loader, batches, seed, self._processes, self._fraction(name, search_fraction))
+            for name, loader in loaders.items()
+        }
+        # What is never searched on comes first, then small domains, which large ones may contain.
+        order = sorted(held, key=lambda name: (name in self.searched, sum(_sequences(held[name]))))
+        owners: dict[bytes, Split] = {}
+        dealt = {name: _deal(held[name], self._fraction(name, search_fraction), owners) for name in order}
+        for name in loaders:
+            self._keep(name, held[name], dealt[name])
+        for split, kept in self._batches.items():
+            if not any(batch.domain in self.searched for batch in kept):
                 raise ValueError(
                     f"heldout leaves no sequence for the {split} split: give at least 2 different sequences "
                     f"(and more for a useful standard error), or raise heldout_batches={batches}"
                 )
         self._parts = self._divide()
 
-    def _deal(self, domain: str, batches: list[Any], search_fraction: float) -> None:
-        """Deal the sequences of one domain to the two splits, spreading both evenly over the batches."""
-        owner: dict[bytes, Split] = {}
-        cuts = -(-_MIN_BATCHES // len(batches))
-        for batch in batches:
-            dealt: dict[Split, list[int]] = {"search": [], "report": []}
-            for index in range(count_sequences(batch)):
-                digest = fingerprint(batch, index)
-                if digest not in owner:
-                    count = len(owner)
-                    to_search = int((count + 1) * search_fraction) > int(count * search_fraction)
-                    owner[digest] = "search" if to_search else "report"
-                dealt[owner[digest]].append(index)
-                self._digest.update(digest + owner[digest].encode())
-            for split, indices in dealt.items():
+    def _fraction(self, domain: str, search_fraction: float) -> float:
+        return 0.0 if domain in self.report_only else search_fraction
+
+    def _keep(self, domain: str, held: Held, dealt: list[list[tuple[bytes, Split | None]]]) -> None:
+        """Keep what was read of one domain: each batch cut into the sequences of either split."""
+        counts: dict[Split, int] = {"search": 0, "report": 0}
+        parts: dict[Split, list[tuple[Any, list[int]]]] = {"search": [], "report": []}
+        for (batch, _), sequences in zip(held.batches, dealt, strict=True):
+            for digest, split in sequences:
+                self._digest.update(digest + str(split).encode())
+            for split, found in parts.items():
+                if indices := [index for index, (_, owner) in enumerate(sequences) if owner == split]:
+                    found.append((batch, indices))
+                    counts[split] += len(indices)
+        for split, found in parts.items():
+            cuts = -(-_MIN_BATCHES // max(1, len(found)))
+            for batch, indices in found:
                 self._batches[split] += _cut(_Batch(domain, batch), indices, cuts)
+        if self._processes.is_rank_zero:
+            kept = sum(counts.values())
+            logger.info(
+                "held-out%s: %s sequences, %d to search, %d to report",
+                "" if domain == _NAMELESS else f" {domain!r}",
+                f"{kept} of {held.total}" if held.total is not None else f"{kept} of the first {sum(_sequences(held))}",
+                counts["search"],
+                counts["report"],
+            )
 
     def _divide(self) -> list[list[int]]:
-        """Indices of the search split's batches in each part: a like share of each domain, one domain after another."""
+        """Indices of the search split's batches in each part: a like share of each domain, one domain after another.
+
+        Each part takes batches from all over a domain, because it stands for the whole.
+        """
         domains, batches = sorted(self.searched), self._batches["search"]
         used = [[index for index, batch in enumerate(batches) if batch.domain == name] for name in domains]
         parts: list[list[int]] = [[] for _ in range(max(1, min(PARTS, *map(len, used))))]
         for indices in used:
-            for part, share in zip(parts, np.array_split(indices, len(parts)), strict=True):
-                part += share.tolist()
+            for first, part in enumerate(parts):
+                part += indices[first :: len(parts)]
         return parts
 
     @property
@@ -275,6 +301,41 @@ class HeldOutLoss:
         return Evaluation(found[:, 0], found[:, 1], tuple(batch.domain for batch in batches), indices)
 
 
+def _sequences(held: Held) -> list[int]:
+    """Number of sequences of each batch."""
+    return [count_sequences(batch) for batch, _ in held.batches]
+
+
+def _deal(held: Held, search_fraction: float, owners: dict[bytes, Split]) -> list[list[tuple[bytes, Split | None]]]:
+    """The fingerprint and the split of each sequence of each batch; None where neither split is to have it.
+
+    A sequence that was dealt before, in this domain or another one, stays where it is.
+
+    Args:
+        held: what was read of one domain.
+        search_fraction: see :func:`choose`.
+        owners: the split of every sequence that was dealt before; those dealt here are added.
+    """
+    digests = [
+        [fingerprint(batch, index) for index in range(count)]
+        for (batch, _), count in zip(held.batches, _sequences(held), strict=True)
+    ]
+    new = [digest for digest in dict.fromkeys(itertools.chain(*digests)) if digest not in owners]
+    planned: dict[bytes, Split] = {}
+    for (_, split), found in zip(held.batches, digests, strict=True):
+        if split is not None:
+            planned = dict.fromkeys(found, split) | planned
+    mine = {digest: planned[digest] for digest in new if digest in planned}
+    share = sum(split == "search" for split in mine.values()) / max(1, len(mine))
+    even = share >= _MOST_UNEVEN * search_fraction and 1 - share >= _MOST_UNEVEN * (1 - search_fraction)
+    # Equal sequences at many places can leave little of what was planned; different ones are then dealt in order.
+    if len(mine) < len(new) or not even:
+        dealt = choose(len(new), len(new), search_fraction, seed=0)
+        mine = {new[at]: split for split, places in dealt.items() for at in places}
+    owners |= mine
+    return [[(digest, owners.get(digest)) for digest in found] for found in digests]
+
+
 def _cut(batch: _Batch, indices: list[int], count: int) -> list[_Batch]:
     """The sequences at ``indices`` as ``count`` batches, or one each if there are fewer sequences."""
     each = np.array_split(indices, min(count, len(indices))) if indices else []
@@ -336,7 +397,7 @@ def count_targets(model: nn.Module, batch: Mapping[str, Any]) -> int:
         labels = batch["shift_labels"]
     else:
         labels = batch["labels"][..., 1:] if shifts_labels(model) and batch["labels"].dim() > 1 else batch["labels"]
-    return int((labels != _IGNORED).sum())
+    return int((labels != IGNORED).sum())
 
 
 def shifts_labels(model: nn.Module) -> bool:
