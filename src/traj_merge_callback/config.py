@@ -62,7 +62,8 @@ class MergeConfig:
             None: no limit.
         evaluations: what a merge may spend, in forward passes over the search split, live included; a candidate costs
             1, with its gradient 3; at least 2.
-        heldout_batches: batches read of each held-out loader, once, and kept on the CPU.
+        heldout_batches: batches read of each held-out loader, once, and kept on the CPU: an even sample of a dataset
+            with indices or of a list, the first of another iterable.
         search_fraction: share of the held-out sequences that weights are chosen on; the rest is reported on.
         report_only: names of held-out domains that are reported but never searched on.
         output_dir: folder for snapshots and metrics.jsonl. None: the callbacks use "merged" inside the trainer's own

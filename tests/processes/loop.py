@@ -29,7 +29,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 import realtext
 from traj_merge_callback import TrajectoryMerger
-from traj_merge_callback.evaluate.heldout import language_model_nll
+from traj_merge_callback.evaluate.language_model import language_model_nll
 
 several = "WORLD_SIZE" in os.environ
 if several:

@@ -1,9 +1,13 @@
 """What held-out losses have to do with the numbers that the trainer shows."""
 
+import logging
+
 import pytest
 import torch
 from conftest import AT_ONCE
 from test_transformers import make_trainer
+from torch.nn import functional
+from transformers import Trainer
 
 from traj_merge_callback.transformers import TrajMergeCallback
 
@@ -18,3 +22,42 @@ def test_live_loss_is_the_trainers_eval_loss_up_to_the_sample(tmp_path, train, h
     trainer.train()
     (record,) = callback.merger.records
     assert record.live_loss == pytest.approx(trainer.evaluate()["eval_loss"], rel=0.1)
+
+
+def half(outputs, labels, num_items_in_batch=None):
+    logits, targets = outputs["logits"][:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return 0.5 * functional.cross_entropy(logits, targets)
+
+
+class Doubling(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        return (2 * loss, outputs) if return_outputs else 2 * loss
+
+
+OTHERS = {
+    "label_smoothing_factor=0.3": {"label_smoothing_factor": 0.3},
+    "compute_loss_func=half": {"compute_loss_func": half},
+    "Doubling.compute_loss": {"trainer_class": Doubling},
+}
+
+
+@pytest.mark.parametrize("said", [*OTHERS, None])
+def test_which_loss_is_meant_is_said_where_another_is_trained(tmp_path, train, heldout, caplog, said):
+    options = dict(OTHERS.get(said, {}))
+    function = options.pop("compute_loss_func", None)
+    trainer = make_trainer(tmp_path, train, heldout, max_steps=4, eval_strategy="no", save_steps=99, **options)
+    trainer.compute_loss_func = function
+    callback = TrajMergeCallback(capture_every=2, merge_every=4, heldout_batches=8, on_error="raise", **AT_ONCE)
+    with caplog.at_level(logging.INFO, "traj_merge_callback"):
+        callback.attach(trainer)
+        trainer.train()
+    (record,) = callback.merger.records
+    with torch.no_grad():
+        ids = heldout.blocks
+        plain = trainer.model.eval()(input_ids=ids, labels=ids).loss.item()
+    assert record.live_loss == pytest.approx(plain, rel=0.03)
+    assert ("eval_loss" in caplog.text) == (said is not None)
+    if said is not None:
+        assert said in caplog.text
+        assert trainer.evaluate()["eval_loss"] != pytest.approx(plain, rel=0.03)

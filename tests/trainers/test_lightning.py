@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from traj_merge_callback import find_snapshot, load_merged
-from traj_merge_callback.evaluate.heldout import language_model_nll
+from traj_merge_callback.evaluate.language_model import language_model_nll
 from traj_merge_callback.lightning import TrajMergeCallback
 
 OPTIONS = {"window_size": 4, "capture_every": 2, "merge_every": 4, "evaluations": 5, "heldout_batches": 4} | AT_ONCE

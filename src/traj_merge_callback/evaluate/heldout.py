@@ -19,8 +19,9 @@ from ..distributed import Processes
 from ..pieces import BACKWARD, EXCHANGE, FORWARD, Pieces, finish
 from ..search.evaluation import PARTS, Evaluation, Gradient
 from ..window.layout import unwrap
-from .data import IGNORED, Held, count_sequences, fingerprint, map_tensors, read_batches, select_sequences
+from .data import Held, count_sequences, fingerprint, map_tensors, read_batches, select_sequences
 from .isolation import isolated, uncached_casts
+from .language_model import LanguageModelNll
 from .sample import Split, choose
 
 logger = logging.getLogger("traj_merge_callback")
@@ -59,14 +60,14 @@ class _Batch:
 class HeldOutLoss:
     """Token-weighted held-out loss with its standard error, on a search split and a report split.
 
-    The first ``batches`` batches of each loader are read once, with random states saved and restored, and kept on the
-    CPU. Their sequences are dealt alternately to the two splits; equal sequences always go to the same split, so the
-    splits share none.
+    ``batches`` batches of each loader are read once (see :func:`read_batches`), with random states saved and restored,
+    and kept on the CPU. Runs of sequences are dealt to the two splits, with gaps between them. A sequence has one split
+    in all domains, as have equal sequences, so the splits share none.
 
     Args:
         heldout: a DataLoader or any iterable of batches, or a mapping from domain names to such.
         nll: ``nll(model, batch) -> (summed NLL in nats, number of target tokens)``; by default
-            :func:`language_model_nll`, for models whose output has ``.loss``.
+            :class:`LanguageModelNll`, for models whose output has ``.loss``.
         batches: batches to read of each loader.
         search_fraction: share of the sequences in the search split, strictly between 0 and 1.
         report_only: domains that are reported but never searched on, nor part of the overall loss.
@@ -98,7 +99,7 @@ class HeldOutLoss:
         self._processes = Processes(alone=True) if processes is None else processes
         if nll is not None and not callable(nll):
             raise TypeError(f"nll={nll!r}: must be a function (model, batch) -> (summed NLL, tokens)")
-        self._nll = language_model_nll if nll is None else nll
+        self._nll = LanguageModelNll(self._say) if nll is None else nll
         self._precision = precision
         self._to_device = to_device
         self.seed = seed
@@ -130,6 +131,10 @@ class HeldOutLoss:
                 )
         self._parts = self._divide()
 
+    def _say(self, sentence: str) -> None:
+        if self._processes.is_rank_zero:
+            logger.info(sentence)
+
     def _fraction(self, domain: str, search_fraction: float) -> float:
         return 0.0 if domain in self.report_only else search_fraction
 
@@ -148,15 +153,11 @@ class HeldOutLoss:
             cuts = -(-_MIN_BATCHES // max(1, len(found)))
             for batch, indices in found:
                 self._batches[split] += _cut(_Batch(domain, batch), indices, cuts)
-        if self._processes.is_rank_zero:
-            kept = sum(counts.values())
-            logger.info(
-                "held-out%s: %s sequences, %d to search, %d to report",
-                "" if domain == _NAMELESS else f" {domain!r}",
-                f"{kept} of {held.total}" if held.total is not None else f"{kept} of the first {sum(_sequences(held))}",
-                counts["search"],
-                counts["report"],
-            )
+        of = f"of the first {sum(_sequences(held))}" if held.total is None else f"of {held.total}"
+        self._say(
+            f"held-out{'' if domain == _NAMELESS else f' {domain!r}'}: {sum(counts.values())} {of} sequences, "
+            f"{counts['search']} to search, {counts['report']} to report"
+        )
 
     def _divide(self) -> list[list[int]]:
         """Indices of the search split's batches in each part: a like share of each domain, one domain after another.
@@ -353,69 +354,3 @@ def device_of(model: nn.Module) -> torch.device:
 
 def _to_device_of(model: nn.Module, batch: Any) -> Any:
     return map_tensors(batch, lambda tensor: tensor.to(device_of(model), non_blocking=True))
-
-
-# The default NLL
-
-
-def language_model_nll(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
-    """``(summed NLL in nats, target tokens)`` of a model that returns its mean loss per target token as ``.loss``.
-
-    Args:
-        model: called as ``model(**batch)``, like every Hugging Face model.
-        batch: a mapping with "labels", shape ``(sequences, length)``; labels of -100 are no targets. A causal model
-            predicts labels from the second position on.
-
-    Raises:
-        TypeError: the batch is no mapping with labels, or the output has no loss; the message names ``nll=``.
-    """
-    if not isinstance(batch, Mapping) or not ("labels" in batch or "shift_labels" in batch):
-        raise TypeError(
-            f"held-out batches must be mappings with 'labels', got {_describe(batch)}; "
-            "for other batches pass nll=, a function (model, batch) -> (summed NLL, tokens)"
-        )
-    tokens = count_targets(model, batch)
-    if tokens == 0:
-        return torch.zeros(()), 0
-    # In eval mode a decoder would otherwise build a key-value cache that nobody reads.
-    no_cache = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    output = model(**{**no_cache, **batch})
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if loss is None and isinstance(output, tuple) and output:
-        loss = output[0]
-    if not isinstance(loss, Tensor):
-        raise TypeError(
-            f"{type(model).__name__} returned no .loss for a batch with labels; "
-            "pass nll=, a function (model, batch) -> (summed NLL, tokens)"
-        )
-    return loss.float().mean() * tokens, tokens
-
-
-def count_targets(model: nn.Module, batch: Mapping[str, Any]) -> int:
-    """The number of labels the model's loss averages over: not -100, and shifted by one for causal models."""
-    if "shift_labels" in batch:
-        labels = batch["shift_labels"]
-    else:
-        labels = batch["labels"][..., 1:] if shifts_labels(model) and batch["labels"].dim() > 1 else batch["labels"]
-    return int((labels != IGNORED).sum())
-
-
-def shifts_labels(model: nn.Module) -> bool:
-    """Whether the model shifts labels itself: causal decoders do, encoder-decoders and masked models do not."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return False
-    loss_function = getattr(model, "loss_function", None)
-    return loss_function is None or getattr(loss_function, "__name__", "") == "ForCausalLMLoss"
-
-
-def _describe(batch: Any) -> str:
-    if isinstance(batch, Mapping):
-        return f"a mapping with keys {sorted(map(str, batch))}"
-    return f"a {type(batch).__name__}"
-
-
-def summed_nll(model: nn.Module, batch: Any, mean_loss: Tensor) -> tuple[Tensor | float, int]:
-    """A mean loss as ``(summed NLL, tokens)``: weighted with the batch's labels, without labels with its sequences."""
-    has_labels = isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor)
-    weight = count_targets(model, batch) if has_labels else count_sequences(batch)
-    return mean_loss.float().mean() * weight if weight else 0.0, weight

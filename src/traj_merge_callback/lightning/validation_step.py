@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
-from ..evaluate.heldout import summed_nll
+from ..evaluate.language_model import summed_nll
+
+logger = logging.getLogger("traj_merge_callback")
 
 
 class ValidationStep:
@@ -22,6 +25,11 @@ class ValidationStep:
             raise ValueError(
                 f"TrajMergeCallback has no loss: {type(pl_module).__name__} has no validation_step; define one, or "
                 "pass nll=, a function (module, batch) -> (summed NLL, tokens)"
+            )
+        if trainer.is_global_zero:
+            logger.info(
+                "held-out loss: merges are chosen and reported by what %s.validation_step returns as its loss",
+                type(pl_module).__name__,
             )
         self._trainer = trainer
         # Modules with several validation loaders take a third argument; held-out batches are evaluated as the first's.

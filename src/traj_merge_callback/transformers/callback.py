@@ -18,6 +18,7 @@ from ..disk.model_files import collect_pretrained
 from ..merger import TrajectoryMerger
 from ..metrics import MergeRecord
 from ..window.capture import LossScaleWatch
+from .trained_loss import say_if_another
 
 logger = logging.getLogger("traj_merge_callback")
 _STATE_FOLDER = "traj_merge"
@@ -120,6 +121,8 @@ class TrajMergeCallback(TrainerCallback):
                 "the training loss, and can use the trainer's eval dataset.",
                 args.report_to,
             )
+        if self._trainer is not None and self._nll is None:
+            say_if_another(self._trainer)
         self.merger = TrajectoryMerger(
             self._heldout if self._heldout is not None else self._eval_loaders(),
             nll=self._nll,
