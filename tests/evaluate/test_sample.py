@@ -204,3 +204,14 @@ def test_a_collator_that_packs_a_batch_into_one_sequence_mixes_no_splits():
     found = [{int(n) for batch in loss._batches[split] for n in batch.data["input_ids"][0]} for split in loss._batches]
     assert not found[0] & found[1]
     assert min(map(len, found)) == 32
+
+
+def test_a_registry_that_makes_what_it_is_asked_for_is_left_as_it_is():
+    from transformers.activations import ACT2FN
+
+    class Registered(Numbered):
+        registry = ACT2FN
+
+    before = dict(dict.items(ACT2FN))
+    HeldOutLoss(DataLoader(Registered(), batch_size=8), batches=1)
+    assert dict(dict.items(ACT2FN)) == before

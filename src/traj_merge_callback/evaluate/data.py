@@ -71,7 +71,7 @@ def read_batches(
     loader = getattr(loader, "base_dataloader", loader)
     with processes.raise_on_all():
         _check(name, loader)
-        with _undisturbed(name, loader, seed):
+        with _undisturbed(loader, seed, name):
             mine = Indices.of(loader)
     indices = Indices.of_all(processes.all_gather_object(mine), processes.rank)
     with processes.raise_on_all():
@@ -173,7 +173,7 @@ def _read(name: str, loader: Any, indices: Indices | None, count: int, seed: int
     elif isinstance(loader, (list, tuple)):
         total = sum(map(count_sequences, loader))
         loader = [loader[index] for index in evenly(len(loader), count, seed)]
-    with _undisturbed(name, loader, seed):
+    with _undisturbed(loader, seed):
         iterator = iter(loader)
         found = [map_tensors(batch, lambda t: t.detach().cpu()) for batch in itertools.islice(iterator, count)]
         del iterator
@@ -193,10 +193,14 @@ def _check(name: str, loader: Any) -> None:
 
 
 @contextmanager
-def _undisturbed(name: str, loader: Any, seed: int) -> Iterator[None]:
-    """Everything random that a loader draws from is seeded inside the context, and afterwards all of it is as it was."""
+def _undisturbed(loader: Any, seed: int, name: str = "") -> Iterator[None]:
+    """Everything random that a loader draws from is seeded inside the context, and afterwards is as it was.
+
+    Args:
+        name: of the loader, for a warning where that cannot be; by default none is given.
+    """
     # An iterator is there to be read once, as whoever gives one knows.
-    said = "" if isinstance(loader, Iterator) else f"heldout loader {name!r}"
+    said = f"heldout loader {name!r}" if name and not isinstance(loader, Iterator) else ""
     with preserved_rng(seed), preserved([loader], seed=seed, name=said):
         yield
 

@@ -167,7 +167,7 @@ class _Walk:
         """Attributes, slots and elements."""
         kind = type(value)
         if issubclass(kind, (dict, list, set, deque)):
-            saved = dict.copy(value) if issubclass(kind, dict) else _list(value)
+            saved = dict(dict.items(value)) if issubclass(kind, dict) else _list(value)
             self.restores.append(functools.partial(_refill, value, saved))
         if issubclass(kind, (dict, list, set, deque, tuple, frozenset)):
             self._visit_all(dict.values(value) if issubclass(kind, dict) else value)
