@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -15,6 +18,7 @@ from .window.storage import DTYPES
 T = TypeVar("T")
 # Samples that a row is made of, where that is not said.
 _MOST_SAMPLES = 8
+DEFAULT_NAME = "merge"
 
 
 def _refusing_removed_options(cls: type[T]) -> type[T]:
@@ -66,8 +70,11 @@ class MergeConfig:
             with indices or of a list, the first of another iterable.
         search_fraction: share of the held-out sequences that weights are chosen on; the rest is reported on.
         report_only: names of held-out domains that are reported but never searched on.
+        name: of these merges, where a trainer has several callbacks: metrics are logged as ``<name>/...``. Unless it is
+            "merge", folders have it in their names: "merged-<name>", and that of the state beside a checkpoint.
         output_dir: folder for snapshots and metrics.jsonl. None: the callbacks use "merged" inside the trainer's own
-            output folder, the engine uses "merged" in the working directory.
+            output folder, the engine uses "merged" in the working directory. If another run that is alive writes there,
+            this one takes the same name with a number, and says so in a warning.
         keep_last: how many of the newest snapshots are kept; 0 with ``keep_best=False`` publishes none.
         keep_best: whether the snapshot of lowest loss on the search split is kept beside them.
         snapshot_files: under FSDP, "whole": rank 0 gathers and writes the model, "sharded": every rank
@@ -110,6 +117,7 @@ class MergeConfig:
     heldout_batches: int = 16
     search_fraction: float = 0.5
     report_only: list[str] = field(default_factory=list)
+    name: str = DEFAULT_NAME
     output_dir: str | None = None
     keep_last: int = 2
     keep_best: bool = True
@@ -152,6 +160,10 @@ class MergeConfig:
             raise ValueError(
                 f"merge_every={self.merge_every} is not a multiple of capture_every={self.capture_every}, so live "
                 f"would not be in the window at every merge; the nearest multiple is merge_every={nearest}"
+            )
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.name):
+            raise ValueError(
+                f"name={self.name!r}: must be up to 64 letters, digits or any of '-_.', and begin with no sign"
             )
         if not isinstance(self.search_fraction, float) or not 0.0 < self.search_fraction < 1.0:
             raise ValueError(f"search_fraction={self.search_fraction!r}: must be a float strictly between 0 and 1")
@@ -220,6 +232,10 @@ class MergeConfig:
         if self.tolerance is not None and not 0 <= self.tolerance < float("inf"):
             raise ValueError(f"tolerance={self.tolerance}: must be at least 0 nats per token, or None")
 
+    def named(self, path: str) -> str:
+        """A path of these merges only: ``path``, with the name behind it unless that is the default."""
+        return path if self.name == DEFAULT_NAME else f"{path}-{self.name}"
+
     @property
     def samples(self) -> int:
         """How many checkpoints a row is made of."""
@@ -233,3 +249,26 @@ class MergeConfig:
     def publishes(self) -> bool:
         """Whether snapshots are written at all."""
         return self.keep_best or self.keep_last > 0
+
+
+def check_side_by_side(configs: Iterable[MergeConfig]) -> None:
+    """Whether callbacks can work side by side in one trainer.
+
+    Raises:
+        ValueError: two of them have the same name or the same folder.
+    """
+    names: set[str] = set()
+    folders: set[str] = set()
+    for config in configs:
+        if config.name.lower() in names:  # there are file systems that do not tell upper from lower case
+            raise ValueError(
+                f"two callbacks of this trainer have name={config.name!r}: give each a name of its own, for instance "
+                'name="average", by which its metrics and folders are told from the others'
+            )
+        if config.output_dir is not None and (folder := os.path.realpath(config.output_dir)) in folders:
+            raise ValueError(
+                f"two callbacks of this trainer have output_dir={config.output_dir!r}: give each a folder of its own, "
+                "or leave output_dir out"
+            )
+        names.add(config.name.lower())
+        folders |= set() if config.output_dir is None else {folder}

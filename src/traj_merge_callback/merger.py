@@ -85,7 +85,7 @@ class TrajectoryMerger:
         **config: Any,
     ) -> None:
         self.config = MergeConfig(**config)
-        self.output_dir = Path(self.config.output_dir or "merged")
+        self.output_dir = Path(self.config.output_dir or self.config.named("merged"))
         self.window: CheckpointWindow | None = None
         #: The records of all merges made here, on every rank.
         self.records: list[MergeRecord] = []
@@ -384,6 +384,7 @@ class TrajectoryMerger:
             steps_saved=max(as_good, default=0),
             finished_step=step,
             overhead=self._overhead.share,
+            name=self.config.name,
         )
         self.records.append(record)
         if self.processes.is_rank_zero:

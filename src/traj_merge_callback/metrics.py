@@ -8,9 +8,8 @@ from collections.abc import Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .config import DEFAULT_NAME
 from .search.evaluation import Evaluation
-
-PREFIX = "merge/"
 
 MEANINGS = {
     "merge/loss": "held-out loss of the merged model on the report split, nats per token",
@@ -56,6 +55,7 @@ class MergeRecord:
         search_losses: live and merged loss on the search split, the optimistic numbers the choice was made by.
         domains: per named domain ``{"live_loss", "merged_loss", "gain", "gain_stderr"}``.
         snapshot: folder of the published snapshot, None if none was published.
+        name: the option ``name``, which stands in place of "merge" in the names of ``MEANINGS``.
     """
 
     step: int
@@ -82,6 +82,7 @@ class MergeRecord:
     longest_pause: float = 0.0
     overhead: float = 0.0
     snapshot: str | None = None
+    name: str = DEFAULT_NAME
 
     def to_json(self) -> str:
         """One line of JSON; numbers that are not finite become null, which every reader understands."""
@@ -108,7 +109,7 @@ class MergeRecord:
         for name, domain in self.domains.items():
             values |= {f"loss/{name}": domain["merged_loss"], f"live_loss/{name}": domain["live_loss"]}
             values[f"gain/{name}"] = domain["gain"]
-        return {PREFIX + key: float(v) for key, v in values.items() if v is not None and math.isfinite(v)}
+        return {f"{self.name}/{key}": float(v) for key, v in values.items() if v is not None and math.isfinite(v)}
 
 
 def _finite(value: Any) -> Any:

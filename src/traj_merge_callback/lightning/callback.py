@@ -11,13 +11,13 @@ import lightning.pytorch as pl
 from torch import nn
 from torch.optim import Optimizer
 
-from ..config import MergeConfig
+from ..config import DEFAULT_NAME, MergeConfig, check_side_by_side
 from ..disk.atomic import remove_tree
 from ..disk.model_files import collect_checkpoint
 from ..disk.state import remove_other_states
 from ..evaluate.data import as_tensors
 from ..merger import TrajectoryMerger
-from ..metrics import PREFIX, MergeRecord
+from ..metrics import MergeRecord
 from ..window.capture import LossScaleWatch
 from ..window.layout import unwrap
 from ..window.sharding import has_fsdp
@@ -38,6 +38,7 @@ class TrajMergeCallback(pl.Callback):
       reads one. With ``save_ckpt=True`` each also holds ``merged.ckpt`` for ``load_from_checkpoint``.
     - Resuming with ``fit(ckpt_path=...)`` restores the window from ``<checkpoint>.ckpt.merge``, which is written and
       removed together with the checkpoint. Checkpoints on remote storage have none.
+    - Callbacks with different names (``name=``) work side by side in one trainer.
     - Under DDP, FSDPStrategy and ModelParallelStrategy (FSDP2) the ranks merge together, each its own columns.
       DeepSpeed ZeRO stage 3 and tensor parallelism are refused at the start of ``fit``.
 
@@ -81,18 +82,21 @@ class TrajMergeCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let the merging state be written and removed together with the trainer's checkpoints."""
         self.teardown(trainer, pl_module, stage)  # which a fit that failed has not come to
+        ours = [callback for callback in trainer.callbacks if isinstance(callback, TrajMergeCallback)]
+        check_side_by_side(callback.config for callback in ours)
         if stage == "fit":
-            # Strategies that save in parts have no plugin to ask; they all have these methods, on every rank.
+            # Strategies that save in parts have no plugin to ask; they all have these methods, on every rank. The last
+            # callback that is set up replaces them for all.
             strategy, replaced = trainer.strategy, vars(trainer.strategy)
-            replaced["save_checkpoint"] = functools.partial(self._save_checkpoint, strategy.save_checkpoint)
-            replaced["remove_checkpoint"] = functools.partial(self._remove_checkpoint, strategy.remove_checkpoint)
+            replaced["save_checkpoint"] = functools.partial(_save_checkpoint, ours, strategy.save_checkpoint)
+            replaced["remove_checkpoint"] = functools.partial(_remove_checkpoint, ours, strategy.remove_checkpoint)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Build the engine, read the held-out data, and take over the window of a resumed run."""
         self._last_step = trainer.global_step
         # Both may run collectives, so every rank asks.
         heldout = self._heldout if self._heldout is not None else _validation_loaders(trainer)
-        default_folder = Path(trainer.log_dir or trainer.default_root_dir) / "merged"
+        default_folder = Path(trainer.log_dir or trainer.default_root_dir) / self.config.named("merged")
         self._model = unwrap(trainer.strategy.model or pl_module)
         if self._save_ckpt and has_fsdp(self._model):
             raise ValueError("save_ckpt=True is not supported under FSDP: load the snapshot with load_merged instead")
@@ -111,7 +115,7 @@ class TrajMergeCallback(pl.Callback):
         )
         self.merger.prepare(self._model)
         if self._resumed:
-            self.merger.resume_from(lambda: _saved_window(trainer), self._model, trainer.global_step)
+            self.merger.resume_from(lambda: self._saved_window(trainer), self._model, trainer.global_step)
             self._resumed = False
         self._answer_monitors(trainer)
 
@@ -158,26 +162,24 @@ class TrajMergeCallback(pl.Callback):
 
     # The trainer's checkpoints
 
-    def _save_checkpoint(
-        self, save: Callable[..., None], checkpoint: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        """Let the state be written while the trainer writes the checkpoint."""
-        if self.merger is not None and "callbacks" in checkpoint:
-            base = _beside(filepath)
-            folder = None if base is None else base / f"step-{checkpoint['global_step']:08d}"
-            # A checkpoint that is overwritten (last.ckpt) had a state of its own.
-            self.merger.save_state(folder, written=lambda: remove_other_states(folder))
-        save(checkpoint, filepath, *args, **kwargs)
+    def _beside(self, path: Any) -> Path | None:
+        """The folder for a checkpoint's merging state; None for remote storage."""
+        return None if "://" in str(path) else Path(self.config.named(f"{path}.merge"))
 
-    def _remove_checkpoint(self, remove: Callable[..., None], filepath: Any) -> None:
-        """Remove the checkpoint and the state beside it."""
-        remove(filepath)
-        if (folder := _beside(filepath)) is None:
-            return
-        if self.merger is None:
-            remove_tree(folder)
-        else:
-            self.merger.remove_states(folder)
+    def _saved_window(self, trainer: pl.Trainer) -> Path | None:
+        """The state beside the checkpoint that training resumes from, also where that is a link (save_last="link")."""
+        for path in (trainer.ckpt_path, Path(trainer.ckpt_path or "").resolve()):
+            base = self._beside(path)
+            if base is not None and (folder := base / f"step-{trainer.global_step:08d}").is_dir():
+                return folder
+        return None
+
+    @property
+    def state_key(self) -> str:
+        """By what the callback's part of a checkpoint is found again."""
+        return (
+            super().state_key if self.config.name == DEFAULT_NAME else self._generate_state_key(name=self.config.name)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Only the step; the rows are too large for the .ckpt and stand beside it."""
@@ -196,7 +198,8 @@ class TrajMergeCallback(pl.Callback):
             logger.save()
         trainer.logged_metrics.update(scalars)
         trainer.callback_metrics.update(as_tensors(scalars))
-        shown = {name: scalars[name] for name in ("merge/loss", "merge/gain") if name in scalars}
+        names = [f"{self.config.name}/{name}" for name in ("loss", "gain")]
+        shown = {name: scalars[name] for name in names if name in scalars}
         trainer.progress_bar_metrics.update(shown)
 
     def _answer_monitors(self, trainer: pl.Trainer) -> None:
@@ -205,12 +208,13 @@ class TrajMergeCallback(pl.Callback):
         As long as nothing has been merged, the live model is the best there is.
         """
         monitors = {getattr(callback, "monitor", None) for callback in trainer.callbacks}
-        if self.merger is None or not any(str(name).startswith(PREFIX) for name in monitors):
+        prefix = f"{self.config.name}/"
+        if self.merger is None or not any(str(name).startswith(prefix) for name in monitors):
             return
         live = self.merger.live_evaluation(self._model)
         values = {"loss": live.loss, "live_loss": live.loss, "gain": 0.0}
         values |= {"perplexity": live.perplexity, "live_perplexity": live.perplexity}
-        trainer.callback_metrics.update(as_tensors({PREFIX + name: value for name, value in values.items()}))
+        trainer.callback_metrics.update(as_tensors({prefix + name: value for name, value in values.items()}))
 
 
 def _transfer(trainer: pl.Trainer, batch: Any) -> Any:
@@ -234,15 +238,31 @@ def _validation_loaders(trainer: pl.Trainer) -> Any:
     return loaders
 
 
-def _beside(path: Any) -> Path | None:
-    """The folder for a checkpoint's merging state; None for remote storage."""
-    return None if "://" in str(path) else Path(f"{path}.merge")
+def _save_checkpoint(
+    callbacks: list[TrajMergeCallback],
+    save: Callable[..., None],
+    checkpoint: dict[str, Any],
+    filepath: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Let the states be written while the trainer writes the checkpoint."""
+    for callback in callbacks if "callbacks" in checkpoint else []:
+        if callback.merger is not None:
+            base = callback._beside(filepath)
+            folder = None if base is None else base / f"step-{checkpoint['global_step']:08d}"
+            # A checkpoint that is overwritten (last.ckpt) had a state of its own.
+            callback.merger.save_state(folder, written=functools.partial(remove_other_states, folder))
+    save(checkpoint, filepath, *args, **kwargs)
 
 
-def _saved_window(trainer: pl.Trainer) -> Path | None:
-    """The state beside the checkpoint that training resumes from, also where that is a link (save_last="link")."""
-    for path in (trainer.ckpt_path, Path(trainer.ckpt_path or "").resolve()):
-        base = _beside(path)
-        if base is not None and (folder := base / f"step-{trainer.global_step:08d}").is_dir():
-            return folder
-    return None
+def _remove_checkpoint(callbacks: list[TrajMergeCallback], remove: Callable[..., None], filepath: Any) -> None:
+    """Remove the checkpoint and the states beside it."""
+    remove(filepath)
+    for callback in callbacks:
+        if (folder := callback._beside(filepath)) is None:
+            continue
+        if callback.merger is None:
+            remove_tree(folder)
+        else:
+            callback.merger.remove_states(folder)

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..config import MergeConfig
+from ..config import MergeConfig, check_side_by_side
 from ..disk.model_files import collect_pretrained
 from ..merger import TrajectoryMerger
 from ..metrics import MergeRecord
@@ -42,8 +42,8 @@ class TrajMergeCallback(TrainerCallback):
 
     Snapshots go to ``output_dir``, by default "merged" in ``args.output_dir``, and load with ``from_pretrained``; the
     tokenizer is saved along. Resuming with ``train(resume_from_checkpoint=...)`` restores the window, which is saved in
-    each ``checkpoint-<step>/traj_merge``. Under DDP and FSDP the ranks merge together, each its own columns;
-    DeepSpeed ZeRO stage 3 is refused at the start of training.
+    each ``checkpoint-<step>/traj_merge``. Callbacks with different names (``name=``) work side by side. Under DDP and
+    FSDP the ranks merge together, each its own columns; DeepSpeed ZeRO stage 3 is refused at the start of training.
 
     Args:
         heldout: held-out batches, or a mapping from domain names to such; None: the attached trainer's eval dataset.
@@ -88,8 +88,10 @@ class TrajMergeCallback(TrainerCallback):
         """
         if self._heldout is None and trainer.eval_dataset is None:
             raise ValueError("no held-out data: pass heldout= to TrajMergeCallback, or eval_dataset= to the trainer")
+        others = [one for one in trainer.callback_handler.callbacks if isinstance(one, TrajMergeCallback)]
+        check_side_by_side(one.config for one in {*others, self})
         self._trainer = trainer
-        if self not in trainer.callback_handler.callbacks:
+        if self not in others:
             trainer.add_callback(self)
         train = trainer.train
 
@@ -110,10 +112,17 @@ class TrajMergeCallback(TrainerCallback):
 
     # The life of a run
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Refuse callbacks that would write over each other."""
+        self._meet(control, "init")
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Build the engine, read the held-out data, and take over the window of a resumed run."""
+        self._meet(control, "train")
+        if self.merger is not None:
+            self.merger.close()  # of a training that was given up, for instance to find a batch size
         if self._trainer is None and state.is_world_process_zero:
             logger.warning(
                 "TrajMergeCallback in callbacks=[...] writes its metrics to the console, trainer_state.json and "
@@ -129,7 +138,10 @@ class TrajMergeCallback(TrainerCallback):
             log=lambda record: self._log(args, state, control, record),
             log_everywhere=True,
             extra=lambda: collect_pretrained(kwargs.get("processing_class")),
-            **{**self._options, "output_dir": self.config.output_dir or str(Path(args.output_dir) / "merged")},
+            **{
+                **self._options,
+                "output_dir": self.config.output_dir or str(Path(args.output_dir) / self.config.named("merged")),
+            },
         )
         self.merger.prepare(kwargs["model"])
         if state.global_step > 0:
@@ -161,16 +173,24 @@ class TrajMergeCallback(TrainerCallback):
         if self.merger is None or args.save_only_model:
             return
         folder = _checkpoint_folder(args, state)
-        self.merger.save_state(folder / _STATE_FOLDER if folder.is_dir() else None)
+        self.merger.save_state(folder / self.config.named(_STATE_FOLDER) if folder.is_dir() else None)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Load the best snapshot if asked to."""
+        vars(control).pop("_traj_merge_train", None)
         if self.merger is not None:
             self.merger.finish(kwargs["model"])
 
     # What the trainer has to offer
+
+    def _meet(self, control: TrainerControl, event: str) -> None:
+        """Check that the callbacks of this trainer, which share its ``control``, can work side by side."""
+        ours = vars(control).setdefault(f"_traj_merge_{event}", [])
+        if self not in ours:
+            check_side_by_side(one.config for one in [*ours, self])
+            ours.append(self)
 
     def _eval_loaders(self) -> Any:
         if self._trainer is None:
@@ -187,8 +207,8 @@ class TrajMergeCallback(TrainerCallback):
         given = [self._resume_from, args.resume_from_checkpoint]
         folders = [Path(path) for path in given if isinstance(path, (str, Path))]
         for folder in [*folders, _checkpoint_folder(args, state)]:
-            if (folder / _STATE_FOLDER).is_dir():
-                return folder / _STATE_FOLDER
+            if (saved := folder / self.config.named(_STATE_FOLDER)).is_dir():
+                return saved
         return None
 
     # Logging
