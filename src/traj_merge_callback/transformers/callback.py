@@ -89,7 +89,7 @@ class TrajMergeCallback(TrainerCallback):
         if self._heldout is None and trainer.eval_dataset is None:
             raise ValueError("no held-out data: pass heldout= to TrajMergeCallback, or eval_dataset= to the trainer")
         others = [one for one in trainer.callback_handler.callbacks if isinstance(one, TrajMergeCallback)]
-        check_side_by_side(one.config for one in {*others, self})
+        check_side_by_side(one.config for one in [*(one for one in others if one is not self), self])
         self._trainer = trainer
         if self not in others:
             trainer.add_callback(self)
