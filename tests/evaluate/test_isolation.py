@@ -214,15 +214,12 @@ def test_autocast_does_not_serve_weights_of_another_candidate(heldout):
         assert loss.evaluate(model, "search").loss == new != old
 
 
-def test_isolation_is_restored_even_if_eval_raises():
+def test_train_and_eval_are_not_called():
     class Stubborn(nn.Linear):
-        def eval(self):
-            raise RuntimeError("no eval mode")
+        def train(self, mode=True):
+            raise RuntimeError("no modes")
 
-    model = Stubborn(2, 2)
-    model.weight.grad = torch.ones(2, 2)
-    with pytest.raises(RuntimeError, match="no eval mode"), isolated(model):
-        pass
-    assert model.training
-    assert torch.equal(model.weight.grad, torch.ones(2, 2))
-    assert torch.is_grad_enabled()
+    model = nn.Sequential(Stubborn(2, 2), nn.Dropout())
+    with isolated(model):
+        assert not any(module.training for module in model.modules())
+    assert all(module.training for module in model.modules())

@@ -56,7 +56,8 @@ class ShardedWeights:
         self.model = model
         self._layout = layout
         self._units = units
-        self._isolated = functools.partial(isolated, unwrap(model), seed)
+        # Live shards are not computed with.
+        self._isolated = functools.partial(isolated, unwrap(model), seed, watch="never")
         self._gradient: Tensor | None = None
         # This rank's columns of each unit, as the autograd leaves of the present pass.
         self._leaves: dict[int, Tensor] = {}

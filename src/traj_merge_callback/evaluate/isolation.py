@@ -6,20 +6,28 @@ Each context manager here restores what it covers exactly, whatever happens insi
 from __future__ import annotations
 
 import copy
+import inspect
+import logging
 import random
 import signal
 import threading
+import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .attention import compiled_flex_attention
+from .reachable import GENERATORS, generator_state
+from .writes import Undone
+
+logger = logging.getLogger("traj_merge_callback")
+Watch: TypeAlias = Literal["always", "first", "never"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
@@ -124,14 +132,22 @@ def uncached_casts() -> Iterator[None]:
 
 
 @contextmanager
-def isolated(model: nn.Module, seed: int = 0, *, gradients: bool = False) -> Iterator[None]:
+def isolated(
+    model: nn.Module,
+    seed: int = 0,
+    *,
+    gradients: bool = False,
+    watch: Watch = "always",
+) -> Iterator[None]:
     """Run ``model`` inside, in eval mode and eagerly even if compiled; afterwards everything is as it was.
 
     On leaving, also through an exception or Ctrl-C, these are restored bit for bit: the random states; every
-    submodule's train/eval flag; every gradient (the same tensor object); every buffer; and every attribute of every
-    submodule that is a tensor, or a plain list, dict or set (one level deep), which covers caches and torchmetrics
-    states. Inside, buffers and such attributes are copies. Weights need no copy, as a forward pass does not write them.
-    Signals are held back until the end of the block (:func:`delayed_interrupts`).
+    submodule's train/eval flag; every gradient (the same tensor object); every parameter, whatever wrote to it; every
+    buffer; and every attribute of every submodule that is a tensor, a random generator, or a plain list, dict or set
+    (with the tensors and generators in it), which covers caches and torchmetrics states. Inside, buffers and such
+    attributes are copies. Signals are held back until the end of the block (:func:`delayed_interrupts`).
+
+    Flags are set, and ``train`` and ``eval`` are not called: modules that override them change weights there.
 
     Args:
         model: the module to evaluate, with its submodules.
@@ -139,10 +155,13 @@ def isolated(model: nn.Module, seed: int = 0, *, gradients: bool = False) -> Ite
         gradients: whether gradients are recorded inside. The modules then hold other Parameter objects on the same
             memory as the trainable ones, so that no hook of the live parameters fires (DDP, DeepSpeed and optimizers
             that step during backward have such hooks) and no live gradient changes.
+        watch: when to look for writes into parameters and undo them (:class:`Undone`): "always", where live weights are
+            computed with; "first", where all parameters are a candidate's: in the first evaluation with gradients and
+            the first without, and after a write in all that follow; or "never".
     """
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
-    saved_gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    parameters = [_SavedParameter(parameter) for parameter in model.parameters()]
     with delayed_interrupts(), ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(gradients))
         stack.enter_context(preserved_rng(seed))
@@ -150,35 +169,146 @@ def isolated(model: nn.Module, seed: int = 0, *, gradients: bool = False) -> Ite
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(compiled_flex_attention())
         try:
+            copies = _Copies(stack)
             for module, saved in zip(modules, attributes, strict=True):
-                _copy_state(module, saved)
-            for parameter, _ in saved_gradients:
-                parameter.grad = None
+                _copy_state(module, saved, copies)
+            for parameter in parameters:
+                parameter.parameter.grad = None
             if gradients:
                 _replace_parameters(modules)
-            model.eval()
-            yield
+            with _writes_undone(model, gradients, watch), _eval_mode(modules):
+                yield
         finally:
             for module, saved in zip(modules, attributes, strict=True):
                 vars(module).clear()
                 vars(module).update(saved)
-            for parameter, gradient in saved_gradients:
-                parameter.grad = gradient
+            for parameter in parameters:
+                parameter.restore()
 
 
-def _copy_state(module: nn.Module, saved: dict[str, Any]) -> None:
+class _SavedParameter:
+    """Where a parameter's values are, and what else belongs to the Parameter object."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+        self._data = parameter.data
+        self._gradient = parameter.grad
+        self._requires_grad = parameter.requires_grad
+
+    def restore(self) -> None:
+        """Restore what has changed."""
+        parameter, now = self.parameter, self.parameter.data
+        if type(now) is Tensor and (now.data_ptr() != self._data.data_ptr() or now.shape != self._data.shape):
+            parameter.data = self._data
+        if parameter.requires_grad != self._requires_grad:
+            parameter.requires_grad_(self._requires_grad)
+        parameter.grad = self._gradient
+
+
+@contextmanager
+def _eval_mode(modules: list[nn.Module]) -> Iterator[None]:
+    flags = [module.training for module in modules]
+    try:
+        for module in modules:
+            _set_training(module, False)
+        yield
+    finally:
+        for module, flag in zip(modules, flags, strict=True):
+            if module.training != flag:
+                _set_training(module, flag)
+
+
+def _set_training(module: nn.Module, training: bool) -> None:
+    """Set a module's flag without calling its ``train``."""
+    descriptor = inspect.getattr_static(type(module), "training", None)
+    if "training" in vars(module) and not hasattr(descriptor, "__set__"):
+        vars(module)["training"] = training
+    else:
+        # A property, or a flag that is kept elsewhere, as by TorchScript.
+        module.training = training
+
+
+# For each model the kinds of evaluations (with gradients or without) that have written to no parameter so far.
+_clean: weakref.WeakKeyDictionary[nn.Module, dict[bool, bool]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def _writes_undone(model: nn.Module, gradients: bool, watch: str) -> Iterator[None]:
+    """Undo writes into parameters; say once which were written."""
+    clean = _clean.setdefault(model, {})
+    if watch == "never" or (watch == "first" and clean.get(gradients, False)):
+        yield
+        return
+    undone = Undone((name, parameter) for name, parameter in model.named_parameters(remove_duplicate=False))
+    try:
+        with undone:
+            yield
+        clean.setdefault(gradients, True)
+    finally:
+        if undone.written and all(clean.values()):
+            logger.warning(
+                "evaluating the model writes into its parameters %s, of %s: they have been put back, and will be after "
+                "every evaluation",
+                undone.written[:3],
+                sorted({_owner(model, name) for name in undone.written})[:3],
+            )
+        if undone.written:
+            clean[gradients] = False
+
+
+def _owner(model: nn.Module, name: str) -> str:
+    """The module of a parameter, for a message."""
+    path = name.rpartition(".")[0]
+    return f"{path or 'the model'} ({type(model.get_submodule(path)).__name__})"
+
+
+class _Copies:
+    """Copies of what modules hold; what two of them share they share in the copies too.
+
+    Args:
+        stack: restores the states of random generators.
+    """
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._made: dict[int, Any] = {}
+
+    def of(self, value: Any) -> Any:
+        """A copy of a tensor, or of a plain container with copies of its tensors; anything else itself."""
+        if id(value) not in self._made:
+            self._made[id(value)] = self._copy(value)
+        return self._made[id(value)]
+
+    def _copy(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value if isinstance(value, nn.Parameter) else value.clone()
+        if type(value) in _CONTAINERS:
+            copied = copy.copy(value)
+            if isinstance(copied, dict):
+                for key, item in value.items():
+                    copied[key] = self._item(item)
+            elif not isinstance(copied, set):
+                for index, item in enumerate(value):
+                    copied[index] = self._item(item)
+            return copied
+        if isinstance(value, GENERATORS):
+            self._stack.callback(generator_state(value))
+        return value
+
+    def _item(self, value: Any) -> Any:
+        return self.of(value) if isinstance(value, (Tensor, *GENERATORS)) else value
+
+
+def _copy_state(module: nn.Module, saved: dict[str, Any], copies: _Copies) -> None:
     """Let a module hold copies of its buffers and of its attributes that are tensors or plain containers."""
     attributes = vars(module)
-    attributes["_buffers"] = {
-        name: buffer if buffer is None else buffer.clone() for name, buffer in module._buffers.items()
-    }
     for name, value in saved.items():
-        if name in _MODULE_INTERNALS:
-            continue
-        if isinstance(value, Tensor):
-            attributes[name] = value.clone()
-        elif type(value) in _CONTAINERS:
-            attributes[name] = copy.copy(value)
+        if name == "_buffers":
+            attributes[name] = {key: copies.of(buffer) for key, buffer in value.items()}
+        elif name not in _MODULE_INTERNALS:
+            attributes[name] = copies.of(value)
+        elif isinstance(value, dict):
+            attributes[name] = value.copy()
 
 
 def _replace_parameters(modules: list[nn.Module]) -> None:

@@ -47,7 +47,7 @@ _SYSTEM = {
     *("threading", "_thread", "queue", "_queue", "multiprocessing", "_multiprocessing", "concurrent", "asyncio"),
     *("socket", "_socket", "ssl", "subprocess", "logging", "ctypes", "_ctypes", "importlib", "weakref", "inspect"),
 }
-_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
+GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 # Iterators of the language itself: only they know their position.
 _ITERATORS = {
     *(types.GeneratorType, map, zip, filter, enumerate, reversed),
@@ -128,7 +128,7 @@ class _Walk:
 
     def _look_at(self, value: Any) -> None:
         kind = type(value)  # and not isinstance, which asks proxies for their class
-        if issubclass(kind, _GENERATORS):
+        if issubclass(kind, GENERATORS):
             self._generator(value)
         elif kind is types.FunctionType:
             self._function(value)
@@ -146,22 +146,9 @@ class _Walk:
             self._object(value)
 
     def _generator(self, value: Any) -> None:
-        if isinstance(value, torch.Generator):
-            state = value.get_state()
-            self.restores.append(functools.partial(value.set_state, state))
-            self.seeds.append(value.manual_seed)
-        elif isinstance(value, random.Random):
-            with contextlib.suppress(NotImplementedError):  # SystemRandom has no state
-                self.restores.append(functools.partial(value.setstate, value.getstate()))
-                self.seeds.append(value.seed)
-            self._object(value)
-        elif isinstance(value, np.random.RandomState):
-            self.restores.append(functools.partial(value.set_state, value.get_state(legacy=False)))
-            self.seeds.append(lambda seed: value.seed(seed % 2**32))
-        else:
-            bits = value.bit_generator if isinstance(value, np.random.Generator) else value
-            self.restores.append(functools.partial(setattr, bits, "state", copy.deepcopy(bits.state)))
-            self.seeds.append(lambda seed: setattr(bits, "state", type(bits)(seed).state))
+        self.restores.append(generator_state(value))
+        self.seeds.append(functools.partial(_seed, value))
+        self._object(value)  # of a subclass
 
     def _object(self, value: Any) -> None:
         """Attributes, slots and elements."""
@@ -188,7 +175,7 @@ class _Walk:
                 self.visit(value)
         else:
             for value in values:
-                if issubclass(type(value), _GENERATORS):
+                if issubclass(type(value), GENERATORS):
                     self.visit(value)
             self._large.append(iter(values))
 
@@ -243,6 +230,36 @@ class _Walk:
         with contextlib.suppress(OSError, ValueError):  # closed, or without a position
             if value.seekable():
                 self.restores.append(functools.partial(_seek, value, value.tell()))
+
+
+def generator_state(generator: Any) -> Restore:
+    """A function that gives one of ``GENERATORS`` the state that it has now."""
+    if isinstance(generator, torch.Generator):
+        return functools.partial(generator.set_state, generator.get_state())
+    if isinstance(generator, random.SystemRandom):
+        return lambda: None
+    if isinstance(generator, random.Random):
+        return functools.partial(generator.setstate, generator.getstate())
+    if isinstance(generator, np.random.RandomState):
+        return functools.partial(generator.set_state, generator.get_state(legacy=False))
+    bits = _bits(generator)
+    return functools.partial(setattr, bits, "state", copy.deepcopy(bits.state))
+
+
+def _seed(generator: Any, seed: int) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif isinstance(generator, random.Random):
+        generator.seed(seed)
+    elif isinstance(generator, np.random.RandomState):
+        generator.seed(seed % 2**32)
+    else:
+        bits = _bits(generator)
+        bits.state = type(bits)(seed).state
+
+
+def _bits(generator: np.random.Generator | np.random.BitGenerator) -> Any:
+    return generator.bit_generator if isinstance(generator, np.random.Generator) else generator
 
 
 def _root(value: Any) -> str:

@@ -14,7 +14,7 @@ from ..distributed import all_gather_into, reduce_scatter_sum
 from ..pieces import EXCHANGE, Pieces
 from ..window.layout import BufferPlace, ParameterLayout, Slot, clean_name, persistent_buffers, unwrap
 from ..window.sharding import EqualShares
-from .isolation import delayed_interrupts, isolated
+from .isolation import Watch, delayed_interrupts, isolated
 from .parking import Parking
 
 
@@ -63,7 +63,6 @@ class WholeWeights:
         self.row = row
         self._parking = parking
         self.model = model
-        self._isolated = functools.partial(isolated, unwrap(model), seed)
         self._gradient: Tensor | None = None
         sharding = layout.sharding
         self._shares = sharding if isinstance(sharding, EqualShares) and len(sharding.ranks) > 1 else None
@@ -75,6 +74,11 @@ class WholeWeights:
             self._mine = sum(slot.numel for slot in layout.slots if slot.is_parameter)
             self._parameters = sum(slot.numel for slot in self.layout.slots if slot.is_parameter)
             self.whole = self._new()
+        # Frozen parameters that are not merged are computed with as they are in training.
+        candidates = {id(tensor) for tensor in self.layout.tensors(unwrap(model))}
+        all_candidates = all(id(parameter) in candidates for parameter in unwrap(model).parameters())
+        watch: Watch = "first" if all_candidates else "always"
+        self._isolated = functools.partial(isolated, unwrap(model), seed, watch=watch)
 
     def _new(self) -> Tensor:
         """A zero row of the whole model, long enough for the padded shares of all ranks.
