@@ -114,6 +114,7 @@ def merge(model, tmp_path, steps=2, **options):
         batches(),
         nll=nll,
         window_size=2,
+        evaluations=5,
         capture_every=1,
         merge_every=2,
         schedule="blocking",
