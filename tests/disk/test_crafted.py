@@ -14,6 +14,7 @@ from torch import nn
 
 from traj_merge_callback import find_snapshot, load_merged, read_merge
 from traj_merge_callback.consolidate import consolidate_snapshot
+from traj_merge_callback.disk.checksums import checksums_of, with_checksums
 
 
 class Trap:
@@ -29,6 +30,21 @@ def edit(path, *keys, value):
         owner = owner[key]
     owner[keys[-1]] = value
     path.write_text(json.dumps(document))
+
+
+def reseal(folder, name):
+    """Give a document checksums that are right, as somebody who crafts it would."""
+    if not (folder / name).is_file():
+        return
+    try:
+        document = json.loads((folder / name).read_text())
+        files = {path.name for path in folder.iterdir() if path.is_file() and path.name != name}
+        checksums = {name: one for name, one in checksums_of(folder).items() if name in files}
+        checksums |= {name: one for name, one in checksums_of(folder, 1).items() if name in files}
+        document.pop("checksum")
+    except (OSError, ValueError, RecursionError, KeyError):
+        return
+    (folder / name).write_text(json.dumps(with_checksums(document, checksums)))
 
 
 def tensors(path, change):
@@ -174,6 +190,8 @@ def test_a_crafted_state_is_refused_and_the_run_goes_on(root, caplog, case):
     (root / "merged" / "notes").mkdir()
     (root / "merged" / "notes" / "notes.txt").write_text("mine")
     STATES[case](root / "state")
+    if "twice" not in case:
+        reseal(root / "state", "state.json")
     before = everything(root)
     run = Run(root, resume=True, keep_last=1).steps(5, 10)
     assert everything(root) == before
@@ -375,8 +393,77 @@ def test_what_a_damaged_state_remembers_is_forgotten_and_merges_go_on(root, capl
     options = {"search": "trajectory", "window_size": 4, "evaluations": 20}
     Run(root, **options).steps(1, 4).save().merger.close()
     edit(root / "state" / "state.json", "run", "search", *case.split(": ")[0].split("."), value=MEMORIES[case])
+    reseal(root / "state", "state.json")
     run = Run(root, resume=True, **options).steps(5, 10)
     assert [record.step for record in run.merger.records] == [6, 8, 10]
     assert sum("without what the saved state remembers" in record.getMessage() for record in caplog.records) <= 1
     assert not run.merger._failures.counts
     run.merger.close()
+
+
+def flip(path, share):
+    """Flip one bit of a file, at a share of its length."""
+    data = bytearray(path.read_bytes())
+    data[int(share * (len(data) - 1))] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("name", ["state.json", "row-00.rank-00000.safetensors", "row-01.rank-00000.safetensors"])
+def test_a_flipped_bit_in_a_state_means_an_empty_window(root, caplog, name, share):
+    flip(root / "state" / name, share)
+    run = Run(root, resume=True).steps(5, 5)
+    assert run.merger.window.steps == (5,)
+    assert sum("restoring the window failed" in record.getMessage() for record in caplog.records) == 1
+    run.merger.close()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9, 1.0])
+@pytest.mark.parametrize("name", ["merge.json", "model.safetensors"])
+def test_a_flipped_bit_in_a_snapshot_is_found(root, name, share):
+    folder = find_snapshot(root / "merged")
+    load_merged(folder, nn.Linear(3, 3), verify=True)
+    flip(folder / name, share)
+    with pytest.raises(ValueError, match="damaged"):
+        load_merged(folder, nn.Linear(3, 3), verify=True)
+
+
+def test_verifying_finds_weights_that_were_added_and_snapshots_without_checksums(root):
+    folder = find_snapshot(root / "merged")
+    weight_map(folder, {"weight": "model.safetensors"})
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json was not written with it"):
+        load_merged(folder, nn.Linear(3, 3), verify=True)
+    (folder / "model.safetensors.index.json").unlink()
+    merge = read_merge(folder)
+    (folder / "merge.json").write_text(json.dumps({key: merge[key] for key in merge if "checksum" not in key}))
+    load_merged(folder, nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="has no checksums"):
+        load_merged(folder, nn.Linear(3, 3), verify=True)
+
+
+def test_a_consolidated_snapshot_can_be_verified_and_flipped_parts_are_refused(root):
+    folder, whole = sharded(root)
+    merge = json.loads((folder / "merge.json").read_text())
+    (folder / "merge.json").write_text(json.dumps({**merge, "checksum": ""}))
+    reseal(folder, "merge.json")
+    consolidate_snapshot(folder, root / "model")
+    model = nn.Linear(3, 4, bias=False)
+    load_merged(root / "model", model, verify=True)
+    assert torch.equal(model.weight, whole)
+    flip(part(folder), 1.0)
+    with pytest.raises(ValueError, match="damaged"):
+        consolidate_snapshot(folder, root / "other")
+
+
+def test_folders_and_files_of_others_with_names_of_ours_stay(root):
+    merged = root / "merged"
+    for name in (".tmp-mine", ".tmp-step-00000006", "step-00000006", "step-00000001", "state/step-00000001"):
+        (merged / name).mkdir(parents=True, exist_ok=True)
+        (merged / name / "mine.txt").write_text("mine")
+    (merged / "best").unlink()
+    (merged / "best").write_text("mine")
+    Run(root, keep_last=1, keep_best=False).steps(1, 8).merger.close()
+    assert len(list(merged.rglob("mine.txt"))) == 5
+    assert (merged / "step-00000006.1" / "mine.txt").exists()
+    assert (merged / "best").read_text() == "mine"
+    assert find_snapshot(merged).name == "step-00000008"

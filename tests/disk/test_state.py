@@ -15,6 +15,7 @@ from torch import nn
 
 from traj_merge_callback import CheckpointWindow
 from traj_merge_callback.consolidate import consolidate_snapshot
+from traj_merge_callback.disk.checksums import checksums_of, with_checksums
 from traj_merge_callback.disk.parts import PartsIndex, Range
 from traj_merge_callback.disk.state import RunState, Saved, load_state, save_state
 from traj_merge_callback.distributed import Processes
@@ -102,7 +103,9 @@ def test_a_missing_part_and_a_damaged_index_are_errors(tmp_path):
     path.write_text(json.dumps({**document, "index": {**document["index"], "parts": {"0": [["weight", 0]]}}}))
     with pytest.raises(ValueError, match=r"state\.json is damaged .*the index of parts is not valid"):
         load_state(tmp_path / "state", CheckpointWindow(model, 3), 5)
-    path.write_text(json.dumps({**document, "index": {**document["index"], "parts": {"0": [["weight", 0, 6]]}}}))
+    crafted = {**document, "index": {**document["index"], "parts": {"0": [["weight", 0, 6]]}}}
+    del crafted["checksum"]
+    path.write_text(json.dumps(with_checksums(crafted, document["checksums"])))
     with pytest.raises(ValueError, match="the files hold no 'bias' from number 0 on"):
         load_state(tmp_path / "state", CheckpointWindow(model, 3), 5)
     path.write_text(json.dumps(document))
@@ -208,6 +211,10 @@ def test_a_damaged_part_names_the_folder(tmp_path):
     with pytest.raises(ValueError, match=r"row-01\.rank-00000\.safetensors is damaged"):
         load_state(tmp_path / "state", CheckpointWindow(model, 3), 5)
     save_file({"row": load_file(path.with_name("row-00.rank-00000.safetensors"))["row"].half()}, path)
+    document = json.loads((tmp_path / "state" / "state.json").read_text())
+    del document["checksum"]
+    checksums = {name: one for name, one in checksums_of(tmp_path / "state").items() if name != "state.json"}
+    (tmp_path / "state" / "state.json").write_text(json.dumps(with_checksums(document, checksums)))
     with pytest.raises(ValueError, match=r"dtype torch\.float16"):
         load_state(tmp_path / "state", CheckpointWindow(model, 3), 5)
 

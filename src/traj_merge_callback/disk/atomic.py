@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,9 +20,13 @@ from torch import Tensor
 
 from ..distributed import Processes
 from ..window.devices import worker
+from .checksums import checksums_of
 
 T = TypeVar("T")
 TEMPORARY = ".tmp-"
+# A folder of ours holds one of these.
+_DOCUMENTS = ("state.json", "merge.json")
+logger = logging.getLogger("traj_merge_callback")
 
 
 @contextmanager
@@ -40,8 +46,7 @@ def whole_folder(target: Path, temporary: Path | None = None) -> Iterator[Path]:
             if path.is_dir() or path.stat().st_nlink == 1:  # a file that another folder shares is on the disk already
                 _flush(path)
         _flush(temporary)
-        if target.exists():
-            remove_folder(target)
+        _make_way(target)
         _rename(temporary, target)
         _flush(target.parent)
     except BaseException:
@@ -54,7 +59,8 @@ def shared_folder(
     target: Path,
     processes: Processes,
     staging: Path | None = None,
-    check: Callable[[Path], None] = lambda temporary: None,
+    *,
+    describe: Callable[[dict[str, str]], None],
 ) -> Iterator[Path]:
     """:func:`whole_folder` for several ranks: it becomes ``target`` when the block has ended well on all of them.
 
@@ -63,7 +69,8 @@ def shared_folder(
         processes: the ranks, all of which enter the block.
         staging: the temporary folder is made there, if all ranks see it, and not beside ``target``, whose parent may
             vanish at any time and is never made.
-        check: called on rank 0 when all ranks have written; what it raises stays without a target.
+        describe: called on rank 0 when all ranks have written, with the checksum of every file by its name, to write
+            the file that describes the others; what it raises stays without a target.
 
     Raises:
         OSError: the folder is not the same for all ranks, or ``staging`` is given and there is no parent any more.
@@ -84,7 +91,10 @@ def shared_folder(
                 )
         with processes.raise_on_all():
             yield temporary
-        processes.from_rank0(lambda: check(temporary))
+        with processes.raise_on_all():
+            mine = checksums_of(temporary, processes.rank)
+        checksums = {name: one for found in processes.all_gather_object(mine) for name, one in found.items()}
+        processes.from_rank0(lambda: describe(checksums))
         processes.from_rank0(stack.close)
 
 
@@ -102,6 +112,17 @@ def _make_temporary(target: Path, staging: Path | None = None) -> Path:
     temporary = temporary_path(target)
     temporary.mkdir()
     return temporary
+
+
+def _make_way(target: Path) -> None:
+    """Remove what is at ``target`` if it is ours; what is not is given another name."""
+    if not os.path.lexists(target):
+        return
+    ours = target.is_dir() and not target.is_symlink() and any((target / name).is_file() for name in _DOCUMENTS)
+    if ours:
+        remove_folder(target)
+    else:
+        logger.warning("%s was there and is not ours; it is now %s", target, set_aside(target))
 
 
 def _rename(temporary: Path, target: Path) -> None:
@@ -162,7 +183,13 @@ def remove_tree(path: Path) -> None:
 
 
 def point_link(link: Path, target_name: str) -> None:
-    """Let the symbolic link ``link`` point to its neighbour ``target_name``, in one step."""
+    """Let the symbolic link ``link`` point to its neighbour ``target_name``, in one step.
+
+    Raises:
+        OSError: the file system has no links, or something else is there.
+    """
+    if os.path.lexists(link) and not link.is_symlink():
+        raise FileExistsError(f"{link} is there and is not a link")
     temporary = temporary_path(link)
     try:
         temporary.symlink_to(target_name, target_is_directory=True)
@@ -173,8 +200,10 @@ def point_link(link: Path, target_name: str) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left half-written in ``folder``."""
+    """Remove what a killed process left half-written in ``folder``: what :func:`temporary_path` names, and no more."""
     for path in folder.glob(f"{TEMPORARY}*"):
+        if not re.fullmatch(rf"{re.escape(TEMPORARY)}.+-[0-9a-f]{{32}}", path.name):
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
 
 from .atomic import whole_folder
+from .checksums import check_document, check_files, checksums_of
 from .model_files import SHARD_BYTES, write_shards
 from .parts import PartsIndex, check_parts, read_tensors, tensor_sizes
-from .snapshots import read_merge, snapshot_folder
+from .snapshots import read_merge, snapshot_folder, write_document
 from .untrusted import own_file
 
 
@@ -45,12 +45,17 @@ def consolidate_snapshot(folder: str | Path, output: str | Path, *, shard_bytes:
         )
     index = PartsIndex.from_json(merge["sharded"])
     check_parts(folder, index)
+    if "checksum" in merge:
+        check_document(folder / "merge.json", merge)
+        check_files(folder, merge)
+    if output.is_dir():
+        output.rmdir()
     with whole_folder(output) as temporary:
         write_shards(temporary, tensor_sizes(index), lambda names: read_tensors(folder, index, names), shard_bytes)
         for path in folder.iterdir():
             # Weights are those of the parts, whatever other weights there may be.
-            if path.is_file() and ".safetensors" not in path.suffixes:
+            if path.is_file() and ".safetensors" not in path.suffixes and path.name != "merge.json":
                 shutil.copy2(own_file(path), temporary / path.name)
-        text = json.dumps({**merge, "sharded": None}, indent=2)
-        (temporary / "merge.json").write_text(text + "\n", encoding="utf-8")
+        described = {key: value for key, value in merge.items() if key not in ("checksum", "checksums")}
+        write_document(temporary, {**described, "sharded": None}, checksums_of(temporary))
     return output

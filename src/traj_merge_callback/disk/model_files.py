@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..window.devices import side_stream
 from ..window.layout import ParameterLayout, clean_name, persistent_buffers, unwrap
 from ..window.sharding import has_fsdp
+from .checksums import check_document, check_files
 from .snapshots import read_merge, snapshot_folder
 from .untrusted import damage_of, read_json_object, safetensors_in, texts
 
@@ -217,12 +218,13 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_merged(folder: str | Path, model: nn.Module) -> dict[str, Any]:
+def load_merged(folder: str | Path, model: nn.Module, *, verify: bool = False) -> dict[str, Any]:
     """Put a merged snapshot's weights into ``model``, in place.
 
     Args:
         folder: a snapshot's folder, or the ``best`` or ``latest`` link beside it.
         model: a model of the same architecture; wrappers (compile, DDP) are looked through.
+        verify: check that every file is what was written, by the checksums in merge.json: about a second per GB.
 
     Returns:
         The snapshot's merge.json.
@@ -247,6 +249,8 @@ def load_merged(folder: str | Path, model: nn.Module) -> dict[str, Any]:
     weights_format = merge.get("weights_format")
     with damage_of(folder / "merge.json"):
         merged = set(texts(merge["merged_tensors"]))
+    if verify:
+        _verify(folder, merge)
     if weights_format == PEFT:
         _load_adapter(folder, model)
         return merge
@@ -267,6 +271,14 @@ def load_merged(folder: str | Path, model: nn.Module) -> dict[str, Any]:
     for name, value in state.items():
         targets[name].copy_(value)
     return merge
+
+
+def _verify(folder: Path, merge: dict[str, Any]) -> None:
+    check_document(folder / "merge.json", merge)
+    check_files(folder, merge)
+    strangers = {path.name for path in folder.iterdir() if ".safetensors" in path.suffixes} - merge["checksums"].keys()
+    if strangers:
+        raise ValueError(f"{folder} is damaged: {min(strangers)} was not written with it")
 
 
 def _load_adapter(folder: Path, model: nn.Module) -> None:

@@ -26,6 +26,7 @@ from typing import Any
 
 from ..distributed import Processes
 from .atomic import point_link, remove_folder, remove_leftovers, shared_folder, write_whole
+from .checksums import with_checksums
 from .untrusted import folder_name_of_step, integer, is_folder_of_step, is_step_name, read_json_object, resolved
 
 FORMAT_VERSION = 1
@@ -119,11 +120,13 @@ class SnapshotStore:
         if not self._begun and processes.is_rank_zero:
             remove_leftovers(self.folder)
         self._begun = True
-        with shared_folder(self.folder / name, processes) as temporary:
+
+        def describe(checksums: dict[str, str]) -> None:
+            document = {"version": FORMAT_VERSION, **merge, "packages": _versions()}
+            write_document(temporary, document, checksums)
+
+        with shared_folder(self.folder / name, processes, describe=describe) as temporary:
             write(temporary)
-            if processes.is_rank_zero:
-                text = json.dumps({"version": FORMAT_VERSION, **merge, "packages": _versions()}, indent=2)
-                (temporary / "merge.json").write_text(text + "\n", encoding="utf-8")
         kept = [entry for entry in self.entries if entry.name != name]
         self.entries = [*kept, SnapshotEntry(name, step, search_loss, merged_loss)]
         self._prune(writes=processes.is_rank_zero)
@@ -202,6 +205,12 @@ def snapshot_folder(folder: str | Path) -> Path:
     if folder.name in _LINKS and folder.is_symlink() and not inside:
         raise ValueError(f"{folder} leads to {found}, which is no snapshot of the same output folder")
     return found
+
+
+def write_document(folder: Path, merge: dict[str, Any], checksums: dict[str, str]) -> None:
+    """Write the merge.json of a folder whose other files have these checksums."""
+    text = json.dumps(with_checksums(merge, checksums), indent=2)
+    (folder / "merge.json").write_text(text + "\n", encoding="utf-8")
 
 
 def read_merge(folder: str | Path) -> dict[str, Any]:

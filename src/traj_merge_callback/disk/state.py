@@ -30,12 +30,14 @@ from ..search.problem import SearchState
 from ..window.storage import BLOCK, decode_int8
 from ..window.window import CheckpointWindow
 from .atomic import TEMPORARY, remove_tree, shared_folder, write_tensors
+from .checksums import check_document, check_files, with_checksums
 from .parts import PartsIndex, Range, part_path, ranges_of
 from .snapshots import SnapshotEntry
 from .untrusted import (
     damage_of,
     folder_name_of_step,
     integer,
+    is_folder_of_step,
     mapping,
     number,
     numbers,
@@ -192,25 +194,25 @@ def save_state(
     if window["shared"]:
         parts[_SHARED] = window["shared"]
 
-    def check(written: Path) -> None:
+    def describe(checksums: dict[str, str]) -> None:
         for rank, name in itertools.product(index.parts, parts):
-            if not part_path(written, name, rank).is_file():
-                raise FileNotFoundError(f"{part_path(written, name, rank)} was removed while it was written")
+            if not (path := part_path(temporary, name, rank)).is_file():
+                raise FileNotFoundError(f"{path} was removed while it was written")
+        document = {
+            "version": FORMAT_VERSION,
+            "window": {**kept, "shared": sorted(window["shared"])},
+            **asdict(saved),
+            "index": index.to_json(),
+        }
+        text = json.dumps(with_checksums(document, checksums))
+        (temporary / "state.json").write_text(text, encoding="utf-8")
 
-    with shared_folder(folder, processes, staging, check) as temporary:
+    with shared_folder(folder, processes, staging, describe=describe) as temporary:
         if processes.rank in index.parts:
             for name, tensors in parts.items():
                 path = part_path(temporary, name, processes.rank)
                 if not shared.link(kept, path):
                     write_tensors(path, tensors, processes)
-        if processes.is_rank_zero:
-            document = {
-                "version": FORMAT_VERSION,
-                "window": {**kept, "shared": sorted(window["shared"])},
-                **asdict(saved),
-                "index": index.to_json(),
-            }
-            (temporary / "state.json").write_text(json.dumps(document), encoding="utf-8")
     if processes.rank in index.parts:
         shared.note(kept, [part_path(folder, name, processes.rank) for name in parts])
 
@@ -220,11 +222,13 @@ def load_state(folder: Path, window: CheckpointWindow, step: int) -> Saved:
 
     Raises:
         FileNotFoundError: there is no such folder, or a part is missing.
-        ValueError: it is of another format version, of a model with other parameters, or holds checkpoints after
-            ``step``.
+        ValueError: it is damaged, of another format version, of a model with other parameters, or holds checkpoints
+            after ``step``.
     """
     processes = window.processes
-    saved, index, kept = processes.from_rank0(lambda: _read_document(folder, window, step))
+    saved, index, kept, document = processes.from_rank0(lambda: _read_document(folder, window, step))
+    with processes.raise_on_all():
+        check_files(folder, document, processes.rank, processes.size)
     try:
         with processes.raise_on_all():
             _fill(folder, kept, index, window)
@@ -238,7 +242,7 @@ def load_state(folder: Path, window: CheckpointWindow, step: int) -> Saved:
 def remove_other_states(folder: Path | None) -> None:
     """Remove the states that stand beside one, if there is one."""
     for old in folder.parent.glob("step-*") if folder is not None else []:
-        if old != folder:
+        if old != folder and is_folder_of_step(old, "state.json"):
             remove_tree(old)
 
 
@@ -266,8 +270,10 @@ def _row_name(index: int) -> str:
     return f"row-{index:02d}"
 
 
-def _read_document(folder: Path, window: CheckpointWindow, step: int) -> tuple[Saved, PartsIndex, dict[str, Any]]:
-    """Everything in a state.json, checked before anything is restored: the state, the index, the window's numbers."""
+def _read_document(
+    folder: Path, window: CheckpointWindow, step: int
+) -> tuple[Saved, PartsIndex, dict[str, Any], dict[str, Any]]:
+    """A state.json, checked before anything is restored: the state, the index, the window's numbers, all of it."""
     path = folder / "state.json"
     if not os.path.lexists(path):
         raise FileNotFoundError(f"{folder} holds no merging state (no state.json)")
@@ -292,7 +298,8 @@ def _read_document(folder: Path, window: CheckpointWindow, step: int) -> tuple[S
         raise ValueError(f"{folder} holds checkpoints up to step {kept['steps'][-1]}, but training is at step {step}")
     if saved.run.last_step is not None and saved.run.last_step > step:
         raise ValueError(f"{folder} was saved at step {saved.run.last_step}, but training is at step {step}")
-    return saved, index, kept
+    check_document(path, document)
+    return saved, index, kept, document
 
 
 def _checked_window(kept: dict[str, Any]) -> dict[str, Any]:
