@@ -3,9 +3,12 @@
 Arguments: the folder for results, and a JSON list of runs, each a mapping with a "name" and options of :func:`run`.
 """
 
+import itertools
 import json
 import os
+import resource
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -21,6 +24,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import realtext
+from traj_merge_callback.evaluate.heldout import language_model_nll
 from traj_merge_callback.lightning import TrajMergeCallback as LightningCallback
 from traj_merge_callback.transformers import TrajMergeCallback as TransformersCallback
 
@@ -164,13 +168,65 @@ def with_transformers(folder, strategy, merging, steps, resume, options):
     return trainer.model, callback.merger
 
 
-def run(folder, trainer, strategy, merging=True, steps=12, resume=None, **options):
-    """Train, and keep the weights and the records."""
+class PanicException(BaseException):
+    """As extensions written in Rust raise it: no Exception."""
+
+
+def panicking(at):
+    """A loss that panics in the last process, once."""
+    calls = itertools.count(1)
+
+    def nll(model, batch):
+        if next(calls) == at and dist.get_rank() == dist.get_world_size() - 1:
+            raise PanicException("called `Option::unwrap()` on a `None` value")
+        return language_model_nll(model.model if isinstance(model, Module) else model, batch)
+
+    return nll
+
+
+@contextmanager
+def short_of_space(limit):
+    """Within the context the last process can write no file longer than this, as if its disk were full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def damaged(folder, how):
+    """Damage the merging state of step 8."""
+    (state,) = [
+        path.parent for path in folder.rglob("state.json") if json.loads(path.read_text())["run"]["last_step"] == 8
+    ]
+    if how == "torn":
+        os.truncate(state / "state.json", 300)
+    if how == "missing":
+        (state / "row-00.rank-00000.safetensors").unlink()
+    if how == "cut":
+        os.truncate(state / "row-01.rank-00001.safetensors", 1000)
+
+
+def run(folder, trainer, strategy, merging=True, steps=12, resume=None, damage=None, panic=None, limit=None, **options):
+    """Train, and keep the weights and the records.
+
+    Args:
+        damage: how to damage the state of step 8 afterwards.
+        panic: the held-out forward pass in which the last process panics.
+        limit: bytes that the last process can write into a file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     train_with = with_lightning if trainer == "lightning" else with_transformers
     options = {**OPTIONS, "output_dir": str(folder / "merged"), **options}
-    model, merger = train_with(folder, strategy, merging, steps, resume, options)
+    if panic:
+        options["nll"] = panicking(panic)
+    with short_of_space(limit):
+        model, merger = train_with(folder, strategy, merging, steps, resume, options)
     state = full_state(model)
+    if damage and dist.get_rank() == 0:
+        damaged(folder, damage)
     if dist.get_rank() == 0:
         torch.save(state, folder / "weights.pt")
     records = [json.loads(record.to_json()) for record in merger.records] if merging else []

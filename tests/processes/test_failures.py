@@ -1,0 +1,37 @@
+"""Two real processes of a trainer, one of which fails where files are written or read: all of them train on."""
+
+import json
+
+import pytest
+from test_distributed import launch, records, same_weights
+
+WARN = {"on_error": "warn", "strategy": "ddp"}
+# How a state is damaged, and what is said of it.
+DAMAGES = {
+    "torn": r"state.json is damaged",
+    "missing": r"FileNotFoundError: ",
+    "cut": r"FailedOnAllRanks: rank 1 failed: ValueError: ",
+}
+
+
+@pytest.mark.parametrize("trainer", ["transformers", "lightning"])
+def test_saving_and_resuming_that_fail_on_one_rank_end_no_training(tmp_path, trainer):
+    runs = [{"name": "plain", "merging": False}, {"name": "full", "limit": 40_000}, {"name": "panic", "panic": 9}]
+    damages = DAMAGES if trainer == "transformers" else {"cut": DAMAGES["cut"]}
+    for how in damages:
+        runs += [{"name": how, "damage": how, "steps": 8}, {"name": f"{how}-resumed", "resume": how}]
+    output = launch("trainers.py", 2, str(tmp_path), json.dumps([{"trainer": trainer, **WARN, **run} for run in runs]))
+    for run in ("full", "panic", *(f"{how}-resumed" for how in damages)):
+        assert same_weights(tmp_path / run, tmp_path / "plain"), run
+    # A disk that is full for one rank: its window is not saved, and nothing half-written stays.
+    assert [record["step"] for record in records(tmp_path, "full")] == [6, 12]
+    assert "saving the window failed: " in output
+    assert not list((tmp_path / "full").rglob("row-*"))
+    # What is no Exception is a failure too, and known on all ranks at once.
+    assert [record["step"] for record in records(tmp_path, "panic")] == [12]
+    assert "FailedOnAllRanks: rank 1 failed: PanicException: called `Option::unwrap()`" in output
+    for how, said in damages.items():
+        assert said in output
+        # All ranks begin with an empty window.
+        found = [records(tmp_path, f"{how}-resumed", rank) for rank in (0, 1)]
+        assert [[record["checkpoint_steps"] for record in one] for one in found] == [[[10, 12]]] * 2
