@@ -19,6 +19,7 @@ from .disk.atomic import Writer, remove_tree
 from .disk.mapped import on_disk
 from .disk.metrics_file import MetricsFile
 from .disk.model_files import load_merged
+from .disk.output import OutputFolder
 from .disk.parts import PartsIndex
 from .disk.snapshots import SnapshotStore
 from .disk.state import RunState, Saved, load_state
@@ -85,7 +86,9 @@ class TrajectoryMerger:
         **config: Any,
     ) -> None:
         self.config = MergeConfig(**config)
+        #: The folder of snapshots and metrics; if a live run writes to the one that was asked for, another one.
         self.output_dir = Path(self.config.output_dir or self.config.named("merged"))
+        self._output = OutputFolder(self.output_dir)
         self.window: CheckpointWindow | None = None
         #: The records of all merges made here, on every rank.
         self.records: list[MergeRecord] = []
@@ -101,8 +104,9 @@ class TrajectoryMerger:
         self._extra = extra
         self._failures = Failures(self.config.on_error, self.processes.is_rank_zero)
         self._log = log if log_everywhere or self.processes.is_rank_zero else None
-        self._metrics = MetricsFile(self.output_dir / "metrics.jsonl")
-        self._store = SnapshotStore(self.output_dir, keep_last=self.config.keep_last, keep_best=self.config.keep_best)
+        self._metrics = MetricsFile(self.output_dir / "metrics.jsonl", self._output.check)
+        keep_last, keep_best = self.config.keep_last, self.config.keep_best
+        self._store = SnapshotStore(self.output_dir, keep_last=keep_last, keep_best=keep_best, check=self._output.check)
         self.heldout = HeldOutLoss(
             heldout,
             nll=nll,
@@ -138,6 +142,8 @@ class TrajectoryMerger:
             return
         if self.processes.size == 1 and several_ranks():
             raise RuntimeError("construct TrajectoryMerger after torch.distributed is initialized, on every rank")
+        self.output_dir = self._store.folder = self.processes.from_rank0(self._output.acquire)
+        self._metrics.path = self.output_dir / "metrics.jsonl"
         average_rate, options = resolve_search(self.config.search).average_rate, self.config.search_options
         allocate = {
             "memory": lambda: None,
@@ -194,6 +200,7 @@ class TrajectoryMerger:
         """
         if not self._active:
             return None
+        self._output.use()
         with self._timeout_ends_merging(step):
             return self._step(model, step, skipped)
         return None
@@ -305,6 +312,7 @@ class TrajectoryMerger:
             self._schedule.abandon()
             self._writer.close()
             self._saver.remove_orphans()
+            self._output.release()
             window.close()
             self._writer_processes.close()
             self.processes.close()
@@ -431,11 +439,7 @@ class TrajectoryMerger:
         self._overhead.spend(time.perf_counter() - started)
 
     def remove_states(self, folder: str | Path) -> None:
-        """Remove a folder of states, in the writer's thread, also those on their way to it.
-
-        Args:
-            folder: what stands beside a checkpoint of the trainer; rank 0 removes it.
-        """
+        """Have rank 0 remove the folder of states beside a checkpoint, those on their way to it too."""
         if self.window is not None:
             self._saver.remove(Path(folder).absolute())
         elif self.processes.is_rank_zero:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from ..metrics import MergeRecord
@@ -17,10 +18,12 @@ class MetricsFile:
 
     Args:
         path: the file.
+        check: raises an OSError if the folder is another run's.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, check: Callable[[], None] = lambda: None) -> None:
+        self.path = path
+        self._check = check
         self._begun = False
         # Records that could not be written when it was their turn, and the one at hand.
         self._unwritten: list[MergeRecord] = []
@@ -33,39 +36,40 @@ class MetricsFile:
             OSError: the file cannot be written.
         """
         self._unwritten.append(record)
+        self._check()
         if not self._begun:
             self._begin(self._unwritten[0].step)
         self._write(b"".join(one.to_json().encode() + b"\n" for one in self._unwritten))
         self._unwritten.clear()
 
     def _begin(self, step: int) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        if self._path.is_symlink() or (self._path.exists() and not (self.resumed and self._path.is_file())):
-            aside = set_aside(self._path)
-            logger.info("%s was there from another run; it is now %s", self._path, aside)
-        elif self._path.exists():
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.is_symlink() or (self.path.exists() and not (self.resumed and self.path.is_file())):
+            aside = set_aside(self.path)
+            logger.info("%s was there from another run; it is now %s", self.path, aside)
+        elif self.path.exists():
             self._repair(step)
         self._begun = True
 
     def _repair(self, step: int) -> None:
         """Keep the records before ``step``, from which on a resumed run makes them again; set aside what is none."""
-        found = self._path.read_bytes()
+        found = self.path.read_bytes()
         *lines, cut_off = found.split(b"\n")
         records = {line: _step_of(line) for line in {*lines, cut_off}}
         damaged = [line for line in lines if records[line] is None and line.strip()]
         if damaged:
-            aside = self._path.with_name(f"{self._path.stem}.damaged.txt")
+            aside = self.path.with_name(f"{self.path.stem}.damaged.txt")
             with aside.open("ab") as file:
                 file.write(b"".join(line + b"\n" for line in damaged))
-            logger.warning("%d lines of %s are no records; they are now in %s", len(damaged), self._path, aside)
+            logger.warning("%d lines of %s are no records; they are now in %s", len(damaged), self.path, aside)
         if cut_off and records[cut_off] is None:
-            logger.info("the last line of %s was cut off and is dropped: %.60r", self._path, cut_off)
+            logger.info("the last line of %s was cut off and is dropped: %.60r", self.path, cut_off)
         kept = [line for line in [*lines, cut_off] if (at := records[line]) is not None and at < step]
         if (repaired := b"".join(line + b"\n" for line in kept)) != found:
-            write_whole(self._path, repaired)
+            write_whole(self.path, repaired)
 
     def _write(self, data: bytes) -> None:
-        with self._path.open("a+b", buffering=0) as file:
+        with self.path.open("a+b", buffering=0) as file:
             size = file.seek(0, 2)
             if size:
                 file.seek(size - 1)

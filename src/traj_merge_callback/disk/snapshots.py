@@ -61,10 +61,14 @@ class SnapshotStore:
         folder: the output folder; created when the first snapshot is published.
         keep_last: how many of the newest snapshots to keep.
         keep_best: whether to keep the one of lowest search loss as well.
+        check: raises an OSError if the folder is another run's.
     """
 
-    def __init__(self, folder: Path, *, keep_last: int, keep_best: bool) -> None:
+    def __init__(
+        self, folder: Path, *, keep_last: int, keep_best: bool, check: Callable[[], None] = lambda: None
+    ) -> None:
         self.folder = folder
+        self._check = check
         self._keep_last = keep_last
         self._keep_best = keep_best
         self.entries: list[SnapshotEntry] = []
@@ -117,6 +121,7 @@ class SnapshotStore:
         """
         name = folder_name_of_step(step)
         processes = together or Processes(alone=True)
+        processes.from_rank0(self._check)
         if not self._begun and processes.is_rank_zero:
             remove_leftovers(self.folder)
         self._begun = True
