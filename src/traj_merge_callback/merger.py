@@ -475,6 +475,7 @@ class TrajectoryMerger:
         """
         if not self._active:
             return
+        self._output.resume()
         self.prepare(model)
         assert self.window is not None
         saved = load_state(Path(folder), self.window, step)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import os
 import socket
 import threading
@@ -80,6 +81,10 @@ class OutputFolder:
     def use(self) -> None:
         """Note that the run is alive."""
         self._used = time.monotonic()
+
+    def resume(self) -> None:
+        """Note that this run goes on with an earlier one of this process, whatever that one still does."""
+        self._began = math.inf
 
     def check(self) -> None:
         """Make sure that the folder is still this run's.
