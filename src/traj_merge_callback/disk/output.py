@@ -52,6 +52,7 @@ class OutputFolder:
         self._descriptor: int | None = None
         self._ended = threading.Event()
         self._close: Any = None
+        self._thread: threading.Thread | None = None
 
     def acquire(self) -> Path:
         """Take the folder, or one with a number behind its name; a folder that cannot be locked is used all the same.
@@ -116,6 +117,8 @@ class OutputFolder:
 
     def _let_go(self) -> None:
         self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
         if self._descriptor is not None:
             self._descriptor = None
             self._close()
@@ -167,9 +170,9 @@ class OutputFolder:
         self._descriptor, self._ended = descriptor, threading.Event()
         self._close = weakref.finalize(self, os.close, descriptor)
         _held[self._uuid] = self
-        threading.Thread(
-            target=_beat, args=(weakref.ref(self), self._ended, lock), name="traj-merge-lock", daemon=True
-        ).start()
+        arguments = weakref.ref(self), self._ended, lock
+        self._thread = threading.Thread(target=_beat, args=arguments, name="traj-merge-lock", daemon=True)
+        self._thread.start()
         return True
 
     def _is_alive(self, lock: Path, holder: dict[str, Any]) -> bool:
