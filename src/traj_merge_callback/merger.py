@@ -215,6 +215,7 @@ class TrajectoryMerger:
                 self._active = False
                 return None
         self._overhead.enter()
+        self._store.begin_in(self._writer, self.processes)
         self._check_written(step)
         with self._failures.contained("trajectory merging", step):
             record = self._record(self._schedule.advance(), step)
@@ -428,7 +429,7 @@ class TrajectoryMerger:
             # A merge under way can be made again if nothing was captured since: its rows and live weights are there.
             # What it learns is not in the state yet.
             again = self._schedule.merge_under_way and self._captured == self._state.last_merge_step
-            run = replace(self._state, busy_s=self._overhead.busy_s, wall_s=self._overhead.wall_s)
+            run = replace(self._state, busy_s=self._overhead.busy_s, wall_s=self._overhead.wall_s, run=self._store.run)
             saved = Saved(
                 copy.deepcopy(run),
                 self._state.last_merge_step if again else None,
@@ -482,7 +483,7 @@ class TrajectoryMerger:
         self._state, self._captured = saved.run, saved.merging
         if saved.heldout == self.heldout.digest:
             with self.processes.raise_on_all():
-                self._store.restore(saved.snapshots)
+                self._store.restore(saved.run.run, saved.snapshots)
         else:
             logger.info("the held-out data changed since %s was saved: losses measured before are forgotten", folder)
             self._state.search.forget_losses()

@@ -24,7 +24,7 @@ class Run:
 
     def steps(self, first, last):
         if self.resume:
-            self.merger.resume_from(self.folder / "state", self.model, first - 1)
+            self.merger.resume_from(lambda: self.folder / "state", self.model, first - 1)
         for step in range(first, last + 1):
             with torch.no_grad():
                 self.model.weight.mul_(0.9)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -199,11 +198,14 @@ def point_link(link: Path, target_name: str) -> None:
         raise
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left half-written in ``folder``: what :func:`temporary_path` names, and no more."""
-    for path in folder.glob(f"{TEMPORARY}*"):
-        if not re.fullmatch(rf"{re.escape(TEMPORARY)}.+-[0-9a-f]{{32}}", path.name):
-            continue
+def remove_leftovers(folder: Path, of: str = "*") -> None:
+    """Remove what a killed process left half-written in ``folder``: what :func:`temporary_path` names, and no more.
+
+    Args:
+        folder: of one run; no other process writes there.
+        of: a glob pattern of what was to be written.
+    """
+    for path in folder.glob(f"{TEMPORARY}{of}-{'[0-9a-f]' * 32}"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -19,13 +19,14 @@ import json
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..distributed import Processes
-from .atomic import point_link, remove_folder, remove_leftovers, shared_folder, write_whole
+from .atomic import Writer, point_link, remove_folder, remove_leftovers, shared_folder, write_whole
 from .checksums import with_checksums
 from .untrusted import folder_name_of_step, integer, is_folder_of_step, is_step_name, read_json_object, resolved
 
@@ -72,7 +73,9 @@ class SnapshotStore:
         self._keep_last = keep_last
         self._keep_best = keep_best
         self.entries: list[SnapshotEntry] = []
-        self._begun = False
+        #: Tells this run's snapshots from those of other runs; a resumed run is the same run.
+        self.run = uuid.uuid4().hex
+        self.begun = False
 
     @property
     def best(self) -> SnapshotEntry | None:
@@ -88,9 +91,39 @@ class SnapshotStore:
         """The published snapshot of the highest step."""
         return max(self.entries, key=lambda entry: entry.step, default=None)
 
-    def restore(self, entries: list[dict[str, Any]]) -> None:
+    def restore(self, run: str, entries: list[dict[str, Any]]) -> None:
         """Take over the entries of an earlier part of the same run, those whose folders are still there."""
+        self.run = run
         self.entries = [SnapshotEntry(**entry) for entry in entries if self._holds(entry["name"])]
+
+    def begin_in(self, writer: Writer, processes: Processes) -> None:
+        """Have the writer's thread do :meth:`begin`, on rank 0, if it was not done."""
+        if processes.is_rank_zero and not self.begun:
+            self.begun = True
+            writer.submit_unwatched(self.begin, "clearing the output folder")
+
+    def begin(self) -> None:
+        """Remove what killed processes left: half-written files, and this run's snapshots that it does not know.
+
+        A run that is killed has published snapshots after the state from which it goes on. Those of other runs stay.
+        """
+        self.begun = True
+        if not self.folder.is_dir():
+            return
+        self._check()
+        remove_leftovers(self.folder)
+        known = {entry.name for entry in self.entries}
+        orphans = [path for path in self.folder.glob("step-*") if path.name not in known and self._is_own(path)]
+        if orphans:
+            self._write_index()
+        for path in orphans:
+            remove_folder(path)
+
+    def _is_own(self, path: Path) -> bool:
+        try:
+            return self._holds(path.name) and read_merge(path).get("run") == self.run
+        except (OSError, ValueError):
+            return False
 
     def _holds(self, name: str) -> bool:
         return is_folder_of_step(self.folder / name, "merge.json")
@@ -122,12 +155,11 @@ class SnapshotStore:
         name = folder_name_of_step(step)
         processes = together or Processes(alone=True)
         processes.from_rank0(self._check)
-        if not self._begun and processes.is_rank_zero:
-            remove_leftovers(self.folder)
-        self._begun = True
+        if not self.begun and processes.is_rank_zero:
+            self.begin()
 
         def describe(checksums: dict[str, str]) -> None:
-            document = {"version": FORMAT_VERSION, **merge, "packages": _versions()}
+            document = {"version": FORMAT_VERSION, "run": self.run, **merge, "packages": _versions()}
             write_document(temporary, document, checksums)
 
         with shared_folder(self.folder / name, processes, describe=describe) as temporary:
@@ -160,10 +192,11 @@ class SnapshotStore:
         }
         write_whole(self.folder / "index.json", json.dumps(index, indent=2) + "\n")
         for key, entry in named.items():
-            if entry is None:
-                continue
             try:
-                point_link(self.folder / key, entry.name)
+                if entry is not None:
+                    point_link(self.folder / key, entry.name)
+                elif (self.folder / key).is_symlink():
+                    (self.folder / key).unlink()
             except OSError as error:
                 # Some file systems have no links; find_snapshot reads the index and needs none.
                 logger.debug("no symbolic link %s: %s", self.folder / key, error)

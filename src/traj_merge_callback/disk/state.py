@@ -13,6 +13,7 @@ some rank wrote; int8 rows are rounded once more where they are not.
 
 from __future__ import annotations
 
+import glob
 import itertools
 import json
 import os
@@ -29,7 +30,7 @@ from ..distributed import Processes
 from ..search.problem import SearchState
 from ..window.storage import BLOCK, decode_int8
 from ..window.window import CheckpointWindow
-from .atomic import TEMPORARY, remove_tree, shared_folder, write_tensors
+from .atomic import TEMPORARY, remove_leftovers, remove_tree, shared_folder, write_tensors
 from .checksums import check_document, check_files, with_checksums
 from .parts import PartsIndex, Range, part_path, ranges_of
 from .snapshots import SnapshotEntry
@@ -38,6 +39,7 @@ from .untrusted import (
     folder_name_of_step,
     integer,
     is_folder_of_step,
+    is_step_name,
     mapping,
     number,
     numbers,
@@ -64,6 +66,7 @@ class RunState:
         history: step and merged loss on the report split of every merge.
         busy_s: seconds spent in the callback.
         wall_s: seconds of training before the last resume.
+        run: tells the run from others, however often it is resumed.
     """
 
     last_step: int | None = None
@@ -72,6 +75,7 @@ class RunState:
     history: list[tuple[int, float]] = field(default_factory=list)
     busy_s: float = 0.0
     wall_s: float = 0.0
+    run: str = ""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RunState:
@@ -101,6 +105,7 @@ class RunState:
             history=[(integer(step), number(loss)) for step, loss in sequence(values["history"])],
             busy_s=busy_s,
             wall_s=wall_s,
+            run=texts([values["run"]])[0],
         )
 
 
@@ -227,6 +232,7 @@ def load_state(folder: Path, window: CheckpointWindow, step: int) -> Saved:
     """
     processes = window.processes
     saved, index, kept, document = processes.from_rank0(lambda: _read_document(folder, window, step))
+    processes.from_rank0(lambda: _remove_leftovers_beside(folder))
     with processes.raise_on_all():
         check_files(folder, document, processes.rank, processes.size)
     try:
@@ -237,6 +243,11 @@ def load_state(folder: Path, window: CheckpointWindow, step: int) -> Saved:
         window.clear()
         raise
     return saved
+
+
+def _remove_leftovers_beside(folder: Path) -> None:
+    """Remove states that a killed process left half-written where one stands from which its run goes on."""
+    remove_leftovers(folder.parent, "step-*" if is_step_name(folder.name) else glob.escape(folder.name))
 
 
 def remove_other_states(folder: Path | None) -> None:

@@ -18,6 +18,7 @@ from ..disk.model_files import collect_pretrained
 from ..merger import TrajectoryMerger
 from ..metrics import MergeRecord
 from ..window.capture import LossScaleWatch
+from .hub import leave_out_of_uploads
 from .trained_loss import say_if_another
 
 logger = logging.getLogger("traj_merge_callback")
@@ -143,6 +144,8 @@ class TrajMergeCallback(TrainerCallback):
                 "output_dir": self.config.output_dir or str(Path(args.output_dir) / self.config.named("merged")),
             },
         )
+        if args.push_to_hub:
+            leave_out_of_uploads(self.config.named(_STATE_FOLDER))
         self.merger.prepare(kwargs["model"])
         if state.global_step > 0:
             self.merger.resume_from(lambda: self._saved_window(args, state), kwargs["model"], state.global_step)
