@@ -34,7 +34,6 @@ from .engine.schedule import Schedule
 from .evaluate.heldout import HeldOutLoss, Nll, device_of
 from .metrics import MergeRecord
 from .search import resolve_search
-from .search.evaluation import Evaluation
 from .window.storage import in_memory
 from .window.window import CheckpointWindow
 
@@ -332,11 +331,6 @@ class TrajectoryMerger:
     def best_snapshot(self) -> Path | None:
         """The folder of the published snapshot of lowest loss on the search split so far."""
         return self.output_dir / self._store.best.name if self._store.best else None
-
-    def live_evaluation(self, model: nn.Module) -> Evaluation:
-        """The live model's loss on the report split, over the domains that are searched on; after :meth:`prepare`."""
-        assert self.window is not None
-        return self._schedule.evaluate(model, "report").only(self.heldout.searched)
 
     # What is due
 

@@ -126,7 +126,7 @@ def test_metrics_reach_every_logger_and_the_callbacks_that_monitor_them(tmp_path
     last = callback.merger.records[-1]
     assert float(trainer.callback_metrics["merge/loss"]) == pytest.approx(last.merged_loss)
     assert trainer.progress_bar_metrics["merge/gain"] == pytest.approx(last.gain)
-    # Before the first merge the monitored loss is live's; afterwards that of the last merge.
+    # Before the first merge no checkpoint is ranked; afterwards each by the last merge.
     scores = {
         int(path.split("step=")[1].split(".")[0]): float(score) for path, score in checkpoint.best_k_models.items()
     }

@@ -182,3 +182,16 @@ def test_a_window_that_is_gone_watches_no_optimizer():
     assert len(_global_optimizer_pre_hooks) == before + 1
     window.close()
     assert len(_global_optimizer_pre_hooks) == before
+
+
+def test_a_row_that_code_without_an_optimizer_wrote_into_is_dropped(window):
+    window.push(window.model, 1)
+    window.settle()
+    event = held_up(window)
+    window.push(window.model, 2)
+    with torch.no_grad():
+        window.model.weight.add_(1.0)
+    event.set()
+    with pytest.raises(RuntimeError, match=r"Call settle\(\) before"):
+        window.settle()
+    assert window.steps == (1,)

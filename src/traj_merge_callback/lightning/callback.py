@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import Optimizer
 
@@ -21,7 +22,15 @@ from ..metrics import MergeRecord
 from ..window.capture import LossScaleWatch
 from ..window.layout import unwrap
 from ..window.sharding import has_fsdp
+from .monitors import let_wait, stop_waiting
 from .validation_step import ValidationStep
+
+# Lightning's callbacks write weights in validation and in hooks of an epoch and the end, before which captures finish.
+_HOOKS = (
+    *("on_train_batch_end", "on_train_batch_start", "on_train_epoch_end", "on_train_epoch_start", "optimizer_step"),
+    *("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step"),
+)
+_WRITE_NOTHING = ("lightning.", "pytorch_lightning.", "traj_merge_callback.")
 
 
 class TrajMergeCallback(pl.Callback):
@@ -90,6 +99,8 @@ class TrajMergeCallback(pl.Callback):
             strategy, replaced = trainer.strategy, vars(trainer.strategy)
             replaced["save_checkpoint"] = functools.partial(_save_checkpoint, ours, strategy.save_checkpoint)
             replaced["remove_checkpoint"] = functools.partial(_remove_checkpoint, ours, strategy.remove_checkpoint)
+            loop = trainer.fit_loop
+            vars(loop)["on_run_end"] = functools.partial(_merge_before, ours, loop.on_run_end)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Build the engine, read the held-out data, and take over the window of a resumed run."""
@@ -117,7 +128,7 @@ class TrajMergeCallback(pl.Callback):
         if self._resumed:
             self.merger.resume_from(lambda: self._saved_window(trainer), self._model, trainer.global_step)
             self._resumed = False
-        self._answer_monitors(trainer)
+        let_wait(trainer, f"{self.config.name}/")
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -134,16 +145,18 @@ class TrajMergeCallback(pl.Callback):
             return
         self._last_step = step
         self.merger.step(self._model, step, skipped=self._loss_scale.skipped)
+        if _others_may_write(trainer):
+            self.merger.settle()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let a capture finish: other callbacks may put other weights into the module, such as an average of them."""
         if self.merger is not None:
             self.merger.settle()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Merge once more if the last step was not due. The trainer's last checkpoint is still of the live model."""
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let a capture finish: an epoch may begin with averaged weights."""
         if self.merger is not None:
-            self.merger.merge_at_end(self._model)
+            self.merger.settle()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Load the best snapshot if asked to, and release the window."""
@@ -156,9 +169,11 @@ class TrajMergeCallback(pl.Callback):
             self.merger.close()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the trainer's strategy its own methods back."""
+        """Give the trainer's strategy, loop and callbacks their own methods back."""
         for name in ("save_checkpoint", "remove_checkpoint"):
             vars(trainer.strategy).pop(name, None)
+        vars(trainer.fit_loop).pop("on_run_end", None)
+        stop_waiting(trainer)
 
     # The trainer's checkpoints
 
@@ -202,19 +217,25 @@ class TrajMergeCallback(pl.Callback):
         shown = {name: scalars[name] for name in names if name in scalars}
         trainer.progress_bar_metrics.update(shown)
 
-    def _answer_monitors(self, trainer: pl.Trainer) -> None:
-        """Give callbacks that monitor merge metrics a number before the first merge, where they would raise.
 
-        As long as nothing has been merged, the live model is the best there is.
-        """
-        monitors = {getattr(callback, "monitor", None) for callback in trainer.callbacks}
-        prefix = f"{self.config.name}/"
-        if self.merger is None or not any(str(name).startswith(prefix) for name in monitors):
-            return
-        live = self.merger.live_evaluation(self._model)
-        values = {"loss": live.loss, "live_loss": live.loss, "gain": 0.0}
-        values |= {"perplexity": live.perplexity, "live_perplexity": live.perplexity}
-        trainer.callback_metrics.update(as_tensors({prefix + name: value for name, value in values.items()}))
+def _merge_before(ours: list[TrajMergeCallback], end: Callable[[], None]) -> None:
+    """Merge once more if the last step was not due, before callbacks and module put other weights into the model.
+
+    That is before the hooks of the end of training, in which averaging callbacks write. The trainer's last checkpoint
+    is still of the live model.
+    """
+    for callback in ours:
+        if callback.merger is not None:
+            callback.merger.merge_at_end(callback._model)
+    end()
+
+
+def _others_may_write(trainer: pl.Trainer) -> bool:
+    """Whether somebody's own code runs between this hook and the next optimizer step, where it may write weights."""
+    foreign = [one for one in trainer.callbacks if not type(one).__module__.startswith(_WRITE_NOTHING)]
+    module = trainer.lightning_module
+    own = any(is_overridden(name, module) for name in _HOOKS) or not module.automatic_optimization
+    return own or bool(foreign)
 
 
 def _transfer(trainer: pl.Trainer, batch: Any) -> Any:

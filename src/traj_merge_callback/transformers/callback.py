@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import MergeConfig, check_side_by_side
 from ..disk.model_files import collect_pretrained
@@ -24,6 +24,9 @@ from .trained_loss import say_if_another
 logger = logging.getLogger("traj_merge_callback")
 _STATE_FOLDER = "traj_merge"
 _FLAGS = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
+
+
+_WRITE_NOTHING = ("transformers.", "trl.", "traj_merge_callback.")
 
 
 class TrajMergeCallback(TrainerCallback):
@@ -100,6 +103,12 @@ class TrajMergeCallback(TrainerCallback):
         def noting_the_checkpoint(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
             # Callbacks are not told which folder training resumes from.
             self._resume_from = resume_from_checkpoint
+            # Weights are captured before other callbacks, which may swap them for an average of their own, but after
+            # the one that decides what is due at a step.
+            callbacks = trainer.callback_handler.callbacks
+            others = [one for one in callbacks if one is not self]
+            first = [one for one in others if isinstance(one, (DefaultFlowCallback, TrajMergeCallback))]
+            callbacks[:] = [*first, self, *(one for one in others if one not in first)]
             try:
                 return train(resume_from_checkpoint, *args, **kwargs)
             except BaseException:
@@ -161,6 +170,9 @@ class TrajMergeCallback(TrainerCallback):
         if self.merger is None:
             return
         self.merger.step(kwargs["model"], state.global_step, skipped=self._loss_scale.skipped)
+        flags = (control.should_evaluate, control.should_save, control.should_epoch_stop)
+        if any(flags) or self._others_may_write():
+            self.merger.settle()
         if control.should_training_stop:
             self.merger.merge_at_end(kwargs["model"])
 
@@ -168,8 +180,10 @@ class TrajMergeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Merge for the last time if something stopped training early."""
-        if self.merger is not None and control.should_training_stop:
-            self.merger.merge_at_end(kwargs["model"])
+        if self.merger is not None:
+            self.merger.settle()
+            if control.should_training_stop:
+                self.merger.merge_at_end(kwargs["model"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save the window into the trainer's checkpoint, if the checkpoint can be resumed from."""
@@ -185,6 +199,13 @@ class TrajMergeCallback(TrainerCallback):
         vars(control).pop("_traj_merge_train", None)
         if self.merger is not None:
             self.merger.finish(kwargs["model"])
+
+    def _others_may_write(self) -> bool:
+        """Whether somebody's own callback runs before the next optimizer step, where it may write weights."""
+        if self._trainer is None:
+            return True
+        callbacks = self._trainer.callback_handler.callbacks
+        return any(not type(one).__module__.startswith(_WRITE_NOTHING) for one in callbacks)
 
     # What the trainer has to offer
 

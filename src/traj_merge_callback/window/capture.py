@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .devices import side_stream, worker
+from .modes import has_modes
 
 
 class Capture:
@@ -36,6 +37,8 @@ class Capture:
         self._reading: Future[None] | None = None
         self._jobs: list[Future[None]] = []
         self._copied: dict[torch.device, torch.cuda.Event] = {}
+        #: Optimizers that have taken a step and have modes for training and evaluation.
+        self.with_modes: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._worker: ThreadPoolExecutor | None = None
         self._hook: Any = None
         if asynchronous:
@@ -66,11 +69,12 @@ class Capture:
                 self._copied[device] = stream.record_event()
         on_cpu = [(target, source) for target, source in pairs if not source.is_cuda]
         events = list(self._copied.values())
+        versions = [source._version for _, source in on_cpu]
         if self._worker is None:
-            _copy(on_cpu)
+            _copy(on_cpu, versions)
             _call_after(events, then)
             return
-        self._reading = self._worker.submit(_copy, on_cpu)
+        self._reading = self._worker.submit(_copy, on_cpu, versions)
         self._jobs = [self._reading, self._worker.submit(_call_after, events, then)]
 
     def wait(self) -> None:
@@ -106,9 +110,14 @@ class Capture:
 
 
 @torch.no_grad()
-def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
+def _copy(pairs: list[tuple[Tensor, Tensor]], versions: list[int]) -> None:
     for target, source in pairs:
         target.copy_(source)
+    if [source._version for _, source in pairs] != versions:
+        raise RuntimeError(
+            "weights were written, and not by an optimizer of torch, while a capture of them was being copied; its row "
+            "is dropped. Call settle() before such code"
+        )
 
 
 @torch.no_grad()
@@ -121,6 +130,8 @@ def _call_after(events: list[torch.cuda.Event], then: Callable[[], None]) -> Non
 def _guard(capture: weakref.ref[Capture], optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
     """Before an optimizer step: wait for the capture, or replace the step's closure by one that waits at its end."""
     owner = capture()
+    if owner is not None and has_modes(optimizer):
+        owner.with_modes.add(optimizer)
     if owner is None or (owner._reading is None and not owner._copied):
         return None
     closure = args[1] if len(args) > 1 else kwargs.get("closure")

@@ -20,6 +20,7 @@ from ..pieces import COMBINE, PROJECT, Pieces, finish
 from . import products
 from .capture import Capture
 from .layout import ParameterGroups, ParameterLayout, parameter_groups
+from .modes import evaluated
 from .storage import CHUNK, DTYPES, Allocate, DenseRows, Ring, StoredRow, in_memory
 
 
@@ -224,10 +225,13 @@ class CheckpointWindow:
             then()
 
         tensors = self.layout.tensors(model)
-        sources = self.layout.locals(tensors)
         volatile = self.layout.volatile(model, tensors)
-        sources = [tensor.clone() if now else tensor for tensor, now in zip(sources, volatile, strict=True)]
-        self._capture.begin(list(zip(self.layout.views(target).values(), sources, strict=True)), arrived)
+        with evaluated(self._capture.with_modes, tensors) as written:
+            sources = self.layout.locals(tensors)
+            sources = [tensor.clone() if now else tensor for tensor, now in zip(sources, volatile, strict=True)]
+            self._capture.begin(list(zip(self.layout.views(target).values(), sources, strict=True)), arrived)
+            if written:
+                self._capture.wait()
 
     def _keep_finite(self, row: Tensor) -> None:
         """Put other numbers in the place of buffers that are not finite, which would spoil products and int8 blocks."""
