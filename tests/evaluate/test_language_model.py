@@ -22,6 +22,7 @@ from transformers import (
 
 from traj_merge_callback import CheckpointWindow, HeldOutLoss
 from traj_merge_callback.evaluate.candidate import Candidates, weights_in
+from traj_merge_callback.evaluate.parking import Parking
 from traj_merge_callback.pieces import finish
 
 SMALL = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2}
@@ -110,7 +111,8 @@ def test_gradients_are_of_the_language_model_loss(batches):
             parameter.add_(0.1 * torch.randn_like(parameter))
     window.push(model, 2)
     loss = HeldOutLoss(batches)
-    candidates = Candidates(weights_in(model, window, 0), window, loss)
+    parking = Parking(torch.device("cpu"), window.processes)
+    candidates = Candidates(weights_in(model, window, 0, parking), window, loss)
 
     def measure(weight, gradient):
         weights = torch.tensor([1 - weight, weight], dtype=torch.float64).numpy()
