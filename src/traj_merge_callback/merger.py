@@ -15,26 +15,21 @@ from typing import Any
 from torch import nn
 
 from .config import MergeConfig
-from .disk.atomic import Writer, remove_tree
-from .disk.mapped import on_disk
+from .disk.atomic import remove_tree
 from .disk.metrics_file import MetricsFile
 from .disk.model_files import load_merged
 from .disk.output import OutputFolder
-from .disk.parts import PartsIndex
 from .disk.snapshots import SnapshotStore
 from .disk.state import RunState, Saved, load_state
 from .distributed import CollectiveTimeout, Processes, several_ranks
 from .engine.budget import Overhead
-from .engine.choose import Chooser
 from .engine.failures import Failures
-from .engine.merge import Merge
-from .engine.publish import Extra, Publisher
-from .engine.saving import StateSaver
-from .engine.schedule import Schedule
-from .evaluate.heldout import HeldOutLoss, Nll, device_of
+from .engine.making import Merging, make_merging
+from .engine.publish import Extra
+from .engine.schedule import passed
+from .evaluate.heldout import HeldOutLoss, Nll
 from .metrics import MergeRecord
-from .search import resolve_search
-from .window.storage import in_memory
+from .search.problem import SearchState
 from .window.window import CheckpointWindow
 
 logger = logging.getLogger("traj_merge_callback")
@@ -128,6 +123,8 @@ class TrajectoryMerger:
         self._due = False
         # The step of the last capture, of a row or of a sample of one.
         self._captured: int | None = None
+        self._missed = False  # whether a sample of the mean row begun was left out
+        self._renewing = False  # whether a window is to replace one of other parameters
 
     def prepare(self, model: nn.Module) -> None:
         """Allocate the window for ``model``. The first ``step`` does it otherwise.
@@ -141,46 +138,14 @@ class TrajectoryMerger:
             return
         if self.processes.size == 1 and several_ranks():
             raise RuntimeError("construct TrajectoryMerger after torch.distributed is initialized, on every rank")
-        self.output_dir = self._store.folder = self.processes.from_rank0(self._output.acquire)
-        self._metrics.path = self.output_dir / "metrics.jsonl"
-        average_rate, options = resolve_search(self.config.search).average_rate, self.config.search_options
-        allocate = {
-            "memory": lambda: None,
-            "disk": lambda: on_disk(self.output_dir, self.processes),
-            "device": lambda: in_memory(device=device_of(model)),
-        }[self.config.window_storage]
-        window = CheckpointWindow(
-            model,
-            self.config.window_size,
-            dtype=self.config.dtype,
-            trainable_only=self.config.trainable_only,
-            average_rate=(lambda step: average_rate(step, **options)) if average_rate else None,
-            mean_rows=self.config.row == "mean",
-            groups=self.config.groups,
-            allocate=allocate(),
-            buffered=self.config.window_storage == "disk",
-            asynchronous=True,
-            processes=self.processes,
-        )
-        index = PartsIndex.of(window.layout.slots, self.processes)
-        self._writer = Writer(device_of(model))
-        self._saver = StateSaver(window, index, self._writer, self._writer_processes, self.output_dir)
-        publisher = Publisher(
-            self.config,
-            window,
-            index,
-            self._store,
-            self._writer,
-            self._failures,
-            self._writer_processes,
-            self._extra,
-        )
-        chooser = Chooser(self.config, self.heldout, self.processes)
-        merge = Merge(model, window, self.config, self.heldout, chooser, publisher)
-        self._schedule = Schedule(self.config, self.heldout, merge, self._overhead, self._writer.wait, self.processes)
-        self.window = window
-        self._waited_s = 0.0
-        self._overhead.begin()
+        if not self._renewing:
+            self.output_dir = self._store.folder = self.processes.from_rank0(self._output.acquire)
+            self._metrics.path = self.output_dir / "metrics.jsonl"
+            self._overhead.begin()
+        run = (self.config, self.heldout, self._store, self._failures, self._overhead, self._extra)
+        made = make_merging(model, *run, processes=(self.processes, self._writer_processes))
+        self.window, self._writer, self._saver, self._schedule = made
+        self._waited_s, self._renewing = 0.0, False
 
     def step(self, model: nn.Module, step: int, *, skipped: Callable[[], bool] = lambda: False) -> MergeRecord | None:
         """Capture a checkpoint, and begin or advance a merge, if due. Call after each optimizer step.
@@ -207,13 +172,20 @@ class TrajectoryMerger:
     def _step(self, model: nn.Module, step: int, skipped: Callable[[], bool]) -> MergeRecord | None:
         started = time.perf_counter()
         record = None
+        if self.window is not None and (self._schedule.under_way or self._is_due(step)):
+            with self._failures.contained("preparing a new window", step):
+                self._renew_if_changed(model, step)
         if self.window is None:
+            if self._renewing and not self._is_due(step):
+                return None
             with self._failures.contained("preparing the window", step), self.processes.raise_on_all():
                 self.prepare(model)
             if self.window is None:
-                self._active = False
+                self._active = self._renewing
+                self._state.last_step = step
                 return None
-        self._overhead.enter()
+        self._overhead.spend(self.window.waited_s - self._waited_s)
+        self._overhead.enter(started)
         self._store.begin_in(self._writer, self.processes)
         self._check_written(step)
         with self._failures.contained("trajectory merging", step):
@@ -223,10 +195,22 @@ class TrajectoryMerger:
                 self._begin(model, step)
                 if self.config.schedule == "blocking":
                     record = self._record(self._schedule.complete(), step) or record
-        self._overhead.spend(self.window.waited_s - self._waited_s)
         self._waited_s = self.window.waited_s
-        self._overhead.leave(started)
+        self._overhead.leave()
         return record
+
+    def _renew_if_changed(self, model: nn.Module, step: int) -> None:
+        """If the model has other merged parameters than the window's, release it; a new one takes its place."""
+        assert self.window is not None
+        change = self.window.layout.change(model)
+        if not self.processes.all_reduce_max(float(change is not None))[0]:
+            return
+        change = change or "the model's parameters changed on another rank"
+        logger.warning("step %d: %s; merging goes on with a new window", step, change)
+        self._check_written(step)
+        self._release_window()
+        self._renewing, self._captured, self._missed = True, None, False
+        self._state.search = SearchState()
 
     @contextmanager
     def _timeout_ends_merging(self, step: int) -> Iterator[None]:
@@ -264,8 +248,13 @@ class TrajectoryMerger:
         return None
 
     def _merge_at_end(self, model: nn.Module, step: int) -> MergeRecord | None:
-        assert self.window is not None
         record = None
+        self._overhead.enter(time.perf_counter())
+        with self._failures.contained("preparing a new window", step):
+            self._renew_if_changed(model, step)
+            self.prepare(model)
+        if self.window is None:
+            return None
         with self._failures.contained("trajectory merging", step):
             record = self._record(self._schedule.complete(), step)
         wanted = self.config.merge_at_end and step >= self.config.start_step
@@ -282,6 +271,7 @@ class TrajectoryMerger:
                 record = self._record(self._schedule.complete(), step) or record
         self._writer.wait()
         self._check_written(step)
+        self._overhead.leave()
         return record
 
     def _check_written(self, step: int) -> None:
@@ -307,17 +297,20 @@ class TrajectoryMerger:
 
     def close(self) -> None:
         """Abandon the merge under way, wait for files being written, release the window, log a summary of failures."""
-        if self.window is not None:
-            window, self.window = self.window, None
-            self._schedule.abandon()
-            self._writer.close()
-            self._saver.remove_orphans()
+        if self.window is not None or self._renewing:
+            self._release_window()
+            self._renewing = False
             self._output.release()
-            window.close()
             self._writer_processes.close()
             self.processes.close()
         self._failures.summarise()
         self._failures.counts.clear()
+
+    def _release_window(self) -> None:
+        if self.window is not None:
+            Merging(self.window, self._writer, self._saver, self._schedule).release()
+            self.window = None
+            del self._schedule, self._saver, self._writer  # which hold its memory
 
     def __enter__(self) -> TrajectoryMerger:
         return self
@@ -334,12 +327,20 @@ class TrajectoryMerger:
 
     # What is due
 
+    def _is_due(self, step: int) -> bool:
+        """Whether a row, or a sample of one, is."""
+        every = self.config.capture_every // self.config.samples
+        return step >= self.config.start_step and passed(every, self._previous(step), step)
+
+    def _previous(self, step: int) -> int:
+        return step - 1 if self._state.last_step is None else self._state.last_step
+
     def _capture(self, model: nn.Module, step: int, skipped: Callable[[], bool]) -> bool:
         """Capture a checkpoint if one is due, and note if a merge is; returns whether the window has a new row."""
         config, window, state = self.config, self.window, self._state
         assert window is not None
-        previous = step - 1 if state.last_step is None else state.last_step
-        if step < config.start_step or not _passed(config.capture_every // config.samples, previous, step):
+        previous = self._previous(step)
+        if not self._is_due(step):
             state.last_step = step
             return False
         # Rows that a merge or a checkpoint of the trainer still reads are not overwritten.
@@ -349,10 +350,17 @@ class TrajectoryMerger:
         if was_skipped:
             return False
         state.last_step = step
-        self._due |= _passed(config.merge_every, previous, step)
+        self._due |= passed(config.merge_every, previous, step)
+        is_row = passed(config.capture_every, previous, step)
+        self._missed |= bool(in_use)
+        if self._missed and is_row:
+            # A mean row is one of all its samples: those of a span with gaps are forgotten, and of a span without end.
+            window.forget_samples()
+            self._missed = False
+            if in_use or config.row == "mean":
+                return False
         if in_use:
             return False
-        is_row = _passed(config.capture_every, previous, step)
         with self.processes.raise_on_all():
             if is_row:
                 window.push(model, step)
@@ -486,8 +494,3 @@ class TrajectoryMerger:
         self._metrics.resumed = True
         if saved.merging is not None:
             self._schedule.begin(model, self._state.search, saved.merging, self.config.evaluations)
-
-
-def _passed(every: int, previous: int, step: int) -> bool:
-    """Whether a multiple of ``every`` lies in ``(previous, step]``: also true if the exact step was skipped."""
-    return step // every > previous // every

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from traj_merge_callback import HeldOutLoss, Search, TrajectoryMerger, find_snapshot, load_merged, read_merge
+from traj_merge_callback.engine.schedule import passed
 from traj_merge_callback.evaluate.language_model import language_model_nll
-from traj_merge_callback.merger import _passed
 from traj_merge_callback.metrics import MEANINGS
 from traj_merge_callback.search import recipes
 
@@ -329,7 +329,7 @@ def test_a_read_only_folder_still_gives_the_metrics(loader, train, tmp_path):
 @given(every=st.integers(1, 20), steps=st.lists(st.integers(1, 200), min_size=1, max_size=40, unique=True))
 def test_what_is_due_is_done_once_even_if_its_exact_step_is_skipped(every, steps):
     steps = sorted(steps)
-    done = [step for previous, step in zip([0, *steps], steps) if _passed(every, previous, step)]
+    done = [step for previous, step in zip([0, *steps], steps) if passed(every, previous, step)]
     multiples = {next((s for s in steps if s >= m), None) for m in range(every, steps[-1] + 1, every)}
     assert done == sorted(multiples - {None})
 

@@ -283,19 +283,18 @@ def test_overhead_is_the_share_of_wall_time_taken(monkeypatch):
     overhead = Overhead(0.1, None)
     for _ in range(10):
         now[0] += 0.9  # a training step
-        overhead.enter()
-        entered = now[0]
+        overhead.enter(now[0])
         now[0] += 0.1
-        overhead.leave(entered)
+        overhead.leave()
     assert overhead.share == pytest.approx(0.1)
     assert overhead.allowance == pytest.approx(0.0)
     assert overhead.max_pause == pytest.approx(3 * 0.9)
-    overhead.enter()
-    entered = now[0]
+    overhead.enter(now[0])
     now[0] += 1.0
     overhead.hide(0.4)  # the GPU was still training
     overhead.spend(0.2)  # an optimizer step waited
-    overhead.leave(entered)
+    assert overhead.share == pytest.approx((1.0 + 0.6 + 0.2) / now[0])  # also before it is left
+    overhead.leave()
     assert overhead.busy_s == pytest.approx(1.0 + 0.6 + 0.2)
     overhead.begin(busy_s=3.0, wall_s=30.0)
     assert overhead.allowance == pytest.approx(0.0)

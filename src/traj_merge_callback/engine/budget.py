@@ -124,6 +124,7 @@ class Overhead:
         self._max_pause = max_pause
         self._began = self._left = time.perf_counter()
         self._step_seconds: deque[float] = deque(maxlen=20)
+        self._entered: float | None = None
         self._earlier_s = self._hidden_s = 0.0
         self.busy_s = 0.0
 
@@ -139,8 +140,9 @@ class Overhead:
 
     @property
     def share(self) -> float:
-        """Share of wall time spent here so far."""
-        return self.busy_s / max(self.wall_s, 1e-9)
+        """Share of wall time spent here so far, now included."""
+        now = 0.0 if self._entered is None else time.perf_counter() - self._entered - self._hidden_s
+        return (self.busy_s + now) / max(self.wall_s, 1e-9)
 
     @property
     def allowance(self) -> float:
@@ -159,19 +161,21 @@ class Overhead:
         """Seconds to plan for between two training steps, below ``max_pause`` by a margin."""
         return _MARGIN * self.max_pause
 
-    def enter(self) -> None:
-        """Training has come to a step boundary."""
+    def enter(self, entered: float) -> None:
+        """Training waits since this time of ``time.perf_counter()``, at a step boundary or at its end."""
         self._step_seconds.append(time.perf_counter() - self._left)
+        self._entered = entered
 
     def hide(self, seconds: float) -> None:
         """Do not count these seconds since :meth:`enter`: training's own kernels were still running."""
         self._hidden_s += seconds
 
-    def leave(self, entered: float) -> None:
-        """Training goes on; it was entered at this time of ``time.perf_counter()``."""
+    def leave(self) -> None:
+        """Training goes on."""
         self._left = time.perf_counter()
-        self.spend(self._left - entered - self._hidden_s)
-        self._hidden_s = 0.0
+        if self._entered is not None:
+            self.spend(self._left - self._entered - self._hidden_s)
+        self._entered, self._hidden_s = None, 0.0
 
     def spend(self, seconds: float) -> None:
         """Count seconds by which training was held up."""

@@ -199,12 +199,18 @@ class ParameterLayout:
             ValueError: names or shapes of the merged parameters changed since the layout was made.
         """
         self.sharding.reshard()
+        if (change := self.change(model)) is not None:
+            raise ValueError(change)
         found = {name: tensor for name, tensor, _ in self._walk(unwrap(model))}
-        now = {name: tuple(tensor.shape) for name, tensor in found.items()}
-        then = {slot.name: slot.shard.held for slot in self.slots}
-        if now != then:
-            raise ValueError(f"the model's parameters changed since the first checkpoint: {_difference(then, now)}")
         return [found[slot.name] for slot in self.slots]
+
+    def change(self, model: nn.Module) -> str | None:
+        """What makes the model's merged parameters other ones than the layout's, in words; None: nothing."""
+        now = {name: tuple(tensor.shape) for name, tensor, _ in self._walk(unwrap(model))}
+        then = {slot.name: slot.shard.held for slot in self.slots}
+        if now == then:
+            return None
+        return f"the model's parameters changed since the first checkpoint: {_difference(then, now)}"
 
     def locals(self, tensors: list[Tensor]) -> list[Tensor]:
         """This rank's shard of each of the model's :meth:`tensors`, no copies, in the shapes of :meth:`views`."""

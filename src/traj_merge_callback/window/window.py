@@ -207,6 +207,11 @@ class CheckpointWindow:
         self._pushing = True
         ring.add(step)
 
+    def forget_samples(self) -> None:
+        """Begin the mean row anew: the next sample, or push, is its first."""
+        self.settle()
+        self._ring.sampled = 0
+
     def _copy_live(self, model: nn.Module, then: Callable[[], None], index: int | None = None) -> None:
         """Begin to copy live weights to the ring's ``arrival``, or to row ``index`` itself if rows are exact copies.
 

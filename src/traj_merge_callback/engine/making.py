@@ -1,0 +1,94 @@
+"""What merges the checkpoints of one set of parameters, made as the options have it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+from ..config import MergeConfig
+from ..disk.atomic import Writer
+from ..disk.mapped import on_disk
+from ..disk.parts import PartsIndex
+from ..disk.snapshots import SnapshotStore
+from ..distributed import Processes
+from ..evaluate.heldout import HeldOutLoss, device_of
+from ..search import resolve_search
+from ..window.storage import in_memory
+from ..window.window import CheckpointWindow
+from .budget import Overhead
+from .choose import Chooser
+from .failures import Failures
+from .merge import Merge
+from .publish import Extra, Publisher
+from .saving import StateSaver
+from .schedule import Schedule
+
+
+class Merging(NamedTuple):
+    """The window of one set of parameters, and what works on it."""
+
+    window: CheckpointWindow
+    writer: Writer
+    saver: StateSaver
+    schedule: Schedule
+
+    def release(self) -> None:
+        """Abandon the merge under way, wait for files being written, and release the window."""
+        self.schedule.abandon()
+        self.writer.close()
+        self.saver.remove_orphans()
+        self.window.close()
+
+
+def make_merging(
+    model: nn.Module,
+    config: MergeConfig,
+    heldout: HeldOutLoss,
+    store: SnapshotStore,
+    failures: Failures,
+    overhead: Overhead,
+    extra: Extra | None,
+    *,
+    processes: tuple[Processes, Processes],
+) -> Merging:
+    """Allocate a window for the parameters that ``model`` has now.
+
+    Args:
+        model: the model being trained.
+        config: the options.
+        heldout: the held-out loss.
+        store: of snapshots, in the output folder.
+        failures, overhead: of the run.
+        extra: see :class:`Publisher`.
+        processes: the ranks, and once more for the writer's thread.
+
+    Raises:
+        ValueError: the model cannot be merged.
+    """
+    ranks, writer_ranks = processes
+    average_rate, options = resolve_search(config.search).average_rate, config.search_options
+    allocate = {
+        "memory": lambda: None,
+        "disk": lambda: on_disk(store.folder, ranks),
+        "device": lambda: in_memory(device=device_of(model)),
+    }[config.window_storage]
+    window = CheckpointWindow(
+        model,
+        config.window_size,
+        dtype=config.dtype,
+        trainable_only=config.trainable_only,
+        average_rate=(lambda step: average_rate(step, **options)) if average_rate else None,
+        mean_rows=config.row == "mean",
+        groups=config.groups,
+        allocate=allocate(),
+        buffered=config.window_storage == "disk",
+        asynchronous=True,
+        processes=ranks,
+    )
+    index = PartsIndex.of(window.layout.slots, ranks)
+    writer = Writer(device_of(model))
+    saver = StateSaver(window, index, writer, writer_ranks, store.folder)
+    publisher = Publisher(config, window, index, store, writer, failures, writer_ranks, extra)
+    merge = Merge(model, window, config, heldout, Chooser(config, heldout, ranks), publisher)
+    return Merging(window, writer, saver, Schedule(config, heldout, merge, overhead, writer.wait, ranks))
