@@ -53,6 +53,8 @@ class MergeRecord:
         finished_step: optimizer step at which the merge was done; ``step`` if training waited for it.
         seconds, longest_pause, overhead, window_bytes: see ``MEANINGS``.
         search_losses: live and merged loss on the search split, the optimistic numbers the choice was made by.
+        source: "merge", or "live" where no merge was better than live on the search split: ``merged_loss`` is then
+            live's, the gain is 0, and a snapshot of this step holds live's weights.
         domains: per named domain ``{"live_loss", "merged_loss", "gain", "gain_stderr"}``.
         snapshot: folder of the published snapshot, None if none was published.
         name: the option ``name``, which stands in place of "merge" in the names of ``MEANINGS``.
@@ -74,6 +76,7 @@ class MergeRecord:
     forward_equivalents: float
     allowed: dict[str, int]
     search_losses: dict[str, float]
+    source: str
     domains: dict[str, dict[str, float | None]]
     window_bytes: int
     steps_saved: int = 0

@@ -212,6 +212,8 @@ class Chooser:
         if shared is None:
             # Live itself; where rows are means it is no merge of them, and all their weights are zero.
             shared = np.zeros(problem.size) if problem.live is None else problem.live
+        if chosen.weights is None and self._processes.is_rank_zero:
+            logger.info("step %d: no merge was better than live on the search split: live itself is published", step)
         by_group = {}
         if window.groups is not None and chosen.weights is not None and chosen.weights.ndim == 2:
             by_group = dict(zip(window.groups.names, chosen.weights.tolist(), strict=True))
@@ -219,6 +221,7 @@ class Chooser:
             "weights": shared[problem.leading_rows :].tolist(),
             "running_sum_weights": shared[: problem.leading_rows].tolist(),
             "group_weights": by_group,
+            "source": "live" if chosen.weights is None else "merge",
             "search_losses": {"live": problem.live_loss, "merged": chosen.loss},
         }
 

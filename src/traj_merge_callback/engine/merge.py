@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from contextlib import ExitStack
 
@@ -19,6 +20,8 @@ from ..search.problem import SearchState
 from ..window.window import CheckpointWindow
 from .choose import Chooser
 from .publish import Publisher
+
+logger = logging.getLogger("traj_merge_callback")
 
 
 class Merge:
@@ -104,6 +107,14 @@ class Merge:
         losses = report_losses(live, merged, self._heldout.searched)
         if not math.isfinite(losses["gain"]):
             raise ValueError(f"the held-out loss on the report split is not finite: {losses}")
+        if losses["gain"] < 0 and window.processes.is_rank_zero:
+            logger.warning(
+                "step %d: the merge is worse than live by %.3g nats per token on the report split; on the search split, "
+                "by which it was chosen, it is better by %.3g",
+                step,
+                -losses["gain"],
+                live_search.loss - described["search_losses"]["merged"],
+            )
         snapshot = None
         if self._config.publishes:
             not_finite, at_once = (yield from candidates.not_finite()), self.parking.tight

@@ -1,0 +1,90 @@
+"""What is published where merging does not help, and which rows a mean is of."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from conftest import AT_ONCE, tiny_llama, train_steps
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+
+from traj_merge_callback import Search, TrajectoryMerger, find_snapshot, read_merge
+from traj_merge_callback.evaluate.heldout import language_model_nll
+
+OPTIONS = {"window_size": 4, "capture_every": 2, "merge_every": 8, "heldout_batches": 4, "progress": False} | AT_ONCE
+
+
+class Far(Search):
+    """Proposes one merge, far behind live."""
+
+    def __init__(self, problem):
+        self.candidates = [np.array([3.0] + [0.0] * (problem.size - 2) + [-2.0])]
+
+    def ask(self):
+        return self.candidates.pop() if self.candidates else None
+
+
+def test_live_itself_is_published_where_no_merge_is_better(train, heldout, tmp_path, caplog):
+    model = tiny_llama()
+    merger = TrajectoryMerger(
+        DataLoader(heldout, 8), output_dir=str(tmp_path), search=f"{__name__}:Far", on_error="raise", **OPTIONS
+    )
+    with caplog.at_level(logging.INFO, "traj_merge_callback"):
+        train_steps(model, train, 8, lambda step: merger.step(model, step))
+    merger.close()
+    (record,) = merger.records
+    assert (record.source, record.gain, record.weights) == ("live", 0.0, [0.0, 0.0, 0.0, 1.0])
+    assert caplog.text.count("step 8: no merge was better than live") == 1
+    found = find_snapshot(tmp_path, "latest")
+    assert read_merge(found)["source"] == "live"
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["source"] == "live"
+    live, published = model.state_dict(), load_file(found / "model.safetensors")
+    assert all(torch.equal(value, live[name]) for name, value in published.items())
+
+
+def test_a_merge_that_is_worse_on_the_report_split_says_so(train, heldout, tmp_path, caplog):
+    reported = set()
+
+    def nll(model, batch):
+        value, tokens = language_model_nll(model, batch)
+        # What is better on the search split is worse here.
+        return (10.0 * tokens - value if batch["input_ids"].sum().item() in reported else value), tokens
+
+    model = tiny_llama()
+    merger = TrajectoryMerger(DataLoader(heldout, 8), nll=nll, output_dir=str(tmp_path), on_error="raise", **OPTIONS)
+    reported |= {batch.data["input_ids"].sum().item() for batch in merger.heldout._batches["report"]}
+    train_steps(model, train, 8, lambda step: merger.step(model, step))
+    merger.close()
+    (record,) = merger.records
+    assert record.source == "merge"
+    assert record.search_losses["merged"] < record.search_losses["live"]
+    assert record.gain < 0
+    assert caplog.text.count("step 8: the merge is worse than live by") == 1
+    assert read_merge(record.snapshot)["report_split"]["gain"] == record.gain
+
+
+@pytest.mark.parametrize(("read", "expected"), [(range(6, 9), [4, 12, 16, 20]), (range(6, 10), [4, 16, 20])])
+def test_a_mean_row_is_of_its_own_span_whole(train, heldout, tmp_path, read, expected):
+    options = {**OPTIONS, "capture_every": 4, "merge_every": 1000, "row": "mean", "samples_per_row": 4}
+    # Rows that are being read are not waited for, and the trial of what merges take is over at once.
+    options |= {"schedule": "interleaved", "on_error": "raise", "max_pause": 100.0}
+    merger = TrajectoryMerger(DataLoader(heldout, 8), output_dir=str(tmp_path), **options)
+    model, weights = tiny_llama(), {}
+    merger.prepare(model)
+
+    def each(step):
+        weights[step] = torch.cat([p.detach().flatten() for p in model.parameters()])
+        if step in read:
+            with merger.window.in_use():
+                merger.step(model, step)
+        else:
+            merger.step(model, step)
+
+    train_steps(model, train, 20, each)
+    assert merger.window.steps == tuple(expected)
+    for one, step in enumerate(expected):
+        mean = torch.stack([weights[s] for s in range(step - 3, step + 1)]).mean(0)
+        torch.testing.assert_close(merger.window.combine(np.eye(len(expected))[one]), mean, atol=1e-6, rtol=1e-5)
+    merger.close()
