@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from traj_merge_callback import Search, TrajectoryMerger, find_snapshot, read_merge
-from traj_merge_callback.evaluate.heldout import language_model_nll
+from traj_merge_callback.evaluate.language_model import language_model_nll
 
 OPTIONS = {"window_size": 4, "capture_every": 2, "merge_every": 8, "heldout_batches": 4, "progress": False} | AT_ONCE
 

@@ -109,11 +109,11 @@ class Merge:
             raise ValueError(f"the held-out loss on the report split is not finite: {losses}")
         if losses["gain"] < 0 and window.processes.is_rank_zero:
             logger.warning(
-                "step %d: the merge is worse than live by %.3g nats per token on the report split; on the search split, "
-                "by which it was chosen, it is better by %.3g",
+                "step %d: the merge is worse than live by %.3g nats per token on the report split; on the search "
+                "split, by which it was chosen, it is better by %.3g",
                 step,
                 -losses["gain"],
-                live_search.loss - described["search_losses"]["merged"],
+                described["search_losses"]["live"] - described["search_losses"]["merged"],
             )
         snapshot = None
         if self._config.publishes:
