@@ -119,10 +119,8 @@ class TrajectoryMerger:
             )
         self._state = RunState()
         self._overhead = Overhead(self.config.max_overhead, self.config.max_pause)
-        # Whether a merge is due that has not begun.
-        self._due = False
-        # The step of the last capture, of a row or of a sample of one.
-        self._captured: int | None = None
+        self._due = False  # whether a merge is due that has not begun
+        self._captured: int | None = None  # the step of the last capture, of a row or of a sample of one
         self._missed = False  # whether a sample of the mean row begun was left out
         self._renewing = False  # whether a window is to replace one of other parameters
 
