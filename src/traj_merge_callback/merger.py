@@ -24,9 +24,9 @@ from .disk.state import RunState, Saved, load_state
 from .distributed import CollectiveTimeout, Processes, several_ranks
 from .engine.budget import Overhead
 from .engine.failures import Failures
-from .engine.making import Merging, make_merging
+from .engine.making import make_merging
 from .engine.publish import Extra
-from .engine.schedule import passed
+from .engine.schedule import Schedule, passed
 from .evaluate.heldout import HeldOutLoss, Nll
 from .metrics import MergeRecord
 from .search.problem import SearchState
@@ -140,9 +140,12 @@ class TrajectoryMerger:
             self.output_dir = self._store.folder = self.processes.from_rank0(self._output.acquire)
             self._metrics.path = self.output_dir / "metrics.jsonl"
             self._overhead.begin()
-        run = (self.config, self.heldout, self._store, self._failures, self._overhead, self._extra)
+        run = (self.config, self.heldout, self._store, self._failures, self._extra)
         made = make_merging(model, *run, processes=(self.processes, self._writer_processes))
-        self.window, self._writer, self._saver, self._schedule = made
+        self._merging, self._writer, self._saver = made, made.writer, made.saver
+        wait, ranks = made.writer.wait, self.processes
+        self._schedule = Schedule(self.config, self.heldout, made.merge, self._overhead, wait, ranks)
+        self.window = made.window
         self._waited_s, self._renewing = 0.0, False
 
     def step(self, model: nn.Module, step: int, *, skipped: Callable[[], bool] = lambda: False) -> MergeRecord | None:
@@ -306,9 +309,10 @@ class TrajectoryMerger:
 
     def _release_window(self) -> None:
         if self.window is not None:
-            Merging(self.window, self._writer, self._saver, self._schedule).release()
+            self._schedule.abandon()
+            self._merging.release()
             self.window = None
-            del self._schedule, self._saver, self._writer  # which hold its memory
+            del self._merging, self._schedule, self._saver, self._writer  # which hold its memory
 
     def __enter__(self) -> TrajectoryMerger:
         return self

@@ -16,13 +16,11 @@ from ..evaluate.heldout import HeldOutLoss, device_of
 from ..search import resolve_search
 from ..window.storage import in_memory
 from ..window.window import CheckpointWindow
-from .budget import Overhead
 from .choose import Chooser
 from .failures import Failures
 from .merge import Merge
 from .publish import Extra, Publisher
 from .saving import StateSaver
-from .schedule import Schedule
 
 
 class Merging(NamedTuple):
@@ -31,11 +29,10 @@ class Merging(NamedTuple):
     window: CheckpointWindow
     writer: Writer
     saver: StateSaver
-    schedule: Schedule
+    merge: Merge
 
     def release(self) -> None:
-        """Abandon the merge under way, wait for files being written, and release the window."""
-        self.schedule.abandon()
+        """Wait for files being written, and release the window."""
         self.writer.close()
         self.saver.remove_orphans()
         self.window.close()
@@ -47,7 +44,6 @@ def make_merging(
     heldout: HeldOutLoss,
     store: SnapshotStore,
     failures: Failures,
-    overhead: Overhead,
     extra: Extra | None,
     *,
     processes: tuple[Processes, Processes],
@@ -59,7 +55,7 @@ def make_merging(
         config: the options.
         heldout: the held-out loss.
         store: of snapshots, in the output folder.
-        failures, overhead: of the run.
+        failures: of the run.
         extra: see :class:`Publisher`.
         processes: the ranks, and once more for the writer's thread.
 
@@ -91,4 +87,4 @@ def make_merging(
     saver = StateSaver(window, index, writer, writer_ranks, store.folder)
     publisher = Publisher(config, window, index, store, writer, failures, writer_ranks, extra)
     merge = Merge(model, window, config, heldout, Chooser(config, heldout, ranks), publisher)
-    return Merging(window, writer, saver, Schedule(config, heldout, merge, overhead, writer.wait, ranks))
+    return Merging(window, writer, saver, merge)
