@@ -108,7 +108,10 @@ class Merge:
         if not math.isfinite(losses["gain"]):
             raise ValueError(f"the held-out loss on the report split is not finite: {losses}")
         if losses["gain"] < 0 and window.processes.is_rank_zero:
-            logger.warning(
+            # Within two standard errors of 0 it may as well be as good as live.
+            clearly = losses["gain"] < -2 * (losses["gain_stderr"] or 0.0)
+            logger.log(
+                logging.WARNING if clearly else logging.INFO,
                 "step %d: the merge is worse than live by %.3g nats per token on the report split; on the search "
                 "split, by which it was chosen, it is better by %.3g",
                 step,
