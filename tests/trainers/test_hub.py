@@ -20,7 +20,11 @@ def uploaded(folder, patterns):
 def test_windows_and_half_written_folders_are_left_out(tmp_path):
     whole = ["model.safetensors", "merged/index.json", "merged/step-00000010/model.safetensors", "merged/.tmp-mine/a"]
     checkpoint = ["model.safetensors", "trainer_state.json"]
-    left_out = [f"merged/{HALF}/model.safetensors", f"merged/{HALF.replace('step-00000020', 'index.json')}"]
+    left_out = [
+        "merged/.traj-merge.lock",
+        f"merged/{HALF}/model.safetensors",
+        f"merged/{HALF.replace('step-00000020', 'index.json')}",
+    ]
     windows = ["traj_merge/state.json", "traj_merge/row-00.rank-00000.safetensors", f"{HALF}/state.json"]
     for name in [*whole, *left_out, *(f"checkpoint-20/{name}" for name in checkpoint + windows)]:
         path = tmp_path / name

@@ -28,7 +28,7 @@ except ImportError:  # on Windows, where only times tell
     fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger("traj_merge_callback")
-_LOCK = ".traj-merge.lock"
+LOCK = ".traj-merge.lock"
 # Seconds between two renewals, and after which a run on another machine that has not renewed its lock is dead.
 _BEAT_S, _PATIENCE_S = 5.0, 20.0
 # Locks of this process, by their uuid.
@@ -104,7 +104,7 @@ class OutputFolder:
         """Give the folder to others; without anything in it, it is removed."""
         if self._holds():
             with suppress(OSError):
-                (self.path / _LOCK).unlink()
+                (self.path / LOCK).unlink()
                 self.path.rmdir()
         self._let_go()
 
@@ -112,7 +112,7 @@ class OutputFolder:
         """Whether the lock that is there now is this run's."""
         with suppress(FileNotFoundError):
             if self._descriptor is not None:
-                return os.path.samestat((self.path / _LOCK).stat(), os.fstat(self._descriptor))
+                return os.path.samestat((self.path / LOCK).stat(), os.fstat(self._descriptor))
         return False
 
     def _let_go(self) -> None:
@@ -126,7 +126,7 @@ class OutputFolder:
     def _take(self, folder: Path) -> str | None:
         """Lock a folder; who holds it, if somebody does who is alive."""
         folder.mkdir(parents=True, exist_ok=True)
-        lock = folder / _LOCK
+        lock = folder / LOCK
         while not self._create(lock):
             try:
                 found, holder = os.lstat(lock), _read(lock)

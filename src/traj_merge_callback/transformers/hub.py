@@ -5,6 +5,7 @@ from __future__ import annotations
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS
 
 from ..disk.atomic import TEMPORARY
+from ..disk.output import LOCK
 
 
 def leave_out_of_uploads(window_folder: str) -> None:
@@ -16,7 +17,7 @@ def leave_out_of_uploads(window_folder: str) -> None:
         window_folder: name of the folder in each checkpoint that holds a window.
     """
     temporary = f"{TEMPORARY}*-{'[0-9a-f]' * 32}"
-    for pattern in (temporary, f"{temporary}/*", f"{window_folder}/*"):
+    for pattern in (temporary, f"{temporary}/*", f"{window_folder}/*", LOCK):
         for found in (pattern, f"*/{pattern}"):
             if found not in DEFAULT_IGNORE_PATTERNS:
                 DEFAULT_IGNORE_PATTERNS.append(found)
