@@ -26,6 +26,7 @@ class Run:
         if self.resume:
             self.merger.resume_from(lambda: self.folder / "state", self.model, first - 1)
         for step in range(first, last + 1):
+            self.merger.settle()
             with torch.no_grad():
                 self.model.weight.mul_(0.9)
             self.merger.step(self.model, step)
