@@ -9,6 +9,7 @@ import torch
 from conftest import AT_ONCE, tiny_llama, train_steps
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from traj_merge_callback import Search, TrajectoryMerger, find_snapshot, read_merge
 from traj_merge_callback.evaluate.language_model import language_model_nll
@@ -88,3 +89,24 @@ def test_a_mean_row_is_of_its_own_span_whole(train, heldout, tmp_path, read, exp
         mean = torch.stack([weights[s] for s in range(step - 3, step + 1)]).mean(0)
         torch.testing.assert_close(merger.window.combine(np.eye(len(expected))[one]), mean, atol=1e-6, rtol=1e-5)
     merger.close()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "xlnet"])
+def test_experts_that_no_token_uses_and_models_that_do_not_shift_labels(train, heldout, tmp_path, kind, caplog):
+    sizes = {"vocab_size": tiny_llama().config.vocab_size, "hidden_size": 32, "intermediate_size": 32}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 1}
+    configs = {
+        "mixtral": {**sizes, "num_local_experts": 16, "output_router_logits": True},
+        "qwen2_moe": {**sizes, "num_experts": 32, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+        "xlnet": {"vocab_size": sizes["vocab_size"], "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 32},
+    }
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **configs[kind]))
+    merger = TrajectoryMerger(DataLoader(heldout, 8), output_dir=str(tmp_path), on_error="raise", **OPTIONS)
+    train_steps(model, train, 8, lambda step: merger.step(model, step))
+    merger.close()
+    (record,) = merger.records
+    assert record.gain > 0.05
+    assert "could not search with gradients" not in caplog.text
+    again = AutoModelForCausalLM.from_pretrained(record.snapshot)
+    assert all(value.isfinite().all() for value in again.state_dict().values())

@@ -341,3 +341,12 @@ def test_shares_of_ranks_keep_sequences_of_different_lengths_apart():
     whole = {"a": torch.zeros(2, 3), "b": torch.zeros(3)}
     other = {"a": torch.ones(2, 3), "b": torch.zeros(3)}
     assert len(merge_shares([[whole], [other], [whole]], 9, by_sequence=True)) == 2
+
+
+def test_time_major_batches_are_refused(heldout):
+    def time_major(items):
+        return {"input_ids": torch.stack([item["input_ids"] for item in items], dim=1)}
+
+    with pytest.raises(ValueError, match=r"shape \(32, \d\) of \d sequences: time-major batches cannot be cut"):
+        HeldOutLoss(DataLoader(heldout, 8, collate_fn=time_major), nll=lambda model, batch: (1.0, 1))
+    HeldOutLoss(DataLoader(heldout, 32), nll=lambda model, batch: (1.0, 1))  # as long as it is wide

@@ -273,9 +273,10 @@ def test_activation_checkpointing_costs_fsdp_no_gain(tmp_path):
     output = launch("loop.py", 2, str(tmp_path), json.dumps(runs))
     assert "could not search with gradients" not in output
     (expected,) = records(tmp_path, "without")
-    assert expected["gain"] > 0.05
+    assert expected["source"] == "merge"
     for way in ways:
         (record,) = records(tmp_path, way)
+        assert record["weights"] == pytest.approx(expected["weights"], abs=1e-3), way
         assert record["gain"] == pytest.approx(expected["gain"], abs=1e-5), way
     assert same_weights(tmp_path / "before", tmp_path / "before-plain")
 

@@ -24,7 +24,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import realtext
-from traj_merge_callback.evaluate.heldout import language_model_nll
+from traj_merge_callback.evaluate.language_model import language_model_nll
 from traj_merge_callback.lightning import TrajMergeCallback as LightningCallback
 from traj_merge_callback.transformers import TrajMergeCallback as TransformersCallback
 

@@ -161,14 +161,17 @@ def _digest(held: Held) -> bytes:
 def _read(name: str, loader: Any, indices: Indices | None, count: int, seed: int, search_fraction: float) -> Held:
     total: int | None = None
     splits: Sequence[Split | None] | None = None
+    asked: int | None = None  # sequences in the first batch
     if isinstance(loader, DataLoader):
         # A shallow copy, so that persistent workers of the original keep the state they are in.
         loader = copy.copy(loader)
+        asked = loader.batch_size
         loader._iterator = None
         if indices is not None:
             # Set past DataLoader's own check: its workers and its collate_fn read what is asked for here.
             key, wanted, splits, total = indices.chosen(loader.dataset, count, seed, search_fraction)
             vars(loader)[key] = wanted
+            asked = len(wanted[0]) if key == "batch_sampler" else None
             count = len(wanted)
     elif isinstance(loader, (list, tuple)):
         total = sum(map(count_sequences, loader))
@@ -179,10 +182,22 @@ def _read(name: str, loader: Any, indices: Indices | None, count: int, seed: int
         del iterator
     if not found:
         raise ValueError(f"heldout loader {name!r} yields no batches: give at least one batch of held-out data")
+    if len(found) > 1:  # so that the first one is whole
+        _check_first_dimension(name, found[0], asked)
     if indices is not None and splits is None:
         # The dataset's items are batches.
         total = int(len(indices.drawn) * np.mean([count_sequences(batch) for batch in found]))
     return Held(list(zip(found, splits or [None] * len(found), strict=True)), total)
+
+
+def _check_first_dimension(name: str, batch: Any, asked: int | None) -> None:
+    """Raise a ValueError if the sequences that were asked for are counted by the second dimension of the tensors."""
+    shapes = {tuple(tensor.shape) for tensor in tensors_of(batch) if tensor.dim() > 1}
+    if asked is not None and 1 < count_sequences(batch) != asked > 1 and {shape[1] for shape in shapes} == {asked}:
+        raise ValueError(
+            f"heldout loader {name!r} makes tensors of shape {min(shapes)} of {asked} sequences: time-major batches "
+            "cannot be cut into sequences; let the first dimension count sequences, and transpose in nll"
+        )
 
 
 def _check(name: str, loader: Any) -> None:
