@@ -82,7 +82,7 @@ def launch(program: str, processes: int, *arguments: str, launcher: list[str] | 
         [*command, str(HERE / program), *arguments],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=400,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"},
         check=False,
     )
