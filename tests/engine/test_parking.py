@@ -66,7 +66,10 @@ def test_where_memory_is_tight_a_merge_leaves_the_device_to_training_and_stays_t
     assert (one.step, one.weights, one.merged_loss) == (two.step, two.weights, two.merged_loss)
     saved, again = (AutoModelForCausalLM.from_pretrained(record.snapshot) for record in (one, two))
     assert same_weights(saved, again)
-    assert read_merge(one.snapshot) == read_merge(two.snapshot)
+    merges = [read_merge(record.snapshot) for record in (one, two)]
+    for merge in merges:
+        del merge["run"], merge["checksum"]  # which differ from run to run
+    assert merges[0] == merges[1]
 
 
 def test_with_room_nothing_is_moved(merges, monkeypatch, caplog):
