@@ -457,7 +457,7 @@ class TrajectoryMerger:
 
     def resume_from(self, find: Callable[[], Path | None], model: nn.Module, step: int) -> None:
         """:meth:`load_state` for a trainer's resume: if nothing usable is found, say so and start an empty window."""
-        self._metrics.resumed = True
+        self._metrics.resume()
         with self._timeout_ends_merging(step), self._failures.contained("restoring the window", step):
             if (found := self.processes.from_rank0(find)) is None:
                 raise FileNotFoundError("the checkpoint has no saved window beside it; the window starts empty")
@@ -483,6 +483,7 @@ class TrajectoryMerger:
         self._output.resume()
         self.prepare(model)
         assert self.window is not None
+        self._saver.forget()
         saved = load_state(Path(folder), self.window, step)
         self._state, self._captured = saved.run, saved.merging
         if saved.heldout == self.heldout.digest:
@@ -493,6 +494,6 @@ class TrajectoryMerger:
             self._state.search.forget_losses()
             self._state.history = []
         self._overhead.begin(self._state.busy_s, self._state.wall_s)
-        self._metrics.resumed = True
+        self._metrics.resume()
         if saved.merging is not None:
             self._schedule.begin(model, self._state.search, saved.merging, self.config.evaluations)

@@ -75,6 +75,7 @@ def shared_folder(
         OSError: the folder is not the same for all ranks, or ``staging`` is given and there is no parent any more.
         Exception: what went wrong here, or that something did on another rank.
     """
+    before = target.parent.stat() if staging is not None and target.parent.is_dir() else None
     temporary = processes.from_rank0(lambda: _make_temporary(target, staging))
     if staging is not None and processes.all_reduce_max(float(not temporary.is_dir()))[0]:
         processes.from_rank0(lambda: remove_tree(temporary))
@@ -94,7 +95,13 @@ def shared_folder(
             mine = checksums_of(temporary, processes.rank)
         checksums = {name: one for found in processes.all_gather_object(mine) for name, one in found.items()}
         processes.from_rank0(lambda: describe(checksums))
-        processes.from_rank0(stack.close)
+
+        def finish() -> None:
+            stack.close()
+            if before is not None:  # trainers remove their oldest checkpoints by these times
+                os.utime(target.parent, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+        processes.from_rank0(finish)
 
 
 def _make_temporary(target: Path, staging: Path | None = None) -> Path:

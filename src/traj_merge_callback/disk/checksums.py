@@ -56,6 +56,8 @@ def check_files(folder: Path, document: dict[str, Any], rank: int = 0, ranks: in
         ValueError: one was changed.
     """
     for name, checksum in sorted(mapping(document["checksums"]).items())[rank::ranks]:
+        if name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"{folder} is damaged: it says that {name!r} is a file in it")
         if _digest(own_file(folder / name)) != checksum:
             raise ValueError(f"{folder / name} is damaged: it is not what was written (its checksum differs)")
 

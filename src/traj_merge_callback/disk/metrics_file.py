@@ -27,7 +27,11 @@ class MetricsFile:
         self._begun = False
         # Records that could not be written when it was their turn, and the one at hand.
         self._unwritten: list[MergeRecord] = []
-        self.resumed = False
+        self._resumed = False
+
+    def resume(self) -> None:
+        """Note that the run goes on from an earlier step: the lines from the next record's step on are dropped."""
+        self._begun, self._resumed = False, True
 
     def append(self, record: MergeRecord) -> None:
         """Add a line, whole or not at all; one that cannot be written now is written with the next one.
@@ -44,7 +48,7 @@ class MetricsFile:
 
     def _begin(self, step: int) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.is_symlink() or (self.path.exists() and not (self.resumed and self.path.is_file())):
+        if self.path.is_symlink() or (self.path.exists() and not (self._resumed and self.path.is_file())):
             aside = set_aside(self.path)
             logger.info("%s was there from another run; it is now %s", self.path, aside)
         elif self.path.exists():
@@ -59,6 +63,8 @@ class MetricsFile:
         damaged = [line for line in lines if records[line] is None and line.strip()]
         if damaged:
             aside = self.path.with_name(f"{self.path.stem}.damaged.txt")
+            if aside.is_symlink() or (aside.exists() and not aside.is_file()):
+                set_aside(aside)
             with aside.open("ab") as file:
                 file.write(b"".join(line + b"\n" for line in damaged))
             logger.warning("%d lines of %s are no records; they are now in %s", len(damaged), self.path, aside)

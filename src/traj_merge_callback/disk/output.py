@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import socket
+import stat
 import threading
 import time
 import uuid
@@ -20,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .atomic import temporary_path
+from .atomic import set_aside, temporary_path
 
 try:
     import fcntl
@@ -129,7 +130,11 @@ class OutputFolder:
         lock = folder / LOCK
         while not self._create(lock):
             try:
-                found, holder = os.lstat(lock), _read(lock)
+                found = os.lstat(lock)
+                if not stat.S_ISREG(found.st_mode):
+                    logger.warning("%s is no lock of ours; it is now %s", lock, set_aside(lock))
+                    continue
+                holder = _read(lock)
                 if self._is_alive(lock, holder):
                     return _described(holder)
                 doomed = temporary_path(lock)

@@ -30,7 +30,7 @@ from ..distributed import Processes
 from ..search.problem import SearchState
 from ..window.storage import BLOCK, decode_int8
 from ..window.window import CheckpointWindow
-from .atomic import TEMPORARY, remove_leftovers, remove_tree, shared_folder, write_tensors
+from .atomic import TEMPORARY, remove_folder, remove_leftovers, remove_tree, shared_folder, write_tensors
 from .checksums import check_document, check_files, with_checksums
 from .parts import PartsIndex, Range, part_path, ranges_of
 from .snapshots import SnapshotEntry
@@ -255,6 +255,12 @@ def remove_other_states(folder: Path | None) -> None:
     for old in folder.parent.glob("step-*") if folder is not None else []:
         if old != folder and is_folder_of_step(old, "state.json"):
             remove_tree(old)
+
+
+def remove_state(folder: Path) -> None:
+    """Remove a state, if one is there."""
+    if (folder / "state.json").is_file():
+        remove_folder(folder)
 
 
 def has_company(state: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from ..disk.atomic import Writer, remove_tree
 from ..disk.parts import PartsIndex
-from ..disk.state import Saved, SharedParts, has_company, remove_orphan, save_state
+from ..disk.state import Saved, SharedParts, has_company, remove_orphan, remove_state, save_state
 from ..distributed import ENDS, CollectiveTimeout, Processes
 from ..window.window import CheckpointWindow
 
@@ -64,6 +65,7 @@ class StateSaver:
         self._processes = processes
         self._staging = staging
         self._shared = SharedParts()
+        self._said_full = False
         # Those that were not done, or not looked after, the last time.
         self._requests: list[_Request] = []
 
@@ -81,8 +83,12 @@ class StateSaver:
         for one in [one for one in waiting if one.target == target] or waiting[:too_many]:
             self._drop(one, target)
         request = _Request(target, has_company(target))
+        if request.belongs and self._processes.is_rank_zero:
+            # The trainer has written over a checkpoint: an old window must not be taken for its.
+            remove_state(target)
         self._requests.append(request)
         tensors = self._window.state_dict()
+        nbytes = len(self._index.parts) * sum(one.nbytes for row in tensors["rows"] for one in row.values())
         with ExitStack() as stack:
             stack.enter_context(self._window.in_use())
             until_written = stack.pop_all()
@@ -90,7 +96,7 @@ class StateSaver:
         def write() -> None:
             with until_written:
                 try:
-                    if not self._processes.from_rank0(lambda: self._begin(request)):
+                    if not self._processes.from_rank0(lambda: self._begin(request, nbytes)):
                         return
                     save_state(
                         target,
@@ -133,8 +139,25 @@ class StateSaver:
             if one.orphaned:
                 remove_orphan(one.target)
 
-    def _begin(self, request: _Request) -> bool:
-        """Whether a state is still wanted."""
+    def forget(self) -> None:
+        """Wait for what is being written, and share none of it: the window will hold other rows."""
+        self._writer.wait()
+        self._shared = SharedParts()
+
+    def _begin(self, request: _Request, nbytes: int) -> bool:
+        """Whether a state is still wanted, and there is room for it and for the trainer's next checkpoint."""
+        target = request.target
+        if request.belongs and not request.dropped and not request.orphaned:
+            checkpoint = sum(path.stat().st_size for path in target.parent.rglob("*") if path.is_file())
+            if (free := shutil.disk_usage(target.parent).free) < nbytes + checkpoint:
+                log = logger.info if self._said_full else logger.warning
+                self._said_full = True
+                log(
+                    "no window is saved in %s: it takes %.3g GB, the next checkpoint as much as this one, %.3g GB, and "
+                    "%.3g GB of the disk are free",
+                    *(target, nbytes / 1e9, checkpoint / 1e9, free / 1e9),
+                )
+                request.dropped = True
         request.begun = not request.dropped and not request.orphaned
         return request.begun
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import compiled_flex_attention
-from .reachable import GENERATORS, generator_state
+from .reachable import GENERATORS, generator_state, is_plain_object
 from .writes import Undone
 
 logger = logging.getLogger("traj_merge_callback")
@@ -32,6 +32,7 @@ Watch: TypeAlias = Literal["always", "first", "never"]
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
 _CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)
+_ATOMS = frozenset((int, float, complex, str, bytes, bool, type(None)))
 
 
 class _Delay:
@@ -143,9 +144,10 @@ def isolated(
 
     On leaving, also through an exception or Ctrl-C, these are restored bit for bit: the random states; every
     submodule's train/eval flag; every gradient (the same tensor object); every parameter, whatever wrote to it; every
-    buffer; and every attribute of every submodule that is a tensor, a random generator, or a plain list, dict or set
-    (with the tensors and generators in it), which covers caches and torchmetrics states. Inside, buffers and such
-    attributes are copies. Signals are held back until the end of the block (:func:`delayed_interrupts`).
+    buffer; and every attribute of every submodule that is a tensor, a random generator, a plain container or an object
+    of a class of the user's (see :class:`_Copies`), which covers caches, meters and torchmetrics states. Inside,
+    buffers and such attributes are copies. Signals are held back until the end of the block
+    (:func:`delayed_interrupts`).
 
     Flags are set, and ``train`` and ``eval`` are not called: modules that override them change weights there.
 
@@ -265,38 +267,54 @@ def _owner(model: nn.Module, name: str) -> str:
 class _Copies:
     """Copies of what modules hold; what two of them share they share in the copies too.
 
+    Containers and objects of users' own classes (meters, helpers) are copied with everything in them. Random generators
+    and parameters stay themselves: the states of the first, and the gradients of the second, are restored.
+
     Args:
-        stack: restores the states of random generators.
+        stack: what restores them.
     """
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
-        self._made: dict[int, Any] = {}
+        # The originals too: an id is taken again when its object is gone.
+        self._made: dict[int, tuple[Any, Any]] = {}
 
     def of(self, value: Any) -> Any:
-        """A copy of a tensor, or of a plain container with copies of its tensors; anything else itself."""
+        """A copy of a tensor, a plain container, or an object of a class without state elsewhere; else itself."""
+        if type(value) in _ATOMS:
+            return value
         if id(value) not in self._made:
-            self._made[id(value)] = self._copy(value)
-        return self._made[id(value)]
+            self._made[id(value)] = value, value  # for what holds itself
+            self._made[id(value)] = value, self._copy(value)
+        return self._made[id(value)][1]
 
     def _copy(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value if isinstance(value, nn.Parameter) else value.clone()
-        if type(value) in _CONTAINERS:
-            copied = copy.copy(value)
-            if isinstance(copied, dict):
-                for key, item in value.items():
-                    copied[key] = self._item(item)
-            elif not isinstance(copied, set):
-                for index, item in enumerate(value):
-                    copied[index] = self._item(item)
-            return copied
-        if isinstance(value, GENERATORS):
+        if isinstance(value, nn.Parameter):
+            self._stack.callback(setattr, value, "grad", value.grad)
+            value.grad = None
+        elif isinstance(value, Tensor):
+            return value.detach().clone()
+        elif isinstance(value, GENERATORS):
             self._stack.callback(generator_state(value))
+        elif type(value) in _CONTAINERS:
+            return self._container(value)
+        elif is_plain_object(value):
+            copied = object.__new__(type(value))
+            self._made[id(value)] = value, copied
+            vars(copied).update({name: self.of(held) for name, held in vars(value).items()})
+            return copied
         return value
 
-    def _item(self, value: Any) -> Any:
-        return self.of(value) if isinstance(value, (Tensor, *GENERATORS)) else value
+    def _container(self, value: Any) -> Any:
+        copied = copy.copy(value)
+        self._made[id(value)] = value, copied
+        if isinstance(copied, dict):
+            for key, item in value.items():
+                copied[key] = self.of(item)
+        elif not isinstance(copied, set):
+            for index, item in enumerate(value):
+                copied[index] = self.of(item)
+        return copied
 
 
 def _copy_state(module: nn.Module, saved: dict[str, Any], copies: _Copies) -> None:

@@ -59,6 +59,7 @@ _HOLDERS = {
     *(types.MethodType, types.BuiltinMethodType, types.MappingProxyType),
     *(functools.partial, staticmethod, classmethod, property),
 }
+_FILLED = (dict, list, set, deque)
 _MISSING = object()
 
 
@@ -182,7 +183,8 @@ class _Walk:
     def _iterator(self, value: Any) -> None:
         if type(value) is not types.GeneratorType:
             self.iterators.append(f"a {type(value).__name__} object")
-            self._visit_all(gc.get_referents(value))
+            # Not its containers: it counts on their being as it left them.
+            self._visit_all([held for held in gc.get_referents(value) if not isinstance(held, _FILLED)])
         elif value.gi_frame is not None:  # else it is exhausted
             self.iterators.append(f"the generator {value.__qualname__}")
             self._visit_all(value.gi_frame.f_locals.values())
@@ -262,6 +264,22 @@ def _bits(generator: np.random.Generator | np.random.BitGenerator) -> Any:
     return generator.bit_generator if isinstance(generator, np.random.Generator) else generator
 
 
+def is_plain_object(value: Any) -> bool:
+    """Whether an object is its attributes and nothing else, and of no library's class: a copy of it is another one."""
+    kind = type(value)
+    return (
+        _root(kind) not in _LIBRARIES
+        and not issubclass(kind, (torch.nn.Module, type, BaseException))
+        and kind.__new__ is object.__new__
+        and kind.__reduce_ex__ is object.__reduce_ex__
+        and kind.__reduce__ is object.__reduce__
+        and not hasattr(kind, "__setstate__")
+        and not hasattr(kind, "__del__")
+        and not _slots(kind)
+        and hasattr(value, "__dict__")
+    )
+
+
 def _root(value: Any) -> str:
     """The name of the top package that a class or a function is from."""
     return str(getattr(value, "__module__", None) or "builtins").partition(".")[0]
@@ -338,5 +356,5 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _seek(file: Any, position: int) -> None:
-    if not file.closed and file.tell() != position:
-        file.seek(position)
+    with contextlib.suppress(OSError, ValueError):  # it was closed meanwhile
+        file.seek(position)  # and no tell, which a text file refuses while it is iterated over

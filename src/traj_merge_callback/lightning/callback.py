@@ -22,6 +22,7 @@ from ..metrics import MergeRecord
 from ..window.capture import LossScaleWatch
 from ..window.layout import unwrap
 from ..window.sharding import has_fsdp
+from .data import transfer, validation_loaders
 from .monitors import let_wait, stop_waiting
 from .validation_step import ValidationStep
 
@@ -106,7 +107,7 @@ class TrajMergeCallback(pl.Callback):
         """Build the engine, read the held-out data, and take over the window of a resumed run."""
         self._last_step = trainer.global_step
         # Both may run collectives, so every rank asks.
-        heldout = self._heldout if self._heldout is not None else _validation_loaders(trainer)
+        heldout = self._heldout if self._heldout is not None else validation_loaders(trainer)
         default_folder = Path(trainer.log_dir or trainer.default_root_dir) / self.config.named("merged")
         self._model = unwrap(trainer.strategy.model or pl_module)
         if self._save_ckpt and has_fsdp(self._model):
@@ -118,7 +119,7 @@ class TrajMergeCallback(pl.Callback):
             heldout,
             nll=self._nll or ValidationStep(trainer, pl_module),
             precision=trainer.precision_plugin.val_step_context,
-            to_device=lambda batch: _transfer(trainer, batch),
+            to_device=lambda batch: transfer(trainer, batch),
             log=lambda record: self._log(trainer, record),
             log_everywhere=True,
             extra=extra if self._save_ckpt else None,
@@ -236,27 +237,6 @@ def _others_may_write(trainer: pl.Trainer) -> bool:
     module = trainer.lightning_module
     own = any(is_overridden(name, module) for name in _HOOKS) or not module.automatic_optimization
     return own or bool(foreign)
-
-
-def _transfer(trainer: pl.Trainer, batch: Any) -> Any:
-    """Bring a batch to the device the way the trainer does, with the module's own transfer hooks."""
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
-
-def _validation_loaders(trainer: pl.Trainer) -> Any:
-    if trainer.val_dataloaders is None:
-        # Validation is not due in this epoch, so the trainer has not asked for its loaders yet.
-        trainer.fit_loop.epoch_loop.val_loop.setup_data()
-    loaders = trainer.val_dataloaders
-    if loaders is None:
-        raise ValueError(
-            "TrajMergeCallback has no held-out data: pass heldout=..., or give the trainer a validation dataloader"
-        )
-    if isinstance(loaders, (list, tuple)):
-        return loaders[0] if len(loaders) == 1 else {str(index): loader for index, loader in enumerate(loaders)}
-    return loaders
 
 
 def _save_checkpoint(

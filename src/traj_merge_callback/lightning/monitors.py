@@ -16,8 +16,12 @@ def let_wait(trainer: pl.Trainer, prefix: str) -> None:
     """Let callbacks that monitor metrics of this prefix wait for merges, where they would raise or count idle steps.
 
     ``EarlyStopping`` checks each merge once, however often it is asked to between two merges. ``ModelCheckpoint`` ranks
-    no checkpoint before the first merge; ``save_last`` saves all the same.
+    no checkpoint before the first merge; ``save_last`` saves all the same. ``ReduceLROnPlateau`` leaves the learning
+    rate as it is until then.
     """
+    for config in trainer.lr_scheduler_configs:
+        if str(config.monitor).startswith(prefix):
+            config.strict = False
     for callback in trainer.callbacks:
         if not str(getattr(callback, "monitor", None)).startswith(prefix):
             continue

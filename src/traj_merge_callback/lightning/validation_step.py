@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from ..evaluate.language_model import summed_nll
+from .data import validating
 
 logger = logging.getLogger("traj_merge_callback")
 
@@ -48,12 +49,13 @@ class ValidationStep:
         vars(pl_module)["log_dict"] = lambda values, *args, **kwargs: logged.update(values)
         self._trainer.loggers = [DummyLogger() for _ in loggers]
         try:
-            if model is pl_module:
-                output = pl_module.validation_step(batch, *self._arguments)  # type: ignore[operator]
-            else:
-                # FSDP's wrapper has weights of its own to gather: the step is taken inside its forward pass.
-                redirected = strategy._forward_redirection
-                output = redirected(model, pl_module, "validation_step", batch, *self._arguments)
+            with validating(self._trainer):
+                if model is pl_module:
+                    output = pl_module.validation_step(batch, *self._arguments)  # type: ignore[operator]
+                else:
+                    # FSDP's wrapper has weights of its own to gather: the step is taken inside its forward pass.
+                    redirected = strategy._forward_redirection
+                    output = redirected(model, pl_module, "validation_step", batch, *self._arguments)
         finally:
             self._trainer.loggers = loggers
         loss = output.get("loss") if isinstance(output, Mapping) else output

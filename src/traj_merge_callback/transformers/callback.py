@@ -15,6 +15,7 @@ from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerC
 
 from ..config import MergeConfig, check_side_by_side
 from ..disk.model_files import collect_pretrained
+from ..evaluate.isolation import preserved_rng
 from ..merger import TrajectoryMerger
 from ..metrics import MergeRecord
 from ..window.capture import LossScaleWatch
@@ -223,14 +224,15 @@ class TrajMergeCallback(TrainerCallback):
                 "to take the trainer's eval dataset"
             )
         datasets = self._trainer.eval_dataset
-        if isinstance(datasets, dict):
-            return {name: self._trainer.get_eval_dataloader(name) for name in datasets}
-        return self._trainer.get_eval_dataloader()
+        with preserved_rng():  # a trainer of the user's own may draw here
+            if isinstance(datasets, dict):
+                return {name: self._trainer.get_eval_dataloader(name) for name in datasets}
+            return self._trainer.get_eval_dataloader()
 
     def _saved_window(self, args: TrainingArguments, state: TrainerState) -> Path | None:
         given = [self._resume_from, args.resume_from_checkpoint]
         folders = [Path(path) for path in given if isinstance(path, (str, Path))]
-        for folder in [*folders, _checkpoint_folder(args, state)]:
+        for folder in folders or [_checkpoint_folder(args, state)]:
             if (saved := folder / self.config.named(_STATE_FOLDER)).is_dir():
                 return saved
         return None
