@@ -22,6 +22,7 @@ from ..window.layout import unwrap
 from .data import Held, count_sequences, fingerprint, map_tensors, read_batches, select_sequences
 from .isolation import isolated, uncached_casts
 from .language_model import LanguageModelNll
+from .reachable import Owned
 from .sample import Split, choose
 
 logger = logging.getLogger("traj_merge_callback")
@@ -100,6 +101,7 @@ class HeldOutLoss:
         if nll is not None and not callable(nll):
             raise TypeError(f"nll={nll!r}: must be a function (model, batch) -> (summed NLL, tokens)")
         self._nll = LanguageModelNll(self._say) if nll is None else nll
+        self._owned: Owned | None = None
         self._precision = precision
         self._to_device = to_device
         self.seed = seed
@@ -287,7 +289,10 @@ class HeldOutLoss:
             # ranks; its loss counts zero times.
             counts = float(mine < len(batches))
             data = batches[mine if counts else first].data
-            with ready(gradient is not None):
+            if self._owned is None:
+                self._owned = Owned((self._nll, self._to_device))
+            # The model's own gradients are looked after, and looked at, inside ``ready``.
+            with self._owned.preserved(), ready(gradient is not None):
                 batch = self._to_device(data) if self._to_device else _to_device_of(model, data)
                 with self._precision(), uncached_casts():
                     nll, tokens = self._nll(model, batch)

@@ -36,10 +36,10 @@ class _Convention:
 class LanguageModelNll:
     """``(summed NLL in nats, target tokens)`` of a model that returns ``.loss`` for batches with labels.
 
-    On the first batch ``.loss`` is compared with the mean NLL that the model's logits give, with and without the shift
-    of causal models. That shows which labels are targets. Where ``.loss`` is neither, it holds more (a router's loss,
-    label smoothing, further heads): then the NLL is computed from the logits. Without logits to look at, ``.loss`` is
-    taken as it is, and the labels as the model's class has it.
+    ``.loss`` is compared with the mean NLL that the model's logits give, with and without the shift of causal models.
+    That shows which labels are targets. Where ``.loss`` is neither, it holds more (a router's loss, label smoothing,
+    further heads): from then on the NLL is computed from the logits. Without logits to look at, ``.loss`` is taken as
+    it is, and the labels as the model's class has it. Passes with gradients go by what those without have shown.
 
     Args:
         say: called with a sentence if ``.loss`` is not what is measured.
@@ -48,6 +48,7 @@ class LanguageModelNll:
     def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
         self._say = say
         self._convention: _Convention | None = None
+        self._taken_as_it_is = False
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
         """See :class:`LanguageModelNll`.
@@ -70,33 +71,51 @@ class LanguageModelNll:
         # In eval mode a decoder would otherwise build a key-value cache that nobody reads.
         no_cache = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
         output = model(**{**no_cache, **batch})
-        loss, logits = _loss_of(output), _entry(output, "logits")
-        if not isinstance(loss, Tensor):
+        loss = _loss_of(output)
+        logits = None if "shift_labels" in batch else _logits_of(output, batch["labels"])
+        if loss is None:
             raise TypeError(
-                f"{type(model).__name__} returned no .loss for a batch with labels; "
+                f"{type(model).__name__} returned no .loss, one number, for a batch with labels; "
                 "pass nll=, a function (model, batch) -> (summed NLL, tokens)"
             )
         loss = loss.float().mean() if loss.dim() else loss
-        if "shift_labels" not in batch and _of_tokens(logits, batch["labels"]):
-            convention = self._convention or self._learn(model, loss, logits, batch["labels"])
+        if logits is not None:
+            convention = self._convention
+            if convention is None or (
+                convention.loss_is_nll and not self._still_is_nll(convention, loss, logits, batch)
+            ):
+                convention = self._learn(model, loss, logits, batch["labels"])
             targets = _targets(batch["labels"], logits.shape[1], convention.shifts)
             tokens = int((targets != IGNORED).sum())
             if not convention.loss_is_nll and logits.shape[1] == batch["labels"].shape[1]:
                 # What the model has computed for its own loss is not needed to go backward.
                 del output, loss
                 return _summed(logits, targets), tokens
+        elif "shift_labels" not in batch and not self._taken_as_it_is:
+            self._taken_as_it_is = True
+            self._say(
+                f"held-out loss: {type(model).__name__} returns no logits of its labels to compare .loss with; it is "
+                "taken as it is, for a mean over the labels, and may hold more than the language-model loss"
+            )
         return (loss.float() * tokens if tokens else torch.zeros(())), tokens
+
+    def _still_is_nll(self, convention: _Convention, loss: Tensor, logits: Tensor, batch: Mapping[str, Any]) -> bool:
+        """Whether ``.loss`` is still no more than the NLL: other terms may come later, or with some batches only."""
+        if torch.is_grad_enabled():
+            return True
+        targets = _targets(batch["labels"], logits.shape[1], convention.shifts)
+        mean = float(_summed(logits, targets)) / max(1, int((targets != IGNORED).sum()))
+        return _same(mean, loss) or not math.isfinite(mean)
 
     def _learn(self, model: nn.Module, loss: Tensor, logits: Tensor, labels: Tensor) -> _Convention:
         """How this model's loss comes of logits and labels, kept if this batch shows it."""
-        given, means = float(loss), {}
+        given, means = float(loss.detach()), {}
         for shifts in (True, False):
             targets = _targets(labels, logits.shape[1], shifts)
             with torch.no_grad():
                 total = sum(float(_summed(logits[i : i + 1], targets[i : i + 1])) for i in range(len(targets)))
             means[shifts] = total / max(1, int((targets != IGNORED).sum()))
-        tolerance = _SAME.get(loss.dtype, _SAME_ROUNDED)
-        same = [shifts for shifts, mean in means.items() if math.isclose(mean, given, rel_tol=tolerance, abs_tol=1e-6)]
+        same = [shifts for shifts, mean in means.items() if _same(mean, loss)]
         declared = shifts_labels(model)
         if len(same) == 2 or not all(map(math.isfinite, [given, *means.values()])):
             return _Convention(declared, loss_is_nll=True)
@@ -106,6 +125,8 @@ class LanguageModelNll:
         away = {shifts: abs(mean - given) for shifts, mean in means.items()}
         nearest = min(away, key=lambda shifts: away[shifts])
         shifts = nearest if away[nearest] < _NEARER * away[not nearest] else declared
+        if self._convention is not None:  # what was seen before holds more now
+            shifts = self._convention.shifts
         self._convention = _Convention(shifts, loss_is_nll=False)
         name = type(model).__name__
         if logits.shape[1] == labels.shape[1]:
@@ -119,6 +140,11 @@ class LanguageModelNll:
                 "other positions; .loss is searched on and reported as it is"
             )
         return self._convention
+
+
+def _same(mean: float, loss: Tensor) -> bool:
+    tolerance = _SAME.get(loss.dtype, _SAME_ROUNDED)
+    return math.isclose(mean, float(loss.detach()), rel_tol=tolerance, abs_tol=1e-6)
 
 
 def language_model_nll(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
@@ -155,9 +181,22 @@ def _entry(output: Any, name: str) -> Any:
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
-def _loss_of(output: Any) -> Any:
-    loss = _entry(output, "loss")
-    return output[0] if loss is None and isinstance(output, tuple) and output else loss
+def _loss_of(output: Any) -> Tensor | None:
+    """The loss: one number, or one for each device; in a tuple the only such tensor."""
+    found = [_entry(output, "loss")]
+    if found == [None] and isinstance(output, tuple):
+        found = [one for one in output if isinstance(one, Tensor) and one.dim() == 0]
+    (loss,) = found if len(found) == 1 else [None]
+    return loss if isinstance(loss, Tensor) and loss.dim() <= 1 else None
+
+
+def _logits_of(output: Any, labels: Any) -> Tensor | None:
+    """``.logits``, or else the only output that may be logits of the labels."""
+    if (logits := _entry(output, "logits")) is not None:
+        return logits if _of_tokens(logits, labels) else None
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else []
+    found = [one for one in values if _of_tokens(one, labels)]
+    return found[0] if len(found) == 1 else None
 
 
 def _of_tokens(logits: Any, labels: Any) -> bool:

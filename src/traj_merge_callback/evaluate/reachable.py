@@ -106,20 +106,20 @@ class _Walk:
         self.iterators: list[str] = []
         self._queue: deque[Any] = deque()
         self._large: deque[Any] = deque()  # iterators over elements of large containers
-        self._seen: dict[int, Any] = {}  # the objects too: an id is taken again when its object is gone
+        self.seen: dict[int, Any] = {}  # the objects too: an id is taken again when its object is gone
 
     def visit(self, value: Any) -> None:
         """Look at a value later, unless it was seen or holds nothing."""
-        if not issubclass(type(value), _OPAQUE) and id(value) not in self._seen:
-            self._seen[id(value)] = value
+        if not issubclass(type(value), _OPAQUE) and id(value) not in self.seen:
+            self.seen[id(value)] = value
             self._queue.append(value)
 
     def walk(self) -> None:
         """Look at everything."""
-        while self._queue and len(self._seen) < _MOST:
+        while self._queue and len(self.seen) < _MOST:
             self._look_at(self._queue.popleft())
-        end = len(self._seen) + _MOST_IN_LARGE
-        while len(self._seen) < end and (self._queue or self._large):
+        end = len(self.seen) + _MOST_IN_LARGE
+        while len(self.seen) < end and (self._queue or self._large):
             if self._queue:
                 self._look_at(self._queue.popleft())
             elif (value := next(self._large[0], _MISSING)) is not _MISSING:
@@ -262,6 +262,38 @@ def _seed(generator: Any, seed: int) -> None:
 
 def _bits(generator: np.random.Generator | np.random.BitGenerator) -> Any:
     return generator.bit_generator if isinstance(generator, np.random.Generator) else generator
+
+
+class Owned:
+    """Random generators and modules that a function can reach, such as the head that an ``nll`` calls.
+
+    Args:
+        function: what is called in evaluations.
+    """
+
+    def __init__(self, function: Any) -> None:
+        walk = _Walk()
+        walk.visit(function)
+        walk.walk()
+        found = list(walk.seen.values())
+        self._generators = [one for one in found if issubclass(type(one), GENERATORS)]
+        self._modules = [one for one in found if issubclass(type(one), torch.nn.Module)]
+
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """Restore the states of the generators, and the gradients of the modules' parameters, on leaving."""
+        parameters = {id(one): one for module in self._modules for one in module.parameters()}.values()
+        gradients = [(parameter, parameter.grad) for parameter in parameters]
+        restores = [generator_state(generator) for generator in self._generators]
+        try:
+            for parameter, _ in gradients:
+                parameter.grad = None
+            yield
+        finally:
+            for restore in restores:
+                restore()
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
 
 
 def is_plain_object(value: Any) -> bool:

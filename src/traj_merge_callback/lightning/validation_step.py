@@ -16,6 +16,7 @@ from ..evaluate.language_model import summed_nll
 from .data import validating
 
 logger = logging.getLogger("traj_merge_callback")
+_USUAL = ("loss", "val_loss", "val/loss", "valid_loss", "valid/loss", "validation_loss", "validation/loss", "eval_loss")
 
 
 class ValidationStep:
@@ -29,10 +30,11 @@ class ValidationStep:
             )
         if trainer.is_global_zero:
             logger.info(
-                "held-out loss: merges are chosen and reported by what %s.validation_step returns as its loss",
+                "held-out loss: merges are chosen and reported by the loss of %s.validation_step",
                 type(pl_module).__name__,
             )
         self._trainer = trainer
+        self._said = False
         # Modules with several validation loaders take a third argument; held-out batches are evaluated as the first's.
         takes_index = is_param_in_hook_signature(pl_module.validation_step, "dataloader_idx", explicit=True)
         self._arguments: tuple[int, ...] = (0, 0) if takes_index else (0,)
@@ -60,10 +62,25 @@ class ValidationStep:
             self._trainer.loggers = loggers
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if loss is None:
-            loss = next((value for name, value in logged.items() if "loss" in name), None)
+            loss = self._logged_loss(pl_module, logged)
         if not isinstance(loss, Tensor):
             raise TypeError(
                 f"{type(pl_module).__name__}.validation_step gave no loss: it should return a tensor or a mapping with "
                 "'loss', or log a name with 'loss' in it; or pass nll= to TrajMergeCallback"
             )
         return summed_nll(pl_module, batch, loss)
+
+    def _logged_loss(self, pl_module: pl.LightningModule, logged: dict[str, Any]) -> Any:
+        """The loss among what was logged: the only name with "loss" in it, or the only one that is usual."""
+        names = [name for name in logged if "loss" in name]
+        usual = [name for name in names if name.removesuffix("_epoch").removesuffix("_step") in _USUAL]
+        found = names if len(names) == 1 else usual
+        if len(found) > 1 or (names and not found):
+            raise TypeError(
+                f"{type(pl_module).__name__}.validation_step returns no loss and logs {names}: which of them is meant? "
+                "Return it, or pass nll= to TrajMergeCallback"
+            )
+        if found and not self._said and self._trainer.is_global_zero:
+            self._said = True
+            logger.info("held-out loss: validation_step returns none, and what it logs as %r is taken", found[0])
+        return logged[found[0]] if found else None

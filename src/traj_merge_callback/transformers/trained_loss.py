@@ -16,7 +16,7 @@ def say_if_another(trainer: Trainer) -> None:
         others.append(f"label_smoothing_factor={trainer.args.label_smoothing_factor}")
     if trainer.compute_loss_func is not None:
         others.append(f"compute_loss_func={getattr(trainer.compute_loss_func, '__name__', trainer.compute_loss_func)}")
-    if type(trainer).compute_loss is not Trainer.compute_loss:
+    if getattr(trainer.compute_loss, "__func__", None) is not Trainer.compute_loss:
         others.append(f"{type(trainer).__name__}.compute_loss")
     if others and trainer.is_world_process_zero():
         logger.info(
