@@ -81,9 +81,7 @@ class LanguageModelNll:
         loss = loss.float().mean() if loss.dim() else loss
         if logits is not None:
             convention = self._convention
-            if convention is None or (
-                convention.loss_is_nll and not self._still_is_nll(convention, loss, logits, batch)
-            ):
+            if convention is None or not self._still_holds(convention, loss, logits, batch["labels"]):
                 convention = self._learn(model, loss, logits, batch["labels"])
             targets = _targets(batch["labels"], logits.shape[1], convention.shifts)
             tokens = int((targets != IGNORED).sum())
@@ -99,11 +97,11 @@ class LanguageModelNll:
             )
         return (loss.float() * tokens if tokens else torch.zeros(())), tokens
 
-    def _still_is_nll(self, convention: _Convention, loss: Tensor, logits: Tensor, batch: Mapping[str, Any]) -> bool:
+    def _still_holds(self, convention: _Convention, loss: Tensor, logits: Tensor, labels: Tensor) -> bool:
         """Whether ``.loss`` is still no more than the NLL: other terms may come later, or with some batches only."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not convention.loss_is_nll:
             return True
-        targets = _targets(batch["labels"], logits.shape[1], convention.shifts)
+        targets = _targets(labels, logits.shape[1], convention.shifts)
         mean = float(_summed(logits, targets)) / max(1, int((targets != IGNORED).sum()))
         return _same(mean, loss) or not math.isfinite(mean)
 
