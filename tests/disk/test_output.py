@@ -120,7 +120,7 @@ def test_workers_of_a_killed_run_do_not_keep_the_lock(tmp_path):
 @pytest.mark.parametrize(("beats", "old"), [(True, False), (False, False), (False, True)])
 def test_a_run_on_another_machine_is_alive_as_long_as_it_renews_its_lock(tmp_path, monkeypatch, beats, old):
     monkeypatch.setattr(output, "_PATIENCE_S", 1.0)
-    lock = tmp_path / "out" / output._LOCK
+    lock = tmp_path / "out" / output.LOCK
     lock.parent.mkdir()
     lock.write_text(json.dumps({"host": "elsewhere", "process": os.getpid(), "machine": "another", "uuid": "x"}))
     if old:
@@ -136,19 +136,19 @@ def test_a_run_on_another_machine_is_alive_as_long_as_it_renews_its_lock(tmp_pat
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"uuid": 3, "host": {}}'])
 def test_a_lock_that_says_nothing_is_an_old_one(tmp_path, monkeypatch, content):
     monkeypatch.setattr(output, "_PATIENCE_S", 0.3)
-    (tmp_path / output._LOCK).write_bytes(content)
+    (tmp_path / output.LOCK).write_bytes(content)
     folder = OutputFolder(tmp_path)
     assert folder.acquire() == tmp_path
-    assert json.loads((tmp_path / output._LOCK).read_text())["process"] == os.getpid()
+    assert json.loads((tmp_path / output.LOCK).read_text())["process"] == os.getpid()
     folder.release()
 
 
 def test_a_folder_that_was_removed_is_made_again(tmp_path):
     folder = OutputFolder(tmp_path / "out")
     folder.acquire()
-    (tmp_path / "out" / output._LOCK).unlink()
+    (tmp_path / "out" / output.LOCK).unlink()
     (tmp_path / "out").rmdir()
     folder.check()
-    assert (tmp_path / "out" / output._LOCK).is_file()
+    assert (tmp_path / "out" / output.LOCK).is_file()
     folder.release()
     assert not Path(tmp_path / "out").exists()

@@ -165,7 +165,11 @@ def run(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     merger = None
     if merging:
-        output = folder / f"disk-{rank}" if node_local else folder / "merged"
+        output = folder / "merged"
+        if node_local:  # the same path is another folder on each
+            (folder / f"node-{rank}").mkdir()
+            os.chdir(folder / f"node-{rank}")
+            output = Path("disk")
         sampler = DistributedSampler(heldout, size, rank, shuffle=False) if shares else None
         defaults = {"window_size": 4, "capture_every": 2, "merge_every": 6, "heldout_batches": 12, "progress": False}
         defaults |= {"output_dir": str(output), "on_error": "raise", **AT_ONCE}

