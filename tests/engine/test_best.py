@@ -6,6 +6,7 @@ from torch.utils.data import DataLoader
 
 from traj_merge_callback import TrajectoryMerger, find_snapshot, read_merge
 
+STEPS = 16
 OPTIONS = {"window_size": 2, "capture_every": 1, "merge_every": 1, "search": "lawa", "heldout_batches": 1} | AT_ONCE
 
 
@@ -33,7 +34,7 @@ def run(heldout, train, tmp_path):
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_best_is_chosen_by_the_search_split(run, tmp_path, parts):
-    records, merger = run(12, parts)
+    records, merger = run(STEPS, parts)
     chosen = min(records, key=lambda record: record.search_losses["merged"])
     assert min(records, key=lambda record: record.merged_loss) != chosen
     found = find_snapshot(tmp_path / "merged")

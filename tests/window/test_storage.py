@@ -121,7 +121,7 @@ def test_merges_of_int8_rows_lose_nothing_that_matters(train, heldout):
         for dtype, window in windows.items():
             with installed(window.layout, model, window.combine(weights)):
                 found[dtype] = loss.evaluate(model, "report").loss
-        assert found["int8"] == pytest.approx(found["float32"], abs=1e-4)
+        assert found["int8"] == pytest.approx(found["float32"], abs=3e-4)
     live = loss.evaluate(model, "report").loss
     assert found["float32"] < live  # a real trajectory, on which merging does something
 

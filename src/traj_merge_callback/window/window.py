@@ -235,9 +235,9 @@ class CheckpointWindow:
             sources = self.layout.locals(tensors)
             sources = [tensor.clone() if now else tensor for tensor, now in zip(sources, volatile, strict=True)]
             self._capture.begin(list(zip(self.layout.views(target).values(), sources, strict=True)), arrived)
-        if any(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None) for tensor in tensors):
-            self._capture.wait()  # an optimizer may write in the backward pass (LOMO)
-            if written:
+            # Where parameters have hooks an optimizer may write in the backward pass (LOMO).
+            hooks = (one._backward_hooks or getattr(one, "_post_accumulate_grad_hooks", None) for one in tensors)
+            if written or any(hooks):
                 self._capture.wait()
 
     def _keep_finite(self, row: Tensor) -> None:
