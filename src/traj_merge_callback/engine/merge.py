@@ -11,11 +11,10 @@ from torch import nn
 from ..config import MergeConfig
 from ..evaluate.candidate import Candidates, weights_in
 from ..evaluate.fsdp import Units
-from ..evaluate.heldout import HeldOutLoss, Split, device_of
+from ..evaluate.heldout import HeldOutLoss, device_of
 from ..evaluate.parking import Parking
 from ..metrics import MergeRecord, report_losses
 from ..pieces import Pieces
-from ..search.evaluation import Evaluation
 from ..search.problem import SearchState
 from ..window.window import CheckpointWindow
 from .choose import Chooser
@@ -60,14 +59,6 @@ class Merge:
             yield from candidates.load(None)
         for _ in range(2):  # the first forward pass of a kind is slow
             yield from candidates.sample()
-
-    def live(self, model: nn.Module, split: Split) -> Pieces[Evaluation]:
-        """Evaluate the model with the weights that it has now."""
-        weights, layout = self._candidates(model).weights, self.window.layout
-        for view, values in zip(layout.views(weights.row).values(), layout.locals(layout.tensors(model)), strict=True):
-            view.copy_(values)
-        yield from weights.gather()
-        return (yield from self._heldout.evaluate_pieces(model, split, weights.ready))
 
     def pieces(self, model: nn.Module, state: SearchState, step: int, evaluations: int) -> Pieces[MergeRecord]:
         """Merge the window as it is now; nothing is captured until its rows are not needed any more.

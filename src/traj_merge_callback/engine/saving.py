@@ -88,7 +88,7 @@ class StateSaver:
             remove_state(target)
         self._requests.append(request)
         tensors = self._window.state_dict()
-        nbytes = len(self._index.parts) * sum(one.nbytes for row in tensors["rows"] for one in row.values())
+        nbytes = len(self._index.parts) * len(self._window) * self._window.row_nbytes
         with ExitStack() as stack:
             stack.enter_context(self._window.in_use())
             until_written = stack.pop_all()

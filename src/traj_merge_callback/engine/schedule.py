@@ -16,12 +16,11 @@ from tqdm.auto import tqdm
 
 from ..config import MergeConfig
 from ..distributed import ENDS, CollectiveTimeout, Processes
-from ..evaluate.heldout import HeldOutLoss, Split, device_of
+from ..evaluate.heldout import HeldOutLoss, device_of
 from ..evaluate.isolation import preserved_rng
 from ..evaluate.parking import Parking
 from ..metrics import MergeRecord
 from ..pieces import BACKWARD, FORWARD, WAIT, Pieces
-from ..search.evaluation import Evaluation
 from ..search.grouped import GroupedSearch
 from ..search.problem import GRADIENT_COST, SearchState
 from .budget import Durations, MergeCost, Overhead, Stopwatch, affordable, budgets
@@ -261,14 +260,6 @@ class Schedule:
                 bar.update(kind in _BATCH)
 
             return self._drive(lambda run: run.complete(count))
-
-    def evaluate(self, model: nn.Module, split: Split) -> Evaluation:
-        """Evaluate the model with the weights that it has now, at once."""
-        parking, device = self._merge.parking, device_of(model)
-        run = Run(self._merge.live(model, split), Durations(), device, self._wait, self._processes, parking)
-        run.complete()
-        assert run.result is not None
-        return run.result
 
     def abandon(self) -> None:
         """Give up what is under way."""

@@ -282,7 +282,7 @@ class Owned:
     @contextmanager
     def preserved(self) -> Iterator[None]:
         """Restore the states of the generators, and the gradients of the modules' parameters, on leaving."""
-        parameters = {id(one): one for module in self._modules for one in module.parameters()}.values()
+        parameters = {id(one): one for module in self._modules for one in module.parameters(recurse=False)}.values()
         gradients = [(parameter, parameter.grad) for parameter in parameters]
         restores = [generator_state(generator) for generator in self._generators]
         try:

@@ -16,6 +16,7 @@ from ..config import DEFAULT_NAME, MergeConfig, check_side_by_side
 from ..disk.atomic import remove_tree
 from ..disk.model_files import collect_checkpoint
 from ..disk.state import remove_other_states
+from ..disk.untrusted import folder_name_of_step
 from ..evaluate.data import as_tensors
 from ..merger import TrajectoryMerger
 from ..metrics import MergeRecord
@@ -186,7 +187,7 @@ class TrajMergeCallback(pl.Callback):
         """The state beside the checkpoint that training resumes from, also where that is a link (save_last="link")."""
         for path in (trainer.ckpt_path, Path(trainer.ckpt_path or "").resolve()):
             base = self._beside(path)
-            if base is not None and (folder := base / f"step-{trainer.global_step:08d}").is_dir():
+            if base is not None and (folder := base / folder_name_of_step(trainer.global_step)).is_dir():
                 return folder
         return None
 
@@ -251,7 +252,7 @@ def _save_checkpoint(
     for callback in callbacks if "callbacks" in checkpoint else []:
         if callback.merger is not None:
             base = callback._beside(filepath)
-            folder = None if base is None else base / f"step-{checkpoint['global_step']:08d}"
+            folder = None if base is None else base / folder_name_of_step(checkpoint["global_step"])
             # A checkpoint that is overwritten (last.ckpt) had a state of its own.
             callback.merger.save_state(folder, written=functools.partial(remove_other_states, folder))
     save(checkpoint, filepath, *args, **kwargs)

@@ -25,8 +25,6 @@ from .trained_loss import say_if_another
 logger = logging.getLogger("traj_merge_callback")
 _STATE_FOLDER = "traj_merge"
 _FLAGS = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
-
-
 _WRITE_NOTHING = ("transformers.", "trl.", "traj_merge_callback.")
 
 
