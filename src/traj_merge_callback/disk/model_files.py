@@ -49,12 +49,14 @@ def _under_fsdp(model: nn.Module) -> nn.Module:
     return getattr(model, "_fsdp_wrapped_module", model)
 
 
-def collect_weights(model: nn.Module, layout: ParameterLayout, *, at_once: bool = False) -> Callable[[Path], None]:
+def collect_weights(
+    model: nn.Module, layout: ParameterLayout, *, changed: Set[str] = frozenset(), at_once: bool = False
+) -> Callable[[Path], None]:
     """Collect the weights that ``model`` holds now; the function returned writes them into an existing folder, later.
 
     Until then the merged row must stay as it is, unless it is copied to the CPU ``at_once``. Of what is not merged,
-    buffers are copied, because training goes on, and frozen parameters are not, because they do not change. A plain
-    module's file holds the merged tensors and every other buffer of the state dict; frozen parameters are left out.
+    buffers are copied, because training goes on, and frozen parameters are not. A plain module's file holds the merged
+    tensors and every other buffer of the state dict; frozen parameters are left out, but for those that ``changed``.
     """
     model = unwrap(model)
     merged = {slot.name for slot in layout.slots}
@@ -76,7 +78,7 @@ def collect_weights(model: nn.Module, layout: ParameterLayout, *, at_once: bool 
         if weights_format(model) == STATE_DICT:
             names = {clean_name(name) for name in parameters}
             kept = {clean_name(name): value for name, value in kept.items()}
-            kept = {name: value for name, value in kept.items() if name in merged or name not in names}
+            kept = {name: value for name, value in kept.items() if name in merged | changed or name not in names}
         _write(folder, model, kept)
 
     return write

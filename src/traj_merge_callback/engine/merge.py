@@ -12,6 +12,7 @@ from ..config import MergeConfig
 from ..evaluate.candidate import Candidates, weights_in
 from ..evaluate.fsdp import Units
 from ..evaluate.heldout import HeldOutLoss, device_of
+from ..evaluate.kept import Keeper, Kept
 from ..evaluate.parking import Parking
 from ..metrics import MergeRecord, report_losses
 from ..pieces import Pieces
@@ -50,21 +51,29 @@ class Merge:
         self._heldout = heldout
         self._publisher = publisher
         self.parking = Parking(device_of(model), window.processes)
+        self._keeper = Keeper(model, window.layout)
         self._units = Units(model, window.layout, window.processes) if window.layout.sharding.units else None
 
     def probe(self, model: nn.Module) -> Pieces[None]:
         """Do pieces of the commonest kinds, to learn how long they take."""
-        candidates = self._candidates(model)
+        candidates = self._candidates(model, Kept())
         with self.window.in_use():
             yield from candidates.load(None)
         for _ in range(2):  # the first forward pass of a kind is slow
             yield from candidates.sample()
 
-    def pieces(self, model: nn.Module, state: SearchState, step: int, evaluations: int) -> Pieces[MergeRecord]:
+    def keep(self, model: nn.Module) -> Kept:
+        """What a merge of the window as it is now takes from live: that of the step of the newest row."""
+        return self._keeper.keep(model)
+
+    def pieces(
+        self, model: nn.Module, kept: Kept, state: SearchState, step: int, evaluations: int
+    ) -> Pieces[MergeRecord]:
         """Merge the window as it is now; nothing is captured until its rows are not needed any more.
 
         Args:
             model: the model being trained.
+            kept: see :meth:`keep`.
             state: what the last merge remembers; what this one learns is written to it.
             step: optimizer step, that of the window's newest row.
             evaluations: what may be spent, in passes over the search split, live included.
@@ -74,15 +83,15 @@ class Merge:
         """
         in_use = ExitStack()
         in_use.enter_context(self.window.in_use())
-        return self._pieces(model, state, step, evaluations, in_use)
+        return self._pieces(model, kept, state, step, evaluations, in_use)
 
     def _pieces(
-        self, model: nn.Module, state: SearchState, step: int, evaluations: int, in_use: ExitStack
+        self, model: nn.Module, kept: Kept, state: SearchState, step: int, evaluations: int, in_use: ExitStack
     ) -> Pieces[MergeRecord]:
         window = self.window
         with in_use:
             steps = list(window.steps)
-            candidates = self._candidates(model)
+            candidates = self._candidates(model, kept)
             yield from candidates.prepare()
             yield from candidates.load(None)
             live_search = yield from candidates.evaluate("search")
@@ -128,6 +137,6 @@ class Merge:
             snapshot=str(snapshot) if snapshot else None,
         )
 
-    def _candidates(self, model: nn.Module) -> Candidates:
-        weights = weights_in(model, self.window, self._heldout.seed, self.parking, units=self._units)
+    def _candidates(self, model: nn.Module, kept: Kept) -> Candidates:
+        weights = weights_in(model, self.window, self._heldout.seed, self.parking, units=self._units, kept=kept)
         return Candidates(weights, self.window, self._heldout)

@@ -138,10 +138,14 @@ class Publisher:
     def _whole(self, weights: Weights, gathered: dict[int, Tensor] | None, at_once: bool) -> Write:
         """Collect the whole model, and what is written beside it."""
         if gathered is not None:
-            return _both(collect_gathered(weights.model, self._window.layout, gathered, weights.row), self._beside())
+            with weights.kept.installed():
+                write = collect_gathered(weights.model, self._window.layout, gathered, weights.row)
+            return _both(write, self._beside())
         assert isinstance(weights, WholeWeights)
         with weights.installed():
-            return _both(collect_weights(weights.model, weights.layout, at_once=at_once), self._beside())
+            changed = weights.kept.changed
+            write = collect_weights(weights.model, weights.layout, changed=changed, at_once=at_once)
+            return _both(write, self._beside())
 
     def _shard(self, weights: Weights, at_once: bool) -> Write:
         """Collect this rank's part of the model; rank 0 also writes what is beside the weights."""

@@ -220,11 +220,11 @@ class Schedule:
             return False
         if len({tuple(steps) for steps in self._processes.all_gather_object(list(self._merge.window.steps))}) > 1:
             raise RuntimeError("the windows of the ranks differ, because a checkpoint was lost on one of them")
-        self._step, budget = step, evaluations
+        self._step, budget, kept = step, evaluations, self._merge.keep(model)
 
         def make() -> None:
             self.learned = copy.deepcopy(state)
-            self._run = self._in_pieces(self._merge.pieces(model, self.learned, step, budget), model)
+            self._run = self._in_pieces(self._merge.pieces(model, kept, self.learned, step, budget), model)
 
         self._again = make
         make()

@@ -12,12 +12,19 @@ from ..search.evaluation import Evaluation, Gradient
 from ..window.window import CheckpointWindow
 from .fsdp import ShardedWeights, Units
 from .heldout import HeldOutLoss, Split, device_of
+from .kept import Kept
 from .parking import Parking
 from .weights import Weights, WholeWeights
 
 
 def weights_in(
-    model: nn.Module, window: CheckpointWindow, seed: int, parking: Parking, *, units: Units | None = None
+    model: nn.Module,
+    window: CheckpointWindow,
+    seed: int,
+    parking: Parking,
+    *,
+    units: Units | None = None,
+    kept: Kept | None = None,
 ) -> Weights:
     """Room for the weights of one candidate of a window, on the model's device.
 
@@ -27,14 +34,16 @@ def weights_in(
         seed: see ``isolated``.
         parking: of the device memory that it takes, from now on until the next call.
         units: the model's FSDP units; None for a model without FSDP.
+        kept: what every candidate takes from live; None: what live has whenever a candidate is evaluated.
     """
     slots = window.layout.slots
     # The candidate and its gradient, whole where they are not sharded.
     parking.begin(8 * (window.layout.numel if units is not None else sum(slot.whole_numel for slot in slots)))
     row = parking.hold(window.staging_on(device_of(model)))
+    kept = Kept() if kept is None else kept
     if units is not None:
-        return ShardedWeights(model, window.layout, row, seed, units, parking)
-    return WholeWeights(model, window.layout, row, seed, parking)
+        return ShardedWeights(model, window.layout, row, kept, seed, units, parking)
+    return WholeWeights(model, window.layout, row, kept, seed, parking)
 
 
 class Candidates:
@@ -66,7 +75,7 @@ class Candidates:
             layout, views = self._window.layout, self._window.layout.views(self.weights.row)
             for slot, tensor in zip(layout.slots, layout.tensors(self.weights.model), strict=True):
                 if slot.name in self.unmerged:
-                    views[slot.name].copy_(tensor)
+                    views[slot.name].copy_(self.weights.kept.buffer(slot.name, tensor))
         yield from self.weights.gather()
 
     def not_finite(self) -> Pieces[str | None]:

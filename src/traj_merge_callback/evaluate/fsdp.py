@@ -27,6 +27,7 @@ from ..pieces import EXCHANGE, Pieces
 from ..window.layout import ParameterLayout, Slot, unwrap
 from ..window.sharding import Unit
 from .isolation import isolated
+from .kept import Kept
 from .parking import Parking
 from .weights import add_gradients, installed
 
@@ -43,15 +44,24 @@ class ShardedWeights:
         model: the model being trained; wrappers (compile) are looked through.
         layout: the layout of this rank's columns.
         row: float32, on the model's device, shape ``(layout.numel,)``.
+        kept: what every candidate takes from live.
         seed: see ``isolated``.
         units: the model's FSDP units.
         parking: of the other large tensors made here.
     """
 
     def __init__(
-        self, model: nn.Module, layout: ParameterLayout, row: Tensor, seed: int, units: Units, parking: Parking
+        self,
+        model: nn.Module,
+        layout: ParameterLayout,
+        row: Tensor,
+        kept: Kept,
+        seed: int,
+        units: Units,
+        parking: Parking,
     ) -> None:
         self.row = row
+        self.kept = kept
         self._parking = parking
         self.model = model
         self._layout = layout
@@ -75,7 +85,7 @@ class ShardedWeights:
     def ready(self, gradients: bool) -> Iterator[None]:
         """A context in which the model computes with the candidate's weights, under ``isolated``."""
         model = unwrap(self.model)
-        with installed(self._layout, model, self.row), self._isolated(gradients=gradients):
+        with installed(self._layout, model, self.row, self.kept), self._isolated(gradients=gradients):
             pairs = zip(self._layout.slots, self._layout.tensors(model), strict=True)
             self._plain = [(slot, tensor) for slot, tensor in pairs if slot.shard.unit is None]
             self._leaves, self._again = {}, None

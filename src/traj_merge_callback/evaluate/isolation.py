@@ -30,7 +30,8 @@ logger = logging.getLogger("traj_merge_callback")
 Watch: TypeAlias = Literal["always", "first", "never"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_MODULE_INTERNALS = frozenset(vars(nn.Module()))
+#: The attributes that every module has.
+MODULE_INTERNALS = frozenset(vars(nn.Module()))
 _CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)
 _ATOMS = frozenset((int, float, complex, str, bytes, bool, type(None)))
 
@@ -323,7 +324,7 @@ def _copy_state(module: nn.Module, saved: dict[str, Any], copies: _Copies) -> No
     for name, value in saved.items():
         if name == "_buffers":
             attributes[name] = {key: copies.of(buffer) for key, buffer in value.items()}
-        elif name not in _MODULE_INTERNALS:
+        elif name not in MODULE_INTERNALS:
             attributes[name] = copies.of(value)
         elif isinstance(value, dict):
             attributes[name] = value.copy()

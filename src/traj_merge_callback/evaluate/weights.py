@@ -15,6 +15,7 @@ from ..pieces import EXCHANGE, Pieces
 from ..window.layout import BufferPlace, ParameterLayout, Slot, clean_name, persistent_buffers, unwrap
 from ..window.sharding import EqualShares
 from .isolation import Watch, delayed_interrupts, isolated
+from .kept import Kept
 from .parking import Parking
 
 
@@ -24,10 +25,12 @@ class Weights(Protocol):
     Args:
         model: the model that computes with the candidate's weights.
         row: float32, shape ``(layout.numel,)``: this rank's columns of the candidate, filled by the caller.
+        kept: what every candidate takes from live.
     """
 
     model: nn.Module
     row: Tensor
+    kept: Kept
 
     def gather(self) -> Pieces[None]:
         """Called when ``row`` has been filled: exchange what the forward pass needs of other ranks' columns."""
@@ -55,12 +58,16 @@ class WholeWeights:
         model: the model being trained; wrappers (compile, DDP) are looked through.
         layout: the layout of this rank's columns.
         row: float32, on the model's device, shape ``(layout.numel,)``.
+        kept: what every candidate takes from live.
         seed: see ``isolated``.
         parking: of the other large tensors made here.
     """
 
-    def __init__(self, model: nn.Module, layout: ParameterLayout, row: Tensor, seed: int, parking: Parking) -> None:
+    def __init__(
+        self, model: nn.Module, layout: ParameterLayout, row: Tensor, kept: Kept, seed: int, parking: Parking
+    ) -> None:
         self.row = row
+        self.kept = kept
         self._parking = parking
         self.model = model
         self._gradient: Tensor | None = None
@@ -100,7 +107,7 @@ class WholeWeights:
 
     def installed(self) -> AbstractContextManager[None]:
         """A context in which the model has the candidate's weights."""
-        return installed(self.layout, self.model, self.whole)
+        return installed(self.layout, self.model, self.whole, self.kept)
 
     @contextmanager
     def ready(self, gradients: bool) -> Iterator[None]:
@@ -131,8 +138,10 @@ class WholeWeights:
 
 
 @contextmanager
-def installed(layout: ParameterLayout, model: nn.Module, row: Tensor) -> Iterator[None]:
+def installed(layout: ParameterLayout, model: nn.Module, row: Tensor, kept: Kept | None = None) -> Iterator[None]:
     """Within the context, ``model`` computes with ``row`` (shape ``(layout.numel,)``) instead of its own weights.
+
+    What is not merged is that of ``kept``; without it, live's.
 
     The live weights' storage is never written: each parameter's ``data`` is pointed to the row and back again, so
     restoring is bit-exact whatever happens inside, and optimizers, hooks and compiled graphs keep the same Parameter
@@ -147,7 +156,7 @@ def installed(layout: ParameterLayout, model: nn.Module, row: Tensor) -> Iterato
     views = layout.views(row)
     live: list[tuple[Tensor, Tensor]] = []
     replaced: list[tuple[BufferPlace, Tensor]] = []
-    with delayed_interrupts():
+    with delayed_interrupts(), (kept or Kept()).installed():
         try:
             for slot, tensor in zip(layout.slots, tensors, strict=True):
                 if slot.is_parameter and slot.shard.unit is None:
