@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..window.devices import side_stream
-from ..window.layout import ParameterLayout, clean_name, persistent_buffers, unwrap
+from ..window.layout import ParameterLayout, persistent_buffers
+from ..window.names import clean_name, unwrap
 from ..window.sharding import has_fsdp
 from .checksums import check_document, check_files
 from .snapshots import read_merge, snapshot_folder

@@ -51,7 +51,7 @@ class Merge:
         self._heldout = heldout
         self._publisher = publisher
         self.parking = Parking(device_of(model), window.processes)
-        self._keeper = Keeper(model, window.layout)
+        self._keeper = Keeper(model, {slot.name for slot in window.layout.slots if slot.is_parameter})
         self._units = Units(model, window.layout, window.processes) if window.layout.sharding.units else None
 
     def probe(self, model: nn.Module) -> Pieces[None]:

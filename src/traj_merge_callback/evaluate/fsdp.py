@@ -24,7 +24,8 @@ from ..distributed import (
     reduce_scatter_sum,
 )
 from ..pieces import EXCHANGE, Pieces
-from ..window.layout import ParameterLayout, Slot, unwrap
+from ..window.layout import ParameterLayout, Slot
+from ..window.names import unwrap
 from ..window.sharding import Unit
 from .isolation import isolated
 from .kept import Kept

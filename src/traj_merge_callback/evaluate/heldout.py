@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..distributed import Processes
 from ..pieces import BACKWARD, EXCHANGE, FORWARD, Pieces, finish
 from ..search.evaluation import PARTS, Evaluation, Gradient
-from ..window.layout import unwrap
+from ..window.names import unwrap
 from .data import Held, count_sequences, fingerprint, map_tensors, read_batches, select_sequences
 from .isolation import isolated, uncached_casts
 from .language_model import LanguageModelNll

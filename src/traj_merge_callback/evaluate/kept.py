@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..window.layout import ParameterLayout, clean_name, unwrap
+from ..window.names import clean_name, unwrap
 from .isolation import MODULE_INTERNALS, delayed_interrupts
 
 # Larger tensors are kept only if they have been seen to change: frozen weights can be as large as the model.
@@ -95,11 +95,11 @@ class Keeper:
 
     Args:
         model: the model being trained; wrappers (compile, DDP) are looked through.
-        layout: of the window's columns.
+        merged: names of the parameters that rows hold.
     """
 
-    def __init__(self, model: nn.Module, layout: ParameterLayout) -> None:
-        self._merged = {slot.name for slot in layout.slots if slot.is_parameter}
+    def __init__(self, model: nn.Module, merged: Set[str]) -> None:
+        self._merged = merged
         self._looks: dict[str, _Look] = {}
         self._changing: set[str] = set()
         self.keep(model)

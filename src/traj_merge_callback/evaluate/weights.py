@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..distributed import all_gather_into, reduce_scatter_sum
 from ..pieces import EXCHANGE, Pieces
-from ..window.layout import BufferPlace, ParameterLayout, Slot, clean_name, persistent_buffers, unwrap
+from ..window.layout import BufferPlace, ParameterLayout, Slot, persistent_buffers
+from ..window.names import clean_name, unwrap
 from ..window.sharding import EqualShares
 from .isolation import Watch, delayed_interrupts, isolated
 from .kept import Kept

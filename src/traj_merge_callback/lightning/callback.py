@@ -21,7 +21,7 @@ from ..evaluate.data import as_tensors
 from ..merger import TrajectoryMerger
 from ..metrics import MergeRecord
 from ..window.capture import LossScaleWatch
-from ..window.layout import unwrap
+from ..window.names import unwrap
 from ..window.sharding import has_fsdp
 from .data import transfer, validation_loaders
 from .monitors import let_wait, stop_waiting

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import Processes
+from .names import clean_name, unwrap
 from .sharding import EqualShares, Shard, Sharding, find_sharding
 
 # What a word of a parameter's name says about the group of its tensor, in the models people train; the first kind that
@@ -31,25 +32,6 @@ _KINDS = {
     "embeddings": r"\w*(embed\w*|wte|wpe)",
     "head": r"\w*(lm_head|head|output)",
 }
-_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.parallel.DataParallel)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module the user wrote, under ``torch.compile``, DataParallel, DistributedDataParallel and DeepSpeed."""
-    while True:
-        if isinstance(model, _WRAPPERS) or type(model).__name__ == "DeepSpeedEngine":
-            model = model.module  # type: ignore[assignment]
-        elif isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
-            model = original
-        else:
-            return model
-
-
-def clean_name(name: str) -> str:
-    """A parameter's name without the segments that wrappers of submodules put into it."""
-    for segment in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
-        name = name.replace(segment, "")
-    return name
 
 
 @dataclass(frozen=True)
