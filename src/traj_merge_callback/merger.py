@@ -27,7 +27,7 @@ from .engine.failures import Failures
 from .engine.making import make_merging
 from .engine.publish import Extra
 from .engine.schedule import Schedule, passed
-from .evaluate.heldout import HeldOutLoss, Nll
+from .evaluate.heldout import HeldOutLoss, Nll, ToDevice
 from .metrics import MergeRecord
 from .search.problem import SearchState
 from .window.window import CheckpointWindow
@@ -45,9 +45,9 @@ class TrajectoryMerger:
 
     Args:
         heldout: held-out batches (a DataLoader, any iterable, or a mapping from domain names to such), read at once.
-        nll: ``nll(model, batch) -> (summed NLL in nats, number of target tokens)``; by default the model's ``.loss``.
+        nll: ``nll(model, batch) -> (summed NLL in nats, target tokens)``, also by domain; by default ``.loss``.
         precision: returns a context for forward passes, such as ``lambda: torch.autocast("cuda", torch.bfloat16)``.
-        to_device: moves a batch to the training device; by default every tensor goes to the model's device.
+        to_device: moves a batch to the training device, also by domain; by default tensors go to the model's device.
         log: called with the :class:`MergeRecord` of each merge, on rank 0.
         log_everywhere: call ``log`` on every rank, for trainers whose metrics are to be the same on all.
         extra: called while the model holds the merged weights, to add files to a snapshot: it returns a function that
@@ -71,9 +71,9 @@ class TrajectoryMerger:
         self,
         heldout: Iterable[Any] | Mapping[str, Iterable[Any]],
         *,
-        nll: Nll | None = None,
+        nll: Nll | Mapping[str, Nll] | None = None,
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        to_device: Callable[[Any], Any] | None = None,
+        to_device: ToDevice | Mapping[str, ToDevice] | None = None,
         log: Callable[[MergeRecord], None] | None = None,
         log_everywhere: bool = False,
         extra: Extra | None = None,

@@ -28,6 +28,7 @@ from .sample import Split, choose
 logger = logging.getLogger("traj_merge_callback")
 
 Nll: TypeAlias = Callable[[nn.Module, Any], tuple[Tensor | float, Tensor | float | int]]
+ToDevice: TypeAlias = Callable[[Any], Any]
 # ready(gradients) -> a context that isolates the model (see isolated) and may give it a candidate's weights.
 Ready = Callable[[bool], AbstractContextManager[Any]]
 
@@ -68,12 +69,13 @@ class HeldOutLoss:
     Args:
         heldout: a DataLoader or any iterable of batches, or a mapping from domain names to such.
         nll: ``nll(model, batch) -> (summed NLL in nats, number of target tokens)``; by default
-            :class:`LanguageModelNll`, for models whose output has ``.loss``.
+            :class:`LanguageModelNll`, for models whose output has ``.loss``. Or a mapping from domain names to such.
         batches: batches to read of each loader.
         search_fraction: share of the sequences in the search split, strictly between 0 and 1.
         report_only: domains that are reported but never searched on, nor part of the overall loss.
         precision: returns a context for the forward pass, for instance the trainer's autocast.
-        to_device: moves a batch to the training device; by default every tensor goes to the model's device.
+        to_device: moves a batch to the training device; by default every tensor goes to the model's device. Or a
+            mapping from domain names to such.
         seed: seed for reading shuffled loaders, and for any randomness in an evaluation.
         processes: the ranks that train the model together. All ranks hold the same batches, even if their loaders
             read different ones; each evaluates a share of them, and the results are gathered on all ranks.
@@ -88,25 +90,26 @@ class HeldOutLoss:
         self,
         heldout: Iterable[Any] | Mapping[str, Iterable[Any]],
         *,
-        nll: Nll | None = None,
+        nll: Nll | Mapping[str, Nll] | None = None,
         batches: int = 16,
         search_fraction: float = 0.5,
         report_only: Iterable[str] = (),
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        to_device: Callable[[Any], Any] | None = None,
+        to_device: ToDevice | Mapping[str, ToDevice] | None = None,
         seed: int = 0,
         processes: Processes | None = None,
     ) -> None:
         self._processes = Processes(alone=True) if processes is None else processes
-        if nll is not None and not callable(nll):
-            raise TypeError(f"nll={nll!r}: must be a function (model, batch) -> (summed NLL, tokens)")
-        self._nll = LanguageModelNll(self._say) if nll is None else nll
-        self._owned: Owned | None = None
-        self._precision = precision
-        self._to_device = to_device
-        self.seed = seed
         named = heldout if isinstance(heldout, Mapping) else {_NAMELESS: heldout}
         loaders = {str(name): loader for name, loader in named.items()}
+        nlls = _by_domain("nll", LanguageModelNll(self._say) if nll is None else nll, loaders)
+        if wrong := [one for one in nlls.values() if not callable(one)]:
+            raise TypeError(f"nll={wrong[0]!r}: must be a function (model, batch) -> (summed NLL, tokens)")
+        self._nlls: dict[str, Nll] = nlls
+        self._owned: Owned | None = None
+        self._precision = precision
+        self._to_device: dict[str, ToDevice | None] = _by_domain("to_device", to_device, loaders)
+        self.seed = seed
         self.report_only = frozenset(report_only)
         if unknown := self.report_only - loaders.keys():
             raise ValueError(f"report_only={sorted(unknown)} are not among the held-out domains {sorted(loaders)}")
@@ -288,14 +291,15 @@ class HeldOutLoss:
             # A rank for which no batch is left evaluates one all the same, because under FSDP a forward pass needs all
             # ranks; its loss counts zero times.
             counts = float(mine < len(batches))
-            data = batches[mine if counts else first].data
+            of = batches[mine if counts else first]
             if self._owned is None:
-                self._owned = Owned((self._nll, self._to_device))
+                self._owned = Owned((self._nlls, self._to_device))
             # The model's own gradients are looked after, and looked at, inside ``ready``.
             with self._owned.preserved(), ready(gradient is not None):
-                batch = self._to_device(data) if self._to_device else _to_device_of(model, data)
+                move = self._to_device[of.domain] or functools.partial(_to_device_of, model)
+                batch = move(of.data)
                 with self._precision(), uncached_casts():
-                    nll, tokens = self._nll(model, batch)
+                    nll, tokens = self._nlls[of.domain](model, batch)
                 if gradient is not None and float(tokens):
                     (counts * torch.as_tensor(nll)).backward()
                     gradient.add_gradient()
@@ -305,6 +309,15 @@ class HeldOutLoss:
             yield EXCHANGE
             found = self._processes.all_gather_array(values).swapaxes(0, 1).reshape(-1, 2)[: len(batches)]
         return Evaluation(found[:, 0], found[:, 1], tuple(batch.domain for batch in batches), indices)
+
+
+def _by_domain(option: str, given: Any, domains: Iterable[str]) -> dict[str, Any]:
+    """What was given for each domain, or for all of them alike."""
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(domains, given)
+    if given.keys() != set(domains):
+        raise ValueError(f"{option}: a mapping must have the held-out domains {sorted(domains)}, got {sorted(given)}")
+    return dict(given)
 
 
 def _sequences(held: Held) -> list[int]:

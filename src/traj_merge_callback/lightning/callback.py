@@ -23,7 +23,7 @@ from ..metrics import MergeRecord
 from ..window.capture import LossScaleWatch
 from ..window.names import unwrap
 from ..window.sharding import has_fsdp
-from .data import transfer, validation_loaders
+from .data import by_loader, by_name, transfer, validation_loaders
 from .monitors import let_wait, stop_waiting
 from .validation_step import ValidationStep
 
@@ -108,7 +108,8 @@ class TrajMergeCallback(pl.Callback):
         """Build the engine, read the held-out data, and take over the window of a resumed run."""
         self._last_step = trainer.global_step
         # Both may run collectives, so every rank asks.
-        heldout = self._heldout if self._heldout is not None else validation_loaders(trainer)
+        given = self._heldout if self._heldout is not None else validation_loaders(trainer)
+        heldout, indices = by_loader(given)
         default_folder = Path(trainer.log_dir or trainer.default_root_dir) / self.config.named("merged")
         self._model = unwrap(trainer.strategy.model or pl_module)
         if self._save_ckpt and has_fsdp(self._model):
@@ -118,9 +119,9 @@ class TrajMergeCallback(pl.Callback):
         extra = lambda: collect_checkpoint("merged.ckpt", dump(weights_only=True), pl_module)  # noqa: E731
         self.merger = TrajectoryMerger(
             heldout,
-            nll=self._nll or ValidationStep(trainer, pl_module),
+            nll=by_name(ValidationStep(trainer, pl_module).of, indices) if self._nll is None else self._nll,
             precision=trainer.precision_plugin.val_step_context,
-            to_device=lambda batch: transfer(trainer, batch),
+            to_device=by_name(lambda index: functools.partial(transfer, trainer, index), indices),
             log=lambda record: self._log(trainer, record),
             log_everywhere=True,
             extra=extra if self._save_ckpt else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
+from ..evaluate.heldout import Nll
 from ..evaluate.language_model import summed_nll
 from .data import validating
 
@@ -35,14 +37,20 @@ class ValidationStep:
             )
         self._trainer = trainer
         self._said = False
-        # Modules with several validation loaders take a third argument; held-out batches are evaluated as the first's.
-        takes_index = is_param_in_hook_signature(pl_module.validation_step, "dataloader_idx", explicit=True)
-        self._arguments: tuple[int, ...] = (0, 0) if takes_index else (0,)
-        if not is_param_in_hook_signature(pl_module.validation_step, "batch_idx", min_args=2):
-            self._arguments = ()
+        step = pl_module.validation_step
+        self._takes_batch_idx = is_param_in_hook_signature(step, "batch_idx", min_args=2)
+        found = inspect.signature(step).parameters.get("dataloader_idx")
+        self._needs_loader = found is not None and found.default is inspect.Parameter.empty
 
-    def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor | float, int]:
-        """See ``Nll``."""
+    def of(self, dataloader_idx: int | None) -> Nll:
+        """The loss of batches of one of several validation loaders; None: there are not several."""
+        return lambda model, batch: self(model, batch, dataloader_idx)
+
+    def __call__(self, model: nn.Module, batch: Any, dataloader_idx: int | None = None) -> tuple[Tensor | float, int]:
+        """See ``Nll`` and :meth:`of`."""
+        arguments = [0] if self._takes_batch_idx else []
+        if self._needs_loader or dataloader_idx is not None:
+            arguments.append(dataloader_idx or 0)
         pl_module, strategy = self._trainer.lightning_module, self._trainer.strategy
         logged: dict[str, Any] = {}
         loggers = self._trainer.loggers
@@ -53,11 +61,11 @@ class ValidationStep:
         try:
             with validating(self._trainer):
                 if model is pl_module:
-                    output = pl_module.validation_step(batch, *self._arguments)  # type: ignore[operator]
+                    output = pl_module.validation_step(batch, *arguments)  # type: ignore[operator]
                 else:
                     # FSDP's wrapper has weights of its own to gather: the step is taken inside its forward pass.
                     redirected = strategy._forward_redirection
-                    output = redirected(model, pl_module, "validation_step", batch, *self._arguments)
+                    output = redirected(model, pl_module, "validation_step", batch, *arguments)
         finally:
             self._trainer.loggers = loggers
         loss = output.get("loss") if isinstance(output, Mapping) else output
