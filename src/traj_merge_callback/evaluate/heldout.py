@@ -296,8 +296,8 @@ class HeldOutLoss:
                 self._owned = Owned((self._nlls, self._to_device))
             # The model's own gradients are looked after, and looked at, inside ``ready``.
             with self._owned.preserved(), ready(gradient is not None):
-                move = self._to_device[of.domain] or functools.partial(_to_device_of, model)
-                batch = move(of.data)
+                transfer = self._to_device[of.domain] or functools.partial(_to_device_of, model)
+                batch = transfer(of.data)
                 with self._precision(), uncached_casts():
                     nll, tokens = self._nlls[of.domain](model, batch)
                 if gradient is not None and float(tokens):
