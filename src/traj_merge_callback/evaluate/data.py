@@ -22,7 +22,7 @@ from ..distributed import Processes
 from .indices import Indices
 from .isolation import preserved_rng
 from .reachable import preserved
-from .sample import Split, evenly
+from .sample import Laid, Split, evenly, lay_together
 
 # The label of a position that is no target.
 IGNORED = -100
@@ -42,8 +42,50 @@ class Held:
     total: int | None
 
 
+def read_domains(
+    loaders: Mapping[str, Any], count: int, seed: int, processes: Processes, fractions: Mapping[str, float]
+) -> dict[str, Held]:
+    """:func:`read_batches` of several loaders; runs of domains that are parts of one dataset are laid together.
+
+    Args:
+        loaders: by domain.
+        count, seed, processes: see :func:`read_batches`.
+        fractions: for each domain the share of the search split.
+    """
+    # Accelerate's loaders register themselves as the active one and move batches; their inner DataLoader does neither.
+    inner = {name: getattr(loader, "base_dataloader", loader) for name, loader in loaders.items()}
+    indices = {name: _indices(name, loader, seed, processes) for name, loader in inner.items()}
+    asked = {
+        name: one
+        for name, found in indices.items()
+        if found is not None and (one := found.asked(inner[name].dataset, count, fractions[name])) is not None
+    }
+    with processes.raise_on_all():
+        laid = lay_together(asked)
+    return {
+        name: read_batches(name, loader, count, seed, processes, fractions[name], indices[name], laid.get(name))
+        for name, loader in inner.items()
+    }
+
+
+def _indices(name: str, loader: Any, seed: int, processes: Processes) -> Indices | None:
+    """What all ranks draw of a loader, if it can be asked for by index."""
+    with processes.raise_on_all():
+        _check(name, loader)
+        with _undisturbed(loader, seed, name):
+            mine = Indices.of(loader)
+    return Indices.of_all(processes.all_gather_object(mine), processes.rank)
+
+
 def read_batches(
-    name: str, loader: Any, count: int, seed: int, processes: Processes, search_fraction: float = 0.5
+    name: str,
+    loader: Any,
+    count: int,
+    seed: int,
+    processes: Processes,
+    search_fraction: float,
+    indices: Indices | None,
+    laid: Laid | None,
 ) -> Held:
     """``count`` batches of a loader, on the CPU, the same ones on every rank.
 
@@ -62,20 +104,15 @@ def read_batches(
         seed: random seed for shuffled loaders, and for the sample.
         processes: the ranks that train the model together.
         search_fraction: see :func:`choose`.
+        indices: what all ranks draw, if that can be asked for.
+        laid: see :func:`lay_together`.
 
     Raises:
         ValueError: the loader yields no batches.
         TypeError: it is not an iterable of batches.
     """
-    # Accelerate's loaders register themselves as the active one and move batches; their inner DataLoader does neither.
-    loader = getattr(loader, "base_dataloader", loader)
     with processes.raise_on_all():
-        _check(name, loader)
-        with _undisturbed(loader, seed, name):
-            mine = Indices.of(loader)
-    indices = Indices.of_all(processes.all_gather_object(mine), processes.rank)
-    with processes.raise_on_all():
-        held = _read(name, loader, indices, count, seed, search_fraction)
+        held = _read(name, loader, indices, count, seed, search_fraction, laid)
     if processes.size == 1:
         return held
     digests = processes.all_gather_object(_digest(held))
@@ -158,7 +195,15 @@ def _digest(held: Held) -> bytes:
     return digest.digest()
 
 
-def _read(name: str, loader: Any, indices: Indices | None, count: int, seed: int, search_fraction: float) -> Held:
+def _read(
+    name: str,
+    loader: Any,
+    indices: Indices | None,
+    count: int,
+    seed: int,
+    search_fraction: float,
+    laid: Laid | None,
+) -> Held:
     total: int | None = None
     splits: Sequence[Split | None] | None = None
     asked: int | None = None  # sequences in the first batch
@@ -169,7 +214,7 @@ def _read(name: str, loader: Any, indices: Indices | None, count: int, seed: int
         loader._iterator = None
         if indices is not None:
             # Set past DataLoader's own check: its workers and its collate_fn read what is asked for here.
-            key, wanted, splits, total = indices.chosen(loader.dataset, count, seed, search_fraction)
+            key, wanted, splits, total = indices.chosen(loader.dataset, count, seed, search_fraction, laid)
             vars(loader)[key] = wanted
             asked = len(wanted[0]) if key == "batch_sampler" else None
             count = len(wanted)

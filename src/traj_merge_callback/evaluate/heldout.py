@@ -19,7 +19,7 @@ from ..distributed import Processes
 from ..pieces import BACKWARD, EXCHANGE, FORWARD, Pieces, finish
 from ..search.evaluation import PARTS, Evaluation, Gradient
 from ..window.names import unwrap
-from .data import Held, count_sequences, fingerprint, map_tensors, read_batches, select_sequences
+from .data import Held, count_sequences, fingerprint, map_tensors, read_domains, select_sequences
 from .isolation import isolated, uncached_casts
 from .language_model import LanguageModelNll
 from .reachable import Owned
@@ -62,7 +62,7 @@ class _Batch:
 class HeldOutLoss:
     """Token-weighted held-out loss with its standard error, on a search split and a report split.
 
-    ``batches`` batches of each loader are read once (see :func:`read_batches`), with random states saved and restored,
+    ``batches`` batches of each loader are read once (see :func:`read_domains`), with random states saved and restored,
     and kept on the CPU. Runs of sequences are dealt to the two splits, with gaps between them. A sequence has one split
     in all domains, as have equal sequences, so the splits share none.
 
@@ -118,10 +118,8 @@ class HeldOutLoss:
             raise ValueError(f"report_only={sorted(self.report_only)} leaves no domain to search on")
         self._batches: dict[Split, list[_Batch]] = {"search": [], "report": []}
         self._digest = hashlib.sha256()
-        held = {
-            name: read_batches(name, loader, batches, seed, self._processes, self._fraction(name, search_fraction))
-            for name, loader in loaders.items()
-        }
+        fractions = {name: self._fraction(name, search_fraction) for name in loaders}
+        held = read_domains(loaders, batches, seed, self._processes, fractions)
         # What is never searched on comes first, then small domains, which large ones may contain.
         order = sorted(held, key=lambda name: (name in self.searched, sum(_sequences(held[name]))))
         owners: dict[bytes, Split] = {}

@@ -18,7 +18,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from .sample import Split, choose, evenly, in_order
+from .sample import Asked, Laid, Split, choose, evenly, in_order
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,14 @@ class Indices:
             batches = [list(b) for b in dict.fromkeys(tuple(b) for one in ranks for b in one.batches or [])]
         return replace(first, drawn=_unique(itertools.chain(*(one.drawn for one in ranks))), batches=batches)
 
+    def asked(self, dataset: Any, count: int, search_fraction: float) -> Asked | None:
+        """What ``count`` batches ask of the dataset; None if its items are batches."""
+        if self.size is None and self.batches is None:
+            return None
+        return Asked(dataset, self.drawn, count * (self.size or len((self.batches or [[]])[0])), search_fraction)
+
     def chosen(
-        self, dataset: Any, count: int, seed: int, search_fraction: float
+        self, dataset: Any, count: int, seed: int, search_fraction: float, laid: Laid | None = None
     ) -> tuple[str, list[Any], list[Split] | None, int]:
         """An even sample.
 
@@ -92,19 +98,20 @@ class Indices:
             dataset: which they are indices of.
             count: how many batches are wanted.
             seed, search_fraction: see :func:`choose`.
+            laid: how sequences are dealt, where other domains have a say in that.
 
         Returns:
             The name of the DataLoader's attribute that draws, what it is to draw, the split of each batch (None: not
             decided), and how many sequences (or batches, if items are batches) there are.
         """
         if self.batches is not None:
-            return self._chosen_batches(dataset, self.batches, count, seed, search_fraction)
-        order = in_order(dataset, self.drawn)
+            return self._chosen_batches(dataset, self.batches, count, seed, search_fraction, laid)
+        order, runs = (in_order(dataset, self.drawn), None) if laid is None else (laid.order, laid.runs)
         if self.size is None:
             return "sampler", [int(order[at]) for at in evenly(len(order), count, seed)], None, len(order)
         wanted: list[list[int]] = []
         splits: list[Split] = []
-        picked = choose(len(order), count * self.size, search_fraction, seed)
+        picked = choose(len(order), count * self.size, search_fraction, seed, runs)
         batches = -(-sum(map(len, picked.values())) // self.size)
         for split, places in picked.items():
             each = [part for part in np.array_split(places, batches) if len(part)]
@@ -113,13 +120,18 @@ class Indices:
         return "batch_sampler", wanted, splits, len(order)
 
     def _chosen_batches(
-        self, dataset: Any, batches: list[list[int]], count: int, seed: int, search_fraction: float
+        self, dataset: Any, batches: list[list[int]], count: int, seed: int, search_fraction: float, laid: Laid | None
     ) -> tuple[str, list[Any], list[Split] | None, int]:
         """Whole batches, because others may be too large, each cut into the sequences of either split."""
         batches = sorted(batches, key=min)
         some = [batches[at] for at in evenly(len(batches), count, seed)]
-        order = in_order(dataset, _unique(itertools.chain(*some)))
-        picked = choose(len(order), len(order), search_fraction, seed)
+        if laid is None:
+            order = in_order(dataset, _unique(itertools.chain(*some)))
+            picked = choose(len(order), len(order), search_fraction, seed)
+        else:
+            order = laid.order
+            every = {split: [range(*run) for run in runs] for split, runs in laid.runs.items()}
+            picked = {split: np.array([*itertools.chain(*runs)], dtype=int) for split, runs in every.items()}
         owner = {int(order[at]): split for split, places in picked.items() for at in places}
         wanted: list[list[int]] = []
         splits: list[Split] = []
