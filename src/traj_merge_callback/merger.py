@@ -117,6 +117,7 @@ class TrajectoryMerger:
                 f"domain_weights={self.config.domain_weights}: {sorted(unknown)} are not among the domains "
                 f"searched on, {sorted(self.heldout.searched)}"
             )
+        self._store.heldout = self.heldout.digest
         self._state = RunState()
         self._overhead = Overhead(self.config.max_overhead, self.config.max_pause)
         self._due = False  # whether a merge is due that has not begun
@@ -397,6 +398,7 @@ class TrajectoryMerger:
             steps_saved=max(as_good, default=0),
             finished_step=step,
             overhead=self._overhead.share,
+            run=self._store.run,
             name=self.config.name,
         )
         self.records.append(record)
@@ -457,7 +459,6 @@ class TrajectoryMerger:
 
     def resume_from(self, find: Callable[[], Path | None], model: nn.Module, step: int) -> None:
         """:meth:`load_state` for a trainer's resume: if nothing usable is found, say so and start an empty window."""
-        self._metrics.resume()
         with self._timeout_ends_merging(step), self._failures.contained("restoring the window", step):
             if (found := self.processes.from_rank0(find)) is None:
                 raise FileNotFoundError("the checkpoint has no saved window beside it; the window starts empty")
@@ -486,14 +487,13 @@ class TrajectoryMerger:
         self._saver.forget()
         saved = load_state(Path(folder), self.window, step)
         self._state, self._captured = saved.run, saved.merging
-        if saved.heldout == self.heldout.digest:
-            with self.processes.raise_on_all():
-                self._store.restore(saved.run.run, saved.snapshots)
-        else:
+        same = saved.heldout == self.heldout.digest
+        self._store.restore(saved.run.run, saved.snapshots if same else [], self.processes)
+        if not same:
             logger.info("the held-out data changed since %s was saved: losses measured before are forgotten", folder)
             self._state.search.forget_losses()
             self._state.history = []
         self._overhead.begin(self._state.busy_s, self._state.wall_s)
-        self._metrics.resume()
+        self._metrics.resume(self._store.run)
         if saved.merging is not None:
             self._schedule.begin(model, self._state.search, saved.merging, self.config.evaluations)

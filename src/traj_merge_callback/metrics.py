@@ -57,6 +57,8 @@ class MergeRecord:
             live's, the gain is 0, and a snapshot of this step holds live's weights.
         domains: per named domain ``{"live_loss", "merged_loss", "gain", "gain_stderr"}``.
         snapshot: folder of the published snapshot, None if none was published.
+        run: tells the run's records and snapshots from those of others, however often it is resumed; ``merge.json`` has
+            it too.
         name: the option ``name``, which stands in place of "merge" in the names of ``MEANINGS``.
     """
 
@@ -85,6 +87,7 @@ class MergeRecord:
     longest_pause: float = 0.0
     overhead: float = 0.0
     snapshot: str | None = None
+    run: str = ""
     name: str = DEFAULT_NAME
 
     def to_json(self) -> str:

@@ -7,13 +7,14 @@ import pytest
 import torch
 from tiny_run import Run
 
+from traj_merge_callback import find_snapshot
 from traj_merge_callback.disk.atomic import shared_folder
 from traj_merge_callback.disk.checksums import check_files
 from traj_merge_callback.distributed import Processes
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
-@pytest.mark.parametrize("name", [".traj-merge.lock", "metrics.damaged.txt"])
+@pytest.mark.parametrize("name", [".traj-merge.lock", "metrics.damaged.txt", "index.json"])
 def test_what_is_no_file_of_ours_is_set_aside(tmp_path, kind, name):
     run = Run(tmp_path).steps(1, 4).save()
     run.merger.close()
@@ -23,12 +24,14 @@ def test_what_is_no_file_of_ours_is_set_aside(tmp_path, kind, name):
     with (tmp_path / "merged" / "metrics.jsonl").open("a") as file:
         file.write("no record\n")
     path = tmp_path / "merged" / name
+    path.unlink(missing_ok=True)
     {"link": lambda: path.symlink_to(victim), "pipe": lambda: os.mkfifo(path), "folder": path.mkdir}[kind]()
     resumed = Run(tmp_path, resume=True).steps(5, 8)
     resumed.merger.close()
     assert victim.read_text() == "mine\n" if victim.exists() else name == ".traj-merge.lock"
     lines = (tmp_path / "merged" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 6, 8]
+    assert find_snapshot(tmp_path / "merged", "latest").name == "step-00000008"
 
 
 def test_checksums_open_no_file_outside_of_the_folder(tmp_path):

@@ -37,6 +37,7 @@ def folders(path):
         (2, True, ["step-00000002", "step-00000004", "step-00000005"]),
         (1, False, ["step-00000005"]),
         (0, True, ["step-00000002"]),
+        (7, False, [f"step-0000000{step}" for step in range(1, 6)]),
     ],
 )
 def test_pruning_keeps_the_last_and_the_best(tmp_path, keep_last, keep_best, expected):

@@ -19,8 +19,9 @@ class Run:
         torch.manual_seed(0)
         self.model = nn.Linear(3, 3)
         batches = list(torch.randn(8, 4, 3))
-        options = {"capture_every": 1, "merge_every": 2, "window_size": 2, "search": "lawa", **AT_ONCE, **options}
-        self.merger = TrajectoryMerger(batches, nll=nll, output_dir=str(folder / "merged"), **options)
+        defaults = {"capture_every": 1, "merge_every": 2, "window_size": 2, "search": "lawa", **AT_ONCE}
+        options = {**defaults, "output_dir": str(folder / "merged"), **options}
+        self.merger = TrajectoryMerger(batches, nll=nll, **options)
 
     def steps(self, first, last):
         if self.resume:

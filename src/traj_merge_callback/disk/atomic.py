@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
@@ -29,14 +30,17 @@ logger = logging.getLogger("traj_merge_callback")
 
 
 @contextmanager
-def whole_folder(target: Path, temporary: Path | None = None) -> Iterator[Path]:
+def whole_folder(
+    target: Path, temporary: Path | None = None, replaces: Callable[[Path], bool] | None = None
+) -> Iterator[Path]:
     """A temporary folder that becomes ``target`` when the block ends well, and vanishes when it raises.
 
-    A folder that is already at ``target`` is replaced; it stays until the new one is complete on disk.
+    A folder of ours that is already at ``target`` is replaced; it stays until the new one is complete on disk.
 
     Args:
         target: the folder.
         temporary: a folder that is there; by default one is made beside ``target``, and the parents of both.
+        replaces: whether a folder of ours may be replaced; by default every one.
     """
     temporary = temporary or _make_temporary(target)
     try:
@@ -45,7 +49,7 @@ def whole_folder(target: Path, temporary: Path | None = None) -> Iterator[Path]:
             if path.is_dir() or path.stat().st_nlink == 1:  # a file that another folder shares is on the disk already
                 _flush(path)
         _flush(temporary)
-        _make_way(target)
+        _make_way(target, replaces)
         _rename(temporary, target)
         _flush(target.parent)
     except BaseException:
@@ -60,6 +64,7 @@ def shared_folder(
     staging: Path | None = None,
     *,
     describe: Callable[[dict[str, str]], None],
+    replaces: Callable[[Path], bool] | None = None,
 ) -> Iterator[Path]:
     """:func:`whole_folder` for several ranks: it becomes ``target`` when the block has ended well on all of them.
 
@@ -70,6 +75,7 @@ def shared_folder(
             vanish at any time and is never made.
         describe: called on rank 0 when all ranks have written, with the checksum of every file by its name, to write
             the file that describes the others; what it raises stays without a target.
+        replaces: see :func:`whole_folder`.
 
     Raises:
         OSError: the folder is not the same for all ranks, or ``staging`` is given and there is no parent any more.
@@ -82,7 +88,7 @@ def shared_folder(
         temporary = processes.from_rank0(lambda: _make_temporary(target, target.parent))
     with ExitStack() as stack:
         if processes.is_rank_zero:
-            stack.enter_context(whole_folder(target, temporary))
+            stack.enter_context(whole_folder(target, temporary, replaces))
         with processes.raise_on_all():
             if not temporary.is_dir():
                 raise OSError(
@@ -120,15 +126,16 @@ def _make_temporary(target: Path, staging: Path | None = None) -> Path:
     return temporary
 
 
-def _make_way(target: Path) -> None:
-    """Remove what is at ``target`` if it is ours; what is not is given another name."""
+def _make_way(target: Path, replaces: Callable[[Path], bool] | None) -> None:
+    """Remove what is at ``target`` if it is ours and may be replaced; what is not is given another name."""
     if not os.path.lexists(target):
         return
     ours = target.is_dir() and not target.is_symlink() and any((target / name).is_file() for name in _DOCUMENTS)
-    if ours:
+    if ours and (replaces is None or replaces(target)):
         remove_folder(target)
     else:
-        logger.warning("%s was there and is not ours; it is now %s", target, set_aside(target))
+        level, whose = (logging.INFO, "of another run") if ours else (logging.WARNING, "not ours")
+        logger.log(level, "%s was there and is %s; it is now %s", target, whose, set_aside(target))
 
 
 def _rename(temporary: Path, target: Path) -> None:
@@ -156,7 +163,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], processes: Processes) 
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Replace the content of a file in one step; text is written in UTF-8."""
+    """Replace the content of a file in one step, see :func:`clear_for_file`; text is written in UTF-8."""
+    clear_for_file(path)
     temporary = temporary_path(path)
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -165,6 +173,16 @@ def write_whole(path: Path, content: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def clear_for_file(path: Path) -> None:
+    """Before a file of ours is written at ``path``: what is there and is no regular file is given another name.
+
+    A link would lead the writing elsewhere, a pipe would wait for a reader, and a folder would fail it.
+    """
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            logger.warning("%s was there and is no file of ours; it is now %s", path, set_aside(path))
 
 
 def set_aside(path: Path) -> Path:

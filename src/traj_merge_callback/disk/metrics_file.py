@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from ..metrics import MergeRecord
-from .atomic import set_aside, write_whole
+from .atomic import clear_for_file, set_aside, write_whole
 from .untrusted import integer, mapping, parse_json
 
 logger = logging.getLogger("traj_merge_callback")
@@ -27,11 +29,11 @@ class MetricsFile:
         self._begun = False
         # Records that could not be written when it was their turn, and the one at hand.
         self._unwritten: list[MergeRecord] = []
-        self._resumed = False
+        self._resumed: str | None = None
 
-    def resume(self) -> None:
-        """Note that the run goes on from an earlier step: the lines from the next record's step on are dropped."""
-        self._begun, self._resumed = False, True
+    def resume(self, run: str) -> None:
+        """Note that this run goes on from an earlier step: its lines from the next record's step on are dropped."""
+        self._begun, self._resumed = False, run
 
     def append(self, record: MergeRecord) -> None:
         """Add a line, whole or not at all; one that cannot be written now is written with the next one.
@@ -41,6 +43,7 @@ class MetricsFile:
         """
         self._unwritten.append(record)
         self._check()
+        clear_for_file(self.path)
         if not self._begun:
             self._begin(self._unwritten[0].step)
         self._write(b"".join(one.to_json().encode() + b"\n" for one in self._unwritten))
@@ -48,31 +51,52 @@ class MetricsFile:
 
     def _begin(self, step: int) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.is_symlink() or (self.path.exists() and not (self._resumed and self.path.is_file())):
-            aside = set_aside(self.path)
-            logger.info("%s was there from another run; it is now %s", self.path, aside)
-        elif self.path.exists():
+        if self.path.exists() and not (self._resumed and self._continues(self.path)):
+            logger.info("%s was there from another run; it is now %s", self.path, set_aside(self.path))
+        if self._resumed and not self.path.exists():
+            self._take_back()
+        if self.path.exists():
             self._repair(step)
         self._begun = True
 
+    def _continues(self, path: Path) -> bool:
+        """Whether a file has records of the run that is resumed, or of no run that is known."""
+        lines = [_parsed(line) for line in path.read_bytes().split(b"\n")]
+        runs = {line.run for line in lines if line is not None}
+        return self._resumed in runs or runs <= {None}
+
+    def _take_back(self) -> None:
+        """Give the file that another run has set aside its name again."""
+        names = rf"{re.escape(self.path.stem)}\.\d+{re.escape(self.path.suffix)}"
+        for aside in self.path.parent.iterdir():
+            if not re.fullmatch(names, aside.name) or not aside.is_file() or aside.is_symlink():
+                continue
+            if any((line := _parsed(one)) and line.run == self._resumed for one in aside.read_bytes().split(b"\n")):
+                aside.rename(self.path)
+                logger.info("%s is of the run that is resumed; it is %s again", aside, self.path)
+                return
+
     def _repair(self, step: int) -> None:
-        """Keep the records before ``step``, from which on a resumed run makes them again; set aside what is none."""
+        """Keep the records before ``step``, from which on a resumed run makes them again; set aside what is not its."""
         found = self.path.read_bytes()
         *lines, cut_off = found.split(b"\n")
-        records = {line: _step_of(line) for line in {*lines, cut_off}}
-        damaged = [line for line in lines if records[line] is None and line.strip()]
-        if damaged:
+        records = {line: _parsed(line) for line in {*lines, cut_off}}
+        if damaged := [line for line in lines if records[line] is None and line.strip()]:
             aside = self.path.with_name(f"{self.path.stem}.damaged.txt")
-            if aside.is_symlink() or (aside.exists() and not aside.is_file()):
-                set_aside(aside)
+            clear_for_file(aside)
             with aside.open("ab") as file:
                 file.write(b"".join(line + b"\n" for line in damaged))
             logger.warning("%d lines of %s are no records; they are now in %s", len(damaged), self.path, aside)
         if cut_off and records[cut_off] is None:
             logger.info("the last line of %s was cut off and is dropped: %.60r", self.path, cut_off)
-        kept = [line for line in [*lines, cut_off] if (at := records[line]) is not None and at < step]
-        if (repaired := b"".join(line + b"\n" for line in kept)) != found:
-            write_whole(self.path, repaired)
+        known = [(line, record) for line in [*lines, cut_off] if (record := records[line]) is not None]
+        kept = [line for line, record in known if record.run in (None, self._resumed) and record.step < step]
+        if others := [line for line, record in known if record.run not in (None, self._resumed)]:
+            aside = set_aside(self.path)
+            write_whole(aside, b"".join(line + b"\n" for line in others))
+            logger.warning("%d lines of %s are of other runs; they are now in %s", len(others), self.path, aside)
+        if others or b"".join(line + b"\n" for line in kept) != found:
+            write_whole(self.path, b"".join(line + b"\n" for line in kept))
 
     def _write(self, data: bytes) -> None:
         with self.path.open("a+b", buffering=0) as file:
@@ -89,9 +113,18 @@ class MetricsFile:
                 raise
 
 
-def _step_of(line: bytes) -> int | None:
-    """The step of a record; None if a line is none."""
+class _Line(NamedTuple):
+    """What is known of a record: its step, and its run, None if it was written by an earlier version."""
+
+    step: int
+    run: str | None
+
+
+def _parsed(line: bytes) -> _Line | None:
+    """A line of the file; None if it is no record."""
     try:
-        return integer(mapping(parse_json(line))["step"])
+        record = mapping(parse_json(line))
+        run = record.get("run")
+        return _Line(integer(record["step"]), run if isinstance(run, str) and run else None)
     except (KeyError, TypeError, ValueError):
         return None

@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import socket
-import stat
 import threading
 import time
 import uuid
@@ -21,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .atomic import set_aside, temporary_path
+from .atomic import clear_for_file, temporary_path
 
 try:
     import fcntl
@@ -130,10 +129,8 @@ class OutputFolder:
         lock = folder / LOCK
         while not self._create(lock):
             try:
+                clear_for_file(lock)
                 found = os.lstat(lock)
-                if not stat.S_ISREG(found.st_mode):
-                    logger.warning("%s is no lock of ours; it is now %s", lock, set_aside(lock))
-                    continue
                 holder = _read(lock)
                 if self._is_alive(lock, holder):
                     return _described(holder)

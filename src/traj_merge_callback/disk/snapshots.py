@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ..distributed import Processes
-from .atomic import Writer, point_link, remove_folder, remove_leftovers, shared_folder, write_whole
+from .atomic import Writer, point_link, remove_folder, remove_leftovers, set_aside, shared_folder, write_whole
 from .checksums import with_checksums
 from .untrusted import folder_name_of_step, integer, is_folder_of_step, is_step_name, read_json_object, resolved
 
@@ -75,6 +75,8 @@ class SnapshotStore:
         self.entries: list[SnapshotEntry] = []
         #: Tells this run's snapshots from those of other runs; a resumed run is the same run.
         self.run = uuid.uuid4().hex
+        #: Digest of the held-out data; snapshots measured on other data are neither compared with these nor removed.
+        self.heldout = ""
         self.begun = False
 
     @property
@@ -91,10 +93,28 @@ class SnapshotStore:
         """The published snapshot of the highest step."""
         return max(self.entries, key=lambda entry: entry.step, default=None)
 
-    def restore(self, run: str, entries: list[dict[str, Any]]) -> None:
-        """Take over the entries of an earlier part of the same run, those whose folders are still there."""
+    def restore(self, run: str, entries: list[dict[str, Any]], processes: Processes) -> None:
+        """Take over the entries of an earlier part of the same run, those whose folders are still there; a collective.
+
+        A snapshot that another run has set aside since gets its name back, and what has it now is set aside.
+        """
         self.run = run
-        self.entries = [SnapshotEntry(**entry) for entry in entries if self._holds(entry["name"])]
+        there = processes.from_rank0(lambda: [entry for entry in entries if self._take_back(entry["name"])])
+        self.entries = [SnapshotEntry(**entry) for entry in there]
+
+    def _take_back(self, name: str) -> bool:
+        """Whether this run's snapshot of a name is there, possibly since now."""
+        path = self.folder / name
+        if self._is_own(path):
+            return True
+        asides = [one for one in self.folder.glob(f"{name}.*") if one.name[len(name) + 1 :].isdigit()]
+        if (mine := next(filter(self._is_own, asides), None)) is None:
+            return False
+        self._check()
+        if os.path.lexists(path):
+            logger.warning("%s is of another run than the one that is resumed; it is now %s", path, set_aside(path))
+        mine.rename(path)
+        return True
 
     def begin_in(self, writer: Writer, processes: Processes) -> None:
         """Have the writer's thread do :meth:`begin`, on rank 0, if it was not done."""
@@ -113,20 +133,20 @@ class SnapshotStore:
         self._check()
         remove_leftovers(self.folder)
         known = {entry.name for entry in self.entries}
-        orphans = [path for path in self.folder.glob("step-*") if path.name not in known and self._is_own(path)]
-        if orphans:
+        named = [path for path in self.folder.glob("step-*") if path.name not in known and is_step_name(path.name)]
+        orphans = [path for path in named if self._is_own(path, self.heldout)]
+        if orphans or known:  # the index may be another run's
             self._write_index()
         for path in orphans:
             remove_folder(path)
 
-    def _is_own(self, path: Path) -> bool:
+    def _is_own(self, path: Path, heldout: str | None = None) -> bool:
+        """Whether a folder is a snapshot of this run, and measured on these held-out data if they are given."""
         try:
-            return self._holds(path.name) and read_merge(path).get("run") == self.run
+            merge = {} if path.is_symlink() else read_merge(path)
         except (OSError, ValueError):
             return False
-
-    def _holds(self, name: str) -> bool:
-        return is_folder_of_step(self.folder / name, "merge.json")
+        return merge.get("run") == self.run and heldout in (None, merge.get("heldout"))
 
     def publish(
         self,
@@ -159,10 +179,16 @@ class SnapshotStore:
             self.begin()
 
         def describe(checksums: dict[str, str]) -> None:
-            document = {"version": FORMAT_VERSION, "run": self.run, **merge, "packages": _versions()}
+            document = {
+                "version": FORMAT_VERSION,
+                "run": self.run,
+                "heldout": self.heldout,
+                **merge,
+                "packages": _versions(),
+            }
             write_document(temporary, document, checksums)
 
-        with shared_folder(self.folder / name, processes, describe=describe) as temporary:
+        with shared_folder(self.folder / name, processes, describe=describe, replaces=self._is_own) as temporary:
             write(temporary)
         kept = [entry for entry in self.entries if entry.name != name]
         self.entries = [*kept, SnapshotEntry(name, step, search_loss, merged_loss)]
@@ -170,7 +196,7 @@ class SnapshotStore:
         return self.folder / name
 
     def _prune(self, *, writes: bool) -> None:
-        newest = sorted(self.entries, key=lambda entry: entry.step)[len(self.entries) - self._keep_last :]
+        newest = sorted(self.entries, key=lambda entry: entry.step)[max(0, len(self.entries) - self._keep_last) :]
         kept = set(newest if self._keep_last else [])
         if self._keep_best and self.best is not None:
             kept.add(self.best)
@@ -180,7 +206,7 @@ class SnapshotStore:
         if writes:
             self._write_index()
         for entry in doomed:
-            if writes and self._holds(entry.name):
+            if writes and self._is_own(self.folder / entry.name):
                 remove_folder(self.folder / entry.name)
 
     def _write_index(self) -> None:
