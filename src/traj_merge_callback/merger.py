@@ -138,7 +138,8 @@ class TrajectoryMerger:
         if self.processes.size == 1 and several_ranks():
             raise RuntimeError("construct TrajectoryMerger after torch.distributed is initialized, on every rank")
         if not self._renewing:
-            self.output_dir = self._store.folder = self.processes.from_rank0(self._output.acquire)
+            acquired, self._store.run = self.processes.from_rank0(lambda: (self._output.acquire(), self._store.run))
+            self.output_dir = self._store.folder = acquired
             self._metrics.path = self.output_dir / "metrics.jsonl"
             self._overhead.begin()
         run = (self.config, self.heldout, self._store, self._failures, self._extra)

@@ -169,7 +169,7 @@ def test_every_process_knows_the_records_and_one_logs_them(folder):
     for run in ("ddp", "fsdp2", "ddp-interleaved"):
         mine, theirs = records(folder, run), records(folder, run, rank=1)
         assert mine
-        for name in ("step", "weights", "merged_loss", "allowed", "finished_step"):
+        for name in ("step", "weights", "merged_loss", "allowed", "finished_step", "run"):
             assert [record[name] for record in mine] == [record[name] for record in theirs]
         lines = (folder / run / "merged" / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [record["step"] for record in mine]
