@@ -37,7 +37,7 @@ if several:
 rank, size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
 logging.basicConfig(level=logging.INFO, format=f"[{rank}] %(message)s")
 text = realtext.split_blocks(realtext.python_source()[:60], LENGTH)
-train, heldout = text[0][:2000], realtext.Blocks(text[1][:44])
+train, heldout = text[0][:2000], realtext.Blocks(text[1][:28])
 
 
 def wrapped(model, strategy):
@@ -112,7 +112,7 @@ def kill_while_writing(folder):
     """Kill the last process as soon as a snapshot after the first is being written."""
 
     def watch():
-        while not list(folder.glob(".tmp-step-*")) or not list(folder.glob("step-*")):
+        while not list(folder.glob("step-*")) or not list(folder.glob(".tmp-step-*")):
             time.sleep(0.0002)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -171,8 +171,8 @@ def run(
             os.chdir(folder / f"node-{rank}")
             output = Path("disk")
         sampler = DistributedSampler(heldout, size, rank, shuffle=False) if shares else None
-        defaults = {"window_size": 4, "capture_every": 2, "merge_every": 6, "heldout_batches": 12, "progress": False}
-        defaults |= {"output_dir": str(output), "on_error": "raise", **AT_ONCE}
+        defaults = {"window_size": 4, "capture_every": 2, "merge_every": 6, "heldout_batches": 12, "evaluations": 6}
+        defaults |= {"output_dir": str(output), "progress": False, "on_error": "raise", **AT_ONCE}
         merger = TrajectoryMerger(
             DataLoader(heldout, batch_size=4, sampler=sampler),
             nll=eventful(happens, at) if happens else None,

@@ -3,14 +3,14 @@
 import json
 
 import pytest
-from test_distributed import launch
+from test_distributed import run_ranks
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reading")
     for processes in (1, 2):
-        launch("reading.py", processes, str(folder))
+        run_ranks("reading.py", processes, str(folder))
     return [json.loads((folder / f"found-{name}.json").read_text()) for name in ("0-of-1", "0-of-2", "1-of-2")]
 
 

@@ -29,9 +29,9 @@ from traj_merge_callback.lightning import TrajMergeCallback as LightningCallback
 from traj_merge_callback.transformers import TrajMergeCallback as TransformersCallback
 
 text = realtext.split_blocks(realtext.python_source()[:60], LENGTH)
-train, heldout = realtext.Blocks(text[0][:400]), realtext.Blocks(text[1][:44])
-OPTIONS = {"window_size": 4, "capture_every": 2, "merge_every": 6, "heldout_batches": 12, "progress": False}
-OPTIONS |= {"on_error": "raise", **AT_ONCE}
+train, heldout = realtext.Blocks(text[0][:400]), realtext.Blocks(text[1][:28])
+OPTIONS = {"window_size": 4, "capture_every": 2, "merge_every": 6, "heldout_batches": 12, "evaluations": 5}
+OPTIONS |= {"progress": False, "on_error": "raise", **AT_ONCE}
 
 
 class Module(pl.LightningModule):

@@ -40,7 +40,7 @@ _OPAQUE = (*_PLAIN, types.ModuleType, types.CodeType, torch.dtype, torch.device,
 # Libraries whose functions and classes keep no generators of their own but those that ``preserved_rng`` covers.
 _LIBRARIES = frozenset(sys.stdlib_module_names) | {
     *("torch", "numpy", "pandas", "pyarrow", "scipy", "transformers", "tokenizers", "datasets", "accelerate"),
-    *("lightning", "pytorch_lightning", "torchmetrics", "traj_merge_callback"),
+    *("lightning", "pytorch_lightning", "torchmetrics", "_pytest", "traj_merge_callback"),
 }
 # Of the standard library, instances whose state belongs to other threads, to the system, or to the interpreter.
 _SYSTEM = {
