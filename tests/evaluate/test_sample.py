@@ -195,12 +195,14 @@ def test_sequences_that_are_there_often_still_give_two_splits():
     assert not set(numbers(loss, "search")) & set(numbers(loss, "report"))
 
 
-def test_a_collator_that_packs_a_batch_into_one_sequence_mixes_no_splits():
+def test_a_collator_that_packs_a_batch_into_one_sequence_mixes_no_splits(caplog):
     class Items(Numbered):
         def __getitem__(self, index):
             return {"input_ids": super().__getitem__(index)["input_ids"].tolist()}
 
-    loss = HeldOutLoss(DataLoader(Items(), batch_size=4, collate_fn=DataCollatorWithFlattening()))
+    with caplog.at_level(logging.INFO, "traj_merge_callback"):
+        loss = HeldOutLoss(DataLoader(Items(), batch_size=4, collate_fn=DataCollatorWithFlattening()))
+    assert "held-out: 64 of 1286 sequences, packed into 32, 16 to search, 16 to report" in caplog.text
     found = [{int(n) for batch in loss._batches[split] for n in batch.data["input_ids"][0]} for split in loss._batches]
     assert not found[0] & found[1]
     assert min(map(len, found)) == 32

@@ -36,10 +36,12 @@ class Held:
     Args:
         batches: on the CPU, each with the split that all its sequences are for; None: not decided yet.
         total: how many sequences there were to choose from; None: not known, and these are the first.
+        packed: how many sequences the rows of the batches were made of, where the collator packs; None: a row is one.
     """
 
     batches: list[tuple[Any, Split | None]]
     total: int | None
+    packed: int | None = None
 
 
 def read_domains(
@@ -206,6 +208,7 @@ def _read(
 ) -> Held:
     total: int | None = None
     splits: Sequence[Split | None] | None = None
+    wanted: list[Any] = []
     asked: int | None = None  # sequences in the first batch
     if isinstance(loader, DataLoader):
         # A shallow copy, so that persistent workers of the original keep the state they are in.
@@ -232,7 +235,9 @@ def _read(
     if indices is not None and splits is None:
         # The dataset's items are batches.
         total = int(len(indices.drawn) * np.mean([count_sequences(batch) for batch in found]))
-    return Held(list(zip(found, splits or [None] * len(found), strict=True)), total)
+    drawn = None if splits is None else sum(map(len, wanted))
+    packed = None if drawn == sum(map(count_sequences, found)) else drawn
+    return Held(list(zip(found, splits or [None] * len(found), strict=True)), total, packed)
 
 
 def _check_first_dimension(name: str, batch: Any, asked: int | None) -> None:

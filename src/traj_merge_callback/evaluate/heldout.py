@@ -157,8 +157,11 @@ class HeldOutLoss:
             for batch, indices in found:
                 self._batches[split] += _cut(_Batch(domain, batch), indices, cuts)
         of = f"of the first {sum(_sequences(held))}" if held.total is None else f"of {held.total}"
+        kept = f"{sum(counts.values())} {of} sequences"
+        if held.packed is not None:
+            kept = f"{held.packed} {of} sequences, packed into {sum(counts.values())}"
         self._say(
-            f"held-out{'' if domain == _NAMELESS else f' {domain!r}'}: {sum(counts.values())} {of} sequences, "
+            f"held-out{'' if domain == _NAMELESS else f' {domain!r}'}: {kept}, "
             f"{counts['search']} to search, {counts['report']} to report"
         )
 
