@@ -41,7 +41,7 @@ RUNS_OF_TWO = [
     {"name": "fsdp2-groups", "strategy": "fsdp2", "groups": "blocks", "evaluations": 14, "row": "mean"},
     {"name": "fsdp2-fails", "strategy": "fsdp2", "happens": "failure", "at": [3], "on_error": "warn"},
     {"name": "fsdp2-fails-first", "strategy": "fsdp2", "happens": "failure", "at": [1], "on_error": "warn"},
-    {"name": "fsdp2-fails-backward", "strategy": "fsdp2", "happens": "failure", "at": [9], "evaluations": 5},
+    {"name": "fsdp2-fails-backward", "strategy": "fsdp2", "happens": "failure", "at": [15], "evaluations": 5},
     {"name": "fsdp1", "strategy": "fsdp1", "tied": False, **SAVED},
     {"name": "fsdp1-2-2", "strategy": "fsdp1", "tied": False, "resume": "fsdp1", "snapshot_files": "sharded"},
     {"name": "fsdp1-plain", "strategy": "fsdp1", "tied": False, "merging": False},
