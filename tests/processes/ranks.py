@@ -12,13 +12,12 @@ import signal
 import socket
 import sys
 
+import conftest  # noqa: F401
+
 # Imported here and not by every rank.
-import lightning.pytorch
-import torch.distributed.fsdp
 import transformers.models.llama.modeling_llama  # noqa: F401
 from transformers import Trainer  # noqa: F401
 
-import conftest  # noqa: F401
 import traj_merge_callback.lightning
 import traj_merge_callback.transformers  # noqa: F401
 
@@ -33,7 +32,12 @@ def become(job, rank: int, port: int) -> None:
     """Make this process, just forked, one rank of a job."""
     if (size := job["processes"]) > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "forked"}
-        os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{size}", "LOCAL_WORLD_SIZE": f"{size}"}
+        os.environ |= {
+            "RANK": f"{rank}",
+            "LOCAL_RANK": f"{rank}",
+            "WORLD_SIZE": f"{size}",
+            "LOCAL_WORLD_SIZE": f"{size}",
+        }
     output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(output, stream.fileno())

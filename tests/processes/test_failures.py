@@ -21,7 +21,9 @@ def test_saving_and_resuming_that_fail_on_one_rank_end_no_training(tmp_path, tra
     for how in damages:
         runs += [{"name": how, "damage": how, "steps": 8}, {"name": f"{how}-resumed", "resume": how}]
     runs.append({"name": "plain-resumed", "resume": "cut", "merging": False})
-    output = run_ranks("trainers.py", 2, str(tmp_path), json.dumps([{"trainer": trainer, **WARN, **run} for run in runs]))
+    output = run_ranks(
+        "trainers.py", 2, str(tmp_path), json.dumps([{"trainer": trainer, **WARN, **run} for run in runs])
+    )
     for run in ("full", "panic"):
         assert same_weights(tmp_path / run, tmp_path / "plain"), run
     for how in damages:
