@@ -11,6 +11,7 @@ import runpy
 import signal
 import socket
 import sys
+from pathlib import Path
 
 import conftest  # noqa: F401
 
@@ -42,7 +43,7 @@ def become(job, rank: int, port: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         os.dup2(output, stream.fileno())
     sys.argv = [job["program"], *job["arguments"]]
-    sys.path[0] = os.path.dirname(job["program"])
+    sys.path[0] = str(Path(job["program"]).parent)
 
 
 def waited_for(ranks: set[int]) -> int:
