@@ -39,9 +39,10 @@ def main() -> None:
                 if end <= kind.spacing:
                     continue
                 for sample in range(kind.samples - 1, -1, -1):
-                    put(model, trajectory.at(end - sample * (kind.spacing // kind.samples)))
+                    step = end - sample * (kind.spacing // kind.samples)
+                    put(model, trajectory.at(step))
                     for window in kept.values():
-                        window.sample(model) if sample else window.push(model, end)
+                        window.sample(model, step) if sample else window.push(model, step)
             for merge, weights in MERGES.items():
                 found = {}
                 for dtype, window in kept.items():

@@ -101,7 +101,7 @@ class Case:
             end = point - age * window.spacing
             for sample in range(window.samples - 1, 0, -1):
                 put(self.model, trajectory.at(end - sample * (window.spacing // window.samples)))
-                self.window.sample(self.model)
+                self.window.sample(self.model, end - sample * (window.spacing // window.samples))
             put(self.model, trajectory.at(end))
             self.window.push(self.model, end)
         parking = Parking(device_of(self.model), self.window.processes)

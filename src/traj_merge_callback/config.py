@@ -46,10 +46,12 @@ class MergeConfig:
     Args:
         window_size: k, the number of rows kept, at least 2.
         capture_every: optimizer steps between two rows of the window.
-        row: what a row is: "last", a checkpoint as it was at its step, or "mean", the mean of ``samples_per_row``
-            checkpoints sampled evenly over the ``capture_every`` steps up to it.
-        samples_per_row: must divide ``capture_every``; only for ``row="mean"``. None: the largest number up to 8 that
-            does.
+        row: what a row is: "last", a checkpoint as it was at its step; "mean", the mean of ``samples_per_row``
+            checkpoints sampled evenly over the ``capture_every`` steps up to it; "multiscale", such a mean, which
+            becomes one with its neighbour later, so that spans grow with age and all rows reach back over most of the
+            run.
+        samples_per_row: must divide ``capture_every`` if ``row="mean"``. None: the largest number up to 8 that does;
+            with ``row="multiscale"`` 8, or ``capture_every`` if that is less.
         merge_every: optimizer steps between two merges; a multiple of ``capture_every``, so that live is a row.
         start_step: no checkpoint is taken before this step (for instance the end of warm-up).
         search: how merge weights are chosen: "auto", "surrogate", "trajectory", "reach", "gp", "pairwise", "greedy",
@@ -172,7 +174,7 @@ class MergeConfig:
             "snapshot_files": ["auto", "whole", "sharded"],
             "window_storage": ["memory", "disk", "device"],
             "schedule": ["interleaved", "blocking"],
-            "row": ["last", "mean"],
+            "row": ["last", "mean", "multiscale"],
             "objective": [*KINDS],
             "on_error": ["warn", "raise"],
         }
@@ -212,15 +214,17 @@ class MergeConfig:
         samples = self.samples_per_row
         if samples is not None and (not isinstance(samples, int) or isinstance(samples, bool)):
             raise TypeError(f"samples_per_row={samples!r}: must be an integer, or None")
-        if samples is not None and samples < 1:
-            raise ValueError(f"samples_per_row={samples}: must be at least 1")
+        if samples is not None and not 1 <= samples <= self.capture_every:
+            raise ValueError(f"samples_per_row={samples}: must be from 1 to capture_every={self.capture_every}")
         if self.row == "mean" and self.capture_every % self.samples:
             raise ValueError(
                 f"samples_per_row={samples} does not divide capture_every={self.capture_every}: samples must be evenly "
                 "spaced"
             )
-        if self.row == "mean" and has_running_sums:
-            raise ValueError(f"row='mean' does not go with search={self.search!r}, which needs single checkpoints")
+        if self.row != "last" and has_running_sums:
+            raise ValueError(
+                f"row={self.row!r} does not go with search={self.search!r}, which needs single checkpoints"
+            )
 
     def _check_objective(self) -> None:
         if self.domain_weights is not None:
@@ -243,6 +247,8 @@ class MergeConfig:
             return 1
         if self.samples_per_row is not None:
             return self.samples_per_row
+        if self.row == "multiscale":
+            return min(_MOST_SAMPLES, self.capture_every)
         return max(count for count in range(1, _MOST_SAMPLES + 1) if self.capture_every % count == 0)
 
     @property

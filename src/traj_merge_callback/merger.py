@@ -121,7 +121,7 @@ class TrajectoryMerger:
         self._state = RunState()
         self._overhead = Overhead(self.config.max_overhead, self.config.max_pause)
         self._due = False  # whether a merge is due that has not begun
-        self._captured: int | None = None  # the step of the last capture, of a row or of a sample of one
+        self._captured: int | None = None  # the step of the last row
         self._missed = False  # whether a sample of the mean row begun was left out
         self._renewing = False  # whether a window is to replace one of other parameters
 
@@ -333,8 +333,9 @@ class TrajectoryMerger:
 
     def _is_due(self, step: int) -> bool:
         """Whether a row, or a sample of one, is."""
-        every = self.config.capture_every // self.config.samples
-        return step >= self.config.start_step and passed(every, self._previous(step), step)
+        intervals = self.config.capture_every, self.config.capture_every // self.config.samples
+        previous = self._previous(step)
+        return step >= self.config.start_step and any(passed(every, previous, step) for every in intervals)
 
     def _previous(self, step: int) -> int:
         return step - 1 if self._state.last_step is None else self._state.last_step
@@ -350,27 +351,30 @@ class TrajectoryMerger:
         # Rows that a merge or a checkpoint of the trainer still reads are not overwritten.
         if window.is_in_use and config.schedule == "blocking":
             self.wait()
-        was_skipped, in_use = self.processes.all_reduce_max(float(skipped()), float(window.is_in_use))
+        in_use = float(window.is_in_use), float(window.mean_is_in_use)
+        was_skipped, rows_in_use, mean_in_use = self.processes.all_reduce_max(float(skipped()), *in_use)
         if was_skipped:
             return False
         state.last_step = step
         self._due |= passed(config.merge_every, previous, step)
         is_row = passed(config.capture_every, previous, step)
-        self._missed |= bool(in_use)
-        if self._missed and is_row:
-            # A mean row is one of all its samples: those of a span with gaps are forgotten, and of a span without end.
-            window.forget_samples()
-            self._missed = False
-            if in_use or config.row == "mean":
+        if config.row == "mean":
+            # A row is the mean of all its samples: those of a span with gaps are forgotten, and of a span without end.
+            self._missed |= bool(mean_in_use)
+            if is_row and (self._missed or rows_in_use):
+                window.forget_samples()
+                self._missed = False
                 return False
-        if in_use:
+        if rows_in_use and config.row == "multiscale":
+            is_row = False  # its span ends later
+        if mean_in_use or (is_row and rows_in_use):
             return False
         with self.processes.raise_on_all():
             if is_row:
                 window.push(model, step)
+                self._captured = step
             else:
-                window.sample(model)
-        self._captured = step
+                window.sample(model, step)
         return is_row
 
     def _begin(self, model: nn.Module, step: int, evaluations: int | None = None) -> None:

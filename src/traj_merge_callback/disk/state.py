@@ -1,6 +1,6 @@
 """A run's merging state beside the trainer's checkpoint: the window's rows, and what merges remember.
 
-Layout of the folder, format version 3::
+Layout of the folder, format version 4::
 
     state.json                           steps, what merges remember, and the index of parts
     row-00.rank-00000.safetensors ...    one row, as it is stored (int8 rows as int8), this rank's columns
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..distributed import Processes
 from ..search.problem import SearchState
+from ..search.spans import Span
 from ..window.storage import BLOCK, decode_int8
 from ..window.window import CheckpointWindow
 from .atomic import TEMPORARY, remove_folder, remove_leftovers, remove_tree, shared_folder, write_tensors
@@ -50,7 +51,7 @@ from .untrusted import (
     texts,
 )
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _SHARED = "shared"
 _ENTRY = {field.name for field in fields(SnapshotEntry)}
 
@@ -86,9 +87,10 @@ class RunState:
         """
         search, previous = mapping(values["search"]), values["search"]["previous"]
         # A candidate of a run that diverged has a loss that is not finite.
-        row_losses = {
-            int(step): numbers(losses, finite=False) for step, losses in mapping(search["row_losses"]).items()
-        }
+        row_losses = {row: numbers(losses, finite=False) for row, losses in mapping(search["row_losses"]).items()}
+        spans = [[*map(integer, sequence(span))] for span in sequence(search["spans"])]
+        if any(len(span) != len(Span._fields) for span in spans):
+            raise ValueError(f"spans={spans} are of no rows")
         last_step = integer(values["last_step"])
         last_merge_step = integer(values["last_merge_step"])
         if last_merge_step > last_step:
@@ -100,7 +102,11 @@ class RunState:
             last_step=last_step,
             last_merge_step=last_merge_step,
             search=SearchState(
-                None if previous is None else numbers(previous), row_losses, mapping(search["memory"]), restored=True
+                previous=None if previous is None else numbers(previous),
+                spans=spans,
+                row_losses=row_losses,
+                memory=mapping(search["memory"]),
+                restored=True,
             ),
             history=[(integer(step), number(loss)) for step, loss in sequence(values["history"])],
             busy_s=busy_s,
@@ -193,7 +199,7 @@ def save_state(
     Raises:
         OSError: the disk is full or read-only, or ranks do not share the folder.
     """
-    kept = {name: window[name] for name in ("steps", "dtype", "pushed", "sampled", "not_finite")}
+    kept = {name: window[name] for name in ("spans", "dtype", "pushed", "sampled", "sampled_from", "not_finite")}
     shared = shared or SharedParts()
     parts = {_row_name(row): tensors for row, tensors in enumerate(window["rows"])}
     if window["shared"]:
@@ -302,8 +308,9 @@ def _read_document(
     try:
         saved, index = Saved.from_json(document), PartsIndex.from_json(document["index"])
         kept = _checked_window(mapping(document["window"]))
-        if saved.merging is not None and kept["steps"][-1:] != [saved.merging]:
-            raise ValueError(f"merging={saved.merging} is not the last of steps={kept['steps']}")
+        last = kept["spans"][-1][1] if kept["spans"] else 0
+        if saved.merging not in (None, last):
+            raise ValueError(f"merging={saved.merging} is not the last step of spans={kept['spans']}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error!s:.200})") from error
     found = {name: tuple(tensor["shape"]) for name, tensor in index.tensors.items()}
@@ -311,8 +318,8 @@ def _read_document(
     kept_shapes = {name: shape for name, shape in found.items() if name not in window.layout.skipped}
     if kept_shapes != {slot.name: slot.shape for slot in window.layout.slots}:
         raise ValueError(f"{folder} was saved for a model with other parameters")
-    if kept["steps"] and kept["steps"][-1] > step:
-        raise ValueError(f"{folder} holds checkpoints up to step {kept['steps'][-1]}, but training is at step {step}")
+    if last > step:
+        raise ValueError(f"{folder} holds checkpoints up to step {last}, but training is at step {step}")
     if saved.run.last_step is not None and saved.run.last_step > step:
         raise ValueError(f"{folder} was saved at step {saved.run.last_step}, but training is at step {step}")
     check_document(path, document)
@@ -320,9 +327,13 @@ def _read_document(
 
 
 def _checked_window(kept: dict[str, Any]) -> dict[str, Any]:
-    steps = [integer(step) for step in sequence(kept["steps"])]
-    if steps != sorted(set(steps)) or integer(kept["pushed"]) < len(steps) or integer(kept["sampled"]) < 0:
-        raise ValueError(f"steps={steps}, pushed={kept['pushed']}, sampled={kept['sampled']} are of no window")
+    spans = [Span(*map(integer, sequence(span))) for span in sequence(kept["spans"])]
+    ends = [step for span in spans for step in (span.first - 1, span.last - 1, span.last)]
+    if ends != sorted(ends) or any(span.samples < 1 for span in spans):
+        raise ValueError(f"spans={kept['spans']} are of no window")
+    counts = [integer(kept[name]) for name in ("pushed", "sampled", "sampled_from")]
+    if min(counts) < 0 or counts[0] < len(spans):
+        raise ValueError(f"pushed, sampled, sampled_from={counts} are of no window of {len(spans)} rows")
     texts([kept["dtype"], *sequence(kept["shared"]), *sequence(kept["not_finite"])])
     return kept
 
@@ -332,7 +343,7 @@ def _fill(folder: Path, saved: dict[str, Any], index: PartsIndex, window: Checkp
     slots = window.layout.slots
     fronts_differ = any(index.tensors[slot.name]["front"] != slot.shard.dim for slot in slots)
     if not fronts_differ and (rank := index.rank_of(ranges_of(slots))) is not None:
-        rows = [safetensors_in(part_path(folder, _row_name(row), rank)) for row in range(len(saved["steps"]))]
+        rows = [safetensors_in(part_path(folder, _row_name(row), rank)) for row in range(len(saved["spans"]))]
         shared = safetensors_in(part_path(folder, _SHARED, rank)) if saved["shared"] else {}
         with damage_of(folder):
             window.load_state_dict({**saved, "rows": rows, "shared": shared})

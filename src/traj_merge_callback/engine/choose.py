@@ -18,6 +18,7 @@ from ..search.evaluation import Evaluation, Gradient
 from ..search.grouped import GroupedSearch
 from ..search.objective import Objective
 from ..search.problem import GRADIENT_COST, SearchState
+from ..search.spans import Span, carried_over
 from ..window.window import CheckpointWindow
 
 logger = logging.getLogger("traj_merge_callback")
@@ -54,7 +55,7 @@ def select(
     problem: Problem,
     measure: Measure,
     start: Selection,
-    row_losses: dict[int, list[float]],
+    row_losses: dict[str, list[float]],
     processes: Processes,
 ) -> Pieces[Selection]:
     """Run a search to its end or its budget, in pieces.
@@ -66,7 +67,7 @@ def select(
         problem: what it is built for; ``problem.evaluations`` is the budget.
         measure: evaluates merge weights on parts of the search split, with the gradient in the weights if asked for.
         start: the best candidate so far, live to begin with.
-        row_losses: losses of single rows by step, known from earlier merges; new ones are added. Each is a list, of the
+        row_losses: losses of single rows by name, known from earlier merges; new ones are added. Each is a list, of the
             losses of the objective's components.
         processes: the ranks.
 
@@ -76,8 +77,8 @@ def select(
     objective, search = problem.objective, None
     best, count, spent = start, 0, 0.0
     known = {} if problem.live is None else {problem.live.tobytes(): objective.live}
-    single = {problem.row(age).tobytes(): step for age, step in enumerate(reversed(problem.steps))}
-    known |= {key: np.array(row_losses[step]) for key, step in single.items() if step in row_losses}
+    single = {problem.row(age).tobytes(): name for age, name in enumerate(reversed(problem.names))}
+    known |= {key: np.array(row_losses[name]) for key, name in single.items() if name in row_losses}
 
     def ask() -> tuple[np.ndarray | None, bool, int]:
         nonlocal search
@@ -125,7 +126,7 @@ def select(
         if search is not None:
             gradients = None if gradient is None else objective.gradients(gradient)
             search.tell(weights, loss, Observed(losses, gradients, gradient))
-    row_losses |= {step: known[key].tolist() for key, step in single.items() if key in known}
+    row_losses |= {name: known[key].tolist() for key, name in single.items() if key in known}
     return replace(best, evaluations=best.evaluations + count, forward_equivalents=best.forward_equivalents + spent)
 
 
@@ -207,8 +208,8 @@ class Chooser:
             chosen = yield from select(make, grouped, measure, chosen, {}, self._processes)
             self._trying = None
         state.restored = self._remembers = False
-        state.previous = None if shared is None else shared.tolist()
-        state.row_losses = {row: losses for row, losses in state.row_losses.items() if row in window.steps}
+        state.previous, state.spans = (None if shared is None else shared.tolist()), list(map(list, window.spans))
+        state.row_losses = {row: losses for row, losses in state.row_losses.items() if row in problem.names}
         if shared is None:
             # Live itself; where rows are means it is no merge of them, and all their weights are zero.
             shared = np.zeros(problem.size) if problem.live is None else problem.live
@@ -259,7 +260,10 @@ class Chooser:
     ) -> Pieces[Problem]:
         config, size = self._config, window.num_weights
         previous = None
-        if state.previous is not None and len(state.previous) <= size:
+        spans = () if window.newest_is_live else window.spans
+        if state.previous is not None and spans and len(state.previous) == len(state.spans):
+            previous = carried_over(state.previous, [Span(*span) for span in state.spans], spans)
+        elif state.previous is not None and not spans and len(state.previous) <= size:
             # Ages match from the newest row on; a window that has grown since then has older rows of weight 0.
             previous = np.concatenate([np.zeros(size - len(state.previous)), state.previous])
         objective = Objective.of(
@@ -284,4 +288,5 @@ class Chooser:
             batches=self._heldout.num_batches("search"),
             parts=self._heldout.parts,
             memory=state.memory,
+            spans=spans,
         )

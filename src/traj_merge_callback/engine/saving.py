@@ -90,7 +90,7 @@ class StateSaver:
         tensors = self._window.state_dict()
         nbytes = len(self._index.parts) * len(self._window) * self._window.row_nbytes
         with ExitStack() as stack:
-            stack.enter_context(self._window.in_use())
+            stack.enter_context(self._window.in_use(mean=True))
             until_written = stack.pop_all()
 
         def write() -> None:

@@ -218,7 +218,7 @@ class Schedule:
             evaluations = self._processes.from_rank0(lambda: self._affordable(step))
         if evaluations is None:
             return False
-        if len({tuple(steps) for steps in self._processes.all_gather_object(list(self._merge.window.steps))}) > 1:
+        if len(set(self._processes.all_gather_object(self._merge.window.spans))) > 1:
             raise RuntimeError("the windows of the ranks differ, because a checkpoint was lost on one of them")
         self._step, budget, kept = step, evaluations, self._merge.keep(model)
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from .evaluation import Gradient
 from .objective import Objective
+from .spans import Span
 
 # Cost of evaluating a candidate with its gradient (a forward and a backward pass), in forward passes.
 GRADIENT_COST = 3
@@ -22,19 +23,21 @@ class SearchState:
 
     Args:
         previous: its weights.
-        row_losses: losses of single rows on the search split, by step; of each component of the objective.
+        spans: of its rows, oldest first, each as first step, last step and number of samples.
+        row_losses: losses of single rows on the search split, by the row's name; of each component of the objective.
         memory: what the search itself remembers.
         restored: whether all this was read from a file and no merge has been made with it yet.
     """
 
     previous: list[float] | None = None
-    row_losses: dict[int, list[float]] = field(default_factory=dict)
+    spans: list[list[int]] = field(default_factory=list)
+    row_losses: dict[str, list[float]] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     restored: bool = field(default=False, compare=False)
 
     def forget(self) -> None:
         """Drop everything: the next merge is like a first one."""
-        self.previous = None
+        self.previous, self.spans = None, []
         self.forget_losses()
 
     def forget_losses(self) -> None:
@@ -51,8 +54,8 @@ class Problem:
         evaluations: the budget, in forward passes over the search split. A candidate costs 1, with its gradient
             ``GRADIENT_COST``. The evaluation of live is not charged to it.
         objective: computes the number to minimise from the losses of the held-out domains; holds live's losses.
-        previous: the last merge's weights, shape ``(size,)``, shifted so that the newest row's weight is last; None at
-            the first merge.
+        previous: the last merge's weights, shape ``(size,)``, by age: where rows are single checkpoints shifted so that
+            the newest row's weight is last, else carried over to today's spans; None at the first merge.
         seed: for the search's own random numbers; differs from merge to merge.
         leading_rows: number of rows in front of the window that are no checkpoints of it: 2 for BEMA (theta_0 and
             EMA_t), else 0.
@@ -64,6 +67,7 @@ class Problem:
         parts: number of parts of the search split that can be evaluated separately.
         memory: a dictionary that the search may write to and that the next merge's search receives: JSON values with
             strings as keys.
+        spans: which steps the rows are means of, oldest first; empty if they are single checkpoints.
     """
 
     steps: tuple[int, ...]
@@ -77,6 +81,12 @@ class Problem:
     batches: int = 1
     parts: int = 1
     memory: dict[str, Any] = field(default_factory=dict)
+    spans: tuple[Span, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """For each row a name that no other row of the run has, oldest first."""
+        return tuple(span.name for span in self.spans) or tuple(map(str, self.steps))
 
     @property
     def live_loss(self) -> float:

@@ -12,6 +12,7 @@ from .problem import GRADIENT_COST, Observed, Problem, Search
 from .quadratic import NOISE_PER_TOKEN, Observation, Posterior, Prior, Quadratic, design, posterior, quadratic
 from .recipes import ema
 from .space import PrincipalAxes, best_point, check_space
+from .spans import average
 
 # Grids and priors of the two hyperparameters. The scale h of the curvatures, expressed as twice the quadratic term of
 # the loss between the uniform average and the newest row in nats, is log-normal around _SCALE; alpha is normal.
@@ -68,7 +69,10 @@ class SurrogateSearch(Search):
             self._observe(self._newest, self._objective.live, None, 0.0)
         # The best point evaluated on the whole split; None while there is none, because live is no merge of the rows.
         self._best, self._best_loss = (None if problem.live is None else self._newest), problem.live_loss
-        self._next = ema(problem.size, decay=0.35) if problem.previous is None else problem.previous
+        if problem.previous is not None:
+            self._next = problem.previous
+        else:
+            self._next = average(problem.spans) if problem.spans else ema(problem.size, decay=0.35)
         if not (self._bounds[0] <= self._next.min() and self._next.max() <= self._bounds[1]):
             self._next = self._axes.middle
         self._budget = float(problem.evaluations)

@@ -88,10 +88,10 @@ class TrajectorySearch(Search):
         super().__init__(problem)
         self._bounds = check_space(space, bounds)
         self._budget = float(problem.evaluations)
-        # For each row measured, by step: its loss, and its gradient's products with the rows of that time, by step too.
+        # For each row measured, by name: its loss, and its gradient's products with the rows of that time, by name too.
         known = problem.memory.get("rows", {})
-        self._rows = problem.memory["rows"] = {key: row for key, row in known.items() if int(key) in problem.steps}
-        unknown = [step for step in reversed(problem.steps) if str(step) not in self._rows]
+        self._rows = problem.memory["rows"] = {key: row for key, row in known.items() if key in problem.names}
+        unknown = [name for name in reversed(problem.names) if name not in self._rows]
         # One pass is kept for a candidate.
         self._unknown = unknown[: max(0, int((self._budget - 1) // GRADIENT_COST))]
         self._axes: PrincipalAxes | None = None
@@ -107,7 +107,7 @@ class TrajectorySearch(Search):
 
     def ask(self) -> np.ndarray | None:
         if self._unknown:
-            return self.problem.row(age=len(self.problem.steps) - 1 - self.problem.steps.index(self._unknown[0]))
+            return self.problem.row(age=len(self.problem.names) - 1 - self.problem.names.index(self._unknown[0]))
         return self._next
 
     def tell(self, weights: np.ndarray, loss: float, observed: Observed) -> None:
@@ -119,8 +119,8 @@ class TrajectorySearch(Search):
         self._budget -= GRADIENT_COST
         if self._unknown:
             loss = float(self.problem.objective.weights @ observed.losses)
-            slopes = dict(zip(map(str, self.problem.steps), gradient[-len(self.problem.steps) :].tolist(), strict=True))
-            self._rows[str(self._unknown.pop(0))] = {"loss": loss, "slopes": slopes}
+            slopes = dict(zip(self.problem.names, gradient[-len(self.problem.names) :].tolist(), strict=True))
+            self._rows[self._unknown.pop(0)] = {"loss": loss, "slopes": slopes}
             if not self._unknown:
                 self._begin()
         else:
@@ -128,19 +128,19 @@ class TrajectorySearch(Search):
 
     def _begin(self) -> None:
         """Build the model from the rows whose gradients are known, and propose its minimum; nothing if they are < 2."""
-        steps = [step for step in self.problem.steps if str(step) in self._rows]
+        names = [name for name in self.problem.names if name in self._rows]
         assert self.problem.gram is not None
-        if len(steps) < 2:
+        if len(names) < 2:
             return
-        self._members = [self.problem.size - len(self.problem.steps) + self.problem.steps.index(s) for s in steps]
+        self._members = [self.problem.size - len(self.problem.names) + self.problem.names.index(n) for n in names]
         self._axes = PrincipalAxes(self.problem.gram[np.ix_(self._members, self._members)])
         if self._axes.degenerate:
             return
-        losses = np.array([self._rows[str(step)]["loss"] for step in steps])
-        slopes = [self._rows[str(step)]["slopes"] for step in steps]
-        products = np.array([[towards.get(str(step), np.nan) for step in steps] for towards in slopes])
+        losses = np.array([self._rows[name]["loss"] for name in names])
+        slopes = [self._rows[name]["slopes"] for name in names]
+        products = np.array([[towards.get(name, np.nan) for name in names] for towards in slopes])
         self._model = trajectory_quadratic(losses, fill_by_trapezoid(losses, products), self._axes)
-        self._best, self._best_loss = np.zeros(len(steps) - 1), np.inf
+        self._best, self._best_loss = np.zeros(len(names) - 1), np.inf
         self._gradients: list[tuple[np.ndarray, np.ndarray]] = []
         self._propose()
 

@@ -47,7 +47,7 @@ class Capture:
             guard = functools.partial(_guard, weakref.ref(self))
             self._hook = register_optimizer_step_pre_hook(torch.compiler.disable(guard))
 
-    def begin(self, pairs: list[tuple[Tensor, Tensor]], then: Callable[[], None]) -> None:
+    def begin(self, pairs: list[tuple[Tensor, Tensor]], then: Callable[[], None], share: float = 1.0) -> None:
         """Start to copy each source to its target; when all are copied, call ``then`` in the worker thread.
 
         The capture before must be settled.
@@ -55,6 +55,7 @@ class Capture:
         Args:
             pairs: targets and sources of the same shapes.
             then: reads targets, but no sources.
+            share: on the CPU a target becomes ``1 - share`` of itself and ``share`` of its source; 1 on other devices.
         """
         # A detached tensor keeps its memory; a parameter points elsewhere while a merged model is evaluated.
         pairs = [(target, source.detach()) for target, source in pairs]
@@ -71,10 +72,10 @@ class Capture:
         events = list(self._copied.values())
         versions = [source._version for _, source in on_cpu]
         if self._worker is None:
-            _copy(on_cpu, versions)
+            _copy(on_cpu, versions, share)
             _call_after(events, then)
             return
-        self._reading = self._worker.submit(_copy, on_cpu, versions)
+        self._reading = self._worker.submit(_copy, on_cpu, versions, share)
         self._jobs = [self._reading, self._worker.submit(_call_after, events, then)]
 
     def wait(self) -> None:
@@ -109,10 +110,19 @@ class Capture:
             self._worker.shutdown(wait=True)
 
 
-@torch.no_grad()
-def _copy(pairs: list[tuple[Tensor, Tensor]], versions: list[int]) -> None:
-    for target, source in pairs:
+def add_share(target: Tensor, source: Tensor, share: float) -> None:
+    """Let a target become ``1 - share`` of itself and ``share`` of its source."""
+    if share == 1.0:
+        # Copied, and not averaged with what was there before: NaNs of that must not spoil this.
         target.copy_(source)
+    else:
+        target.lerp_(source.to(target.dtype), share)
+
+
+@torch.no_grad()
+def _copy(pairs: list[tuple[Tensor, Tensor]], versions: list[int], share: float) -> None:
+    for target, source in pairs:
+        add_share(target, source, share)
     if [source._version for _, source in pairs] != versions:
         raise RuntimeError(
             "weights were written, and not by an optimizer of torch, while a capture of them was being copied; its row "

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..search.spans import Span, to_join
 from .devices import page_locked
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -80,6 +81,11 @@ class DenseRows:
     def write(self, index: int, values: Tensor, *, renew: bool = False) -> None:
         """Store ``values``, shape ``(numel,)``, as row ``index``; ``renew`` has no effect, as there is no anchor."""
         self._rows[index].copy_(values)
+
+    def join(self, index: int, other: int, share: float) -> None:
+        """Let row ``index`` become ``(1 - share)`` of itself and ``share`` of row ``other``."""
+        for one, two in zip(self._rows[index].split(CHUNK), self._rows[other].split(CHUNK), strict=True):
+            one.copy_(one.float().lerp_(two.float(), share))
 
     def base(self, columns: slice) -> Tensor | None:
         """Some columns of the row that all rows are stored as deltas to; None, as these are not."""
@@ -149,6 +155,12 @@ class Int8Rows:
                 anchor.copy_(new)
             self._encode(index, columns, new.sub_(anchor))
 
+    def join(self, index: int, other: int, share: float) -> None:
+        """See :meth:`DenseRows.join`; rounded once more."""
+        for start in range(0, self._deltas.shape[1], CHUNK):
+            columns = slice(start, min(start + CHUNK, self._deltas.shape[1]))
+            self._encode(index, columns, self._decode(index, columns).lerp_(self._decode(other, columns), share))
+
     def base(self, columns: slice) -> Tensor | None:
         """Some columns of the anchor."""
         return self._anchor[columns]
@@ -206,10 +218,26 @@ class StoredRow(NamedTuple):
     place: int
 
 
-class Ring:
-    """The window's memory: a ring of ``size`` rows, where a new row overwrites the oldest, and the rows beside it.
+class Room(NamedTuple):
+    """Where a new row goes, and what has to happen before.
 
-    Beside the ring, where they are needed:
+    Args:
+        place: its index in ``rows``.
+        position: of a row, counted from the oldest, that the next newer one is joined with; None: none is.
+        into: that row's index in ``rows``; the newer one's is ``place``.
+        share: of the newer one in their mean.
+    """
+
+    place: int
+    position: int | None = None
+    into: int = 0
+    share: float = 0.0
+
+
+class Ring:
+    """The window's memory: ``size`` rows, where a new row takes the place of an old one, and the rows beside them.
+
+    Beside the rows, where they are needed:
 
     - ``leading``: BEMA's two *leading rows*, which stand in front of the window as if they were its oldest rows.
     - ``mean``: the running mean of the weights sampled since the last row, which becomes the next row.
@@ -223,7 +251,8 @@ class Ring:
         live: dtype of ``arrival``; None if rows are exact copies of live weights, which then need no ``arrival``.
         leading: whether there are leading rows.
         mean: whether rows are means.
-        allocate: where the ring is kept.
+        multiscale: whether two rows become one to make room, instead of the oldest being left out.
+        allocate: where the rows are kept.
         allocate_beside: where everything else is kept.
     """
 
@@ -236,6 +265,7 @@ class Ring:
         live: torch.dtype | None,
         leading: bool,
         mean: bool,
+        multiscale: bool,
         allocate: Allocate,
         allocate_beside: Allocate,
     ) -> None:
@@ -246,9 +276,12 @@ class Ring:
         self.mean = allocate_beside("mean", (numel,), torch.float32) if mean else None
         self.arrival = None if live is None else allocate_beside("arrival", (numel,), live)
         self.staging = allocate_beside("staging", (numel,), torch.float32)
-        self.steps: list[int] = []  # of the rows held, oldest first
+        self.spans: list[Span] = []  # of the rows held, oldest first
         self.pushed = 0  # rows ever added
         self.sampled = 0  # checkpoints in the running mean
+        self.sampled_from = 0  # the step of the first of them
+        self._multiscale = multiscale
+        self._places: list[int] = []  # of the rows held, oldest first: their indices in ``rows``
 
     @property
     def nbytes(self) -> int:
@@ -257,45 +290,70 @@ class Ring:
         return sum(kept) + sum(row.nbytes for row in (self.mean, self.arrival, self.staging) if row is not None)
 
     @property
-    def next(self) -> int:
-        """Index in ``rows`` of the row that is written next."""
-        return self.pushed % self.size
+    def steps(self) -> list[int]:
+        """The last steps of the rows held, oldest first."""
+        return [span.last for span in self.spans]
 
-    def add(self, step: int) -> None:
-        """Make row ``next`` the newest one, of optimizer step ``step``."""
+    def count_sample(self, step: int) -> None:
+        """One more checkpoint is in the running mean."""
+        self.sampled += 1
+        if self.sampled == 1:
+            self.sampled_from = step
+
+    def room(self, step: int) -> Room:
+        """Where a row of this step goes; nothing is changed yet."""
+        if len(self.spans) < self.size:
+            return Room(next(place for place in range(self.size) if place not in self._places))
+        position = to_join(self.spans, step) if self._multiscale else None
+        if position is None:
+            return Room(self._places[0])
+        one, two = self.spans[position : position + 2]
+        share = two.samples / (one.samples + two.samples)
+        return Room(self._places[position + 1], position, self._places[position], share)
+
+    def clear_room(self, room: Room) -> None:
+        """Join the rows that have to be, so that the row in this room may be written."""
+        if room.position is not None:
+            self.rows.join(room.into, room.place, room.share)
+
+    def add(self, span: Span, room: Room) -> None:
+        """Make the row in this room the newest one."""
         self.pushed += 1
-        self.steps = [*self.steps, step][-self.size :]
+        if room.position is not None:
+            one, two = self.spans[room.position : room.position + 2]
+            self.spans[room.position : room.position + 2] = [one.joined(two)]
+        elif len(self.spans) == self.size:
+            del self.spans[0]
+        self._places = [place for place in self._places if place != room.place] + [room.place]
+        self.spans.append(span)
 
     def drop_newest(self) -> None:
         """Remove the newest row."""
         self.pushed -= 1
-        self.steps = self.steps[:-1]
+        del self.spans[-1], self._places[-1]
 
     def clear(self) -> None:
         """Remove all rows."""
-        self.steps, self.pushed, self.sampled = [], 0, 0
-
-    def place(self, position: int) -> int:
-        """Index in ``rows`` of the row at ``position`` among those held, oldest first."""
-        return (self.pushed - len(self.steps) + position) % self.size
+        self.spans, self._places, self.pushed, self.sampled = [], [], 0, 0
 
     def in_order(self) -> list[StoredRow]:
         """The rows that merge weights belong to, oldest first: the leading rows, if there are any, and those held."""
-        if not self.steps:
+        if not self.spans:
             return []
         leading = [] if self.leading is None else [StoredRow(self.leading, 0), StoredRow(self.leading, 1)]
-        return leading + [StoredRow(self.rows, self.place(index)) for index in range(len(self.steps))]
+        return leading + [StoredRow(self.rows, place) for place in self._places]
 
     # Keeping and restoring
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`CheckpointWindow.state_dict`."""
         return {
-            "steps": list(self.steps),
+            "spans": [list(span) for span in self.spans],
             "dtype": self.dtype,
             "pushed": self.pushed,
             "sampled": self.sampled,
-            "rows": [self.rows.state(self.place(index)) for index in range(len(self.steps))],
+            "sampled_from": self.sampled_from,
+            "rows": [self.rows.state(place) for place in self._places],
             "shared": self._shared(),
         }
 
@@ -356,14 +414,13 @@ class Ring:
 
     def _fitting(self, state: dict[str, Any]) -> list[tuple[int, int]]:
         """The newest saved rows, as many as fit: the index of each in ``state["rows"]``, and in ``rows`` here."""
-        saved = len(state["steps"])
-        return [
-            (index, (state["pushed"] - saved + index) % self.size) for index in range(max(0, saved - self.size), saved)
-        ]
+        saved = len(state["spans"])
+        return [(index, place) for place, index in enumerate(range(max(0, saved - self.size), saved))]
 
     def _adopt_counts(self, state: dict[str, Any]) -> None:
-        self.steps = list(state["steps"])[-self.size :]
-        self.pushed, self.sampled = state["pushed"], state["sampled"]
+        self.spans = [Span(*span) for span in state["spans"]][-self.size :]
+        self._places = list(range(len(self.spans)))
+        self.pushed, self.sampled, self.sampled_from = state["pushed"], state["sampled"], state["sampled_from"]
 
 
 def _row_name(index: int) -> str:

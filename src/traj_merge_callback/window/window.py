@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ..distributed import Processes
 from ..pieces import COMBINE, PROJECT, Pieces, finish
+from ..search.spans import Span
 from . import products
-from .capture import Capture
+from .capture import Capture, add_share
 from .layout import ParameterGroups, ParameterLayout, parameter_groups
 from .modes import evaluated
 from .storage import CHUNK, DTYPES, Allocate, DenseRows, Ring, StoredRow, in_memory
@@ -37,6 +38,8 @@ class CheckpointWindow:
             of the window, always float32: the first checkpoint ever pushed (theta_0), and
             ``EMA_t = (1 - beta_t) EMA_{t-1} + beta_t theta_t`` over all pushes.
         mean_rows: a row is the mean of the model at its push and at every :meth:`sample` since the push before.
+        multiscale: to make room for a new row two neighbouring rows become one, their mean, so that few rows reach far
+            back; else the oldest row leaves. Needs ``mean_rows``.
         groups: parameter groups that may have merge weights of their own (see :func:`parameter_groups`).
         allocate: where rows are kept; by default in CPU memory, pinned when the model is on a CUDA device.
         buffered: copy live weights to a row in memory first, as happens anyway where rows are no exact copies, and from
@@ -72,6 +75,7 @@ class CheckpointWindow:
         trainable_only: bool = True,
         average_rate: Callable[[int], float] | None = None,
         mean_rows: bool = False,
+        multiscale: bool = False,
         groups: str | Mapping[str, list[str]] | None = None,
         allocate: Allocate | None = None,
         buffered: bool = False,
@@ -100,13 +104,15 @@ class CheckpointWindow:
                 live=None if exact else torch.bfloat16 if all_bfloat16 else torch.float32,
                 leading=average_rate is not None,
                 mean=mean_rows,
+                multiscale=multiscale,
                 allocate=allocate or pinned,
                 allocate_beside=pinned,
             )
         self._columns = products.Columns(self.layout, self.groups, self.processes)
         self._average_rate = average_rate
         self._capture = Capture(asynchronous=asynchronous, device=self._device)
-        self._readers = 0
+        # How many read rows now, and how many of them the running mean too.
+        self._readers = self._mean_readers = 0
         self._lock = threading.Lock()
         self._pushing = False  # whether the last capture is of a push, and has not been waited for
         # Buffers that once held a number that is not finite: rows hold other numbers in their place.
@@ -124,11 +130,16 @@ class CheckpointWindow:
 
     def __len__(self) -> int:
         """The number of checkpoints held now, at most ``size``."""
-        return len(self._ring.steps)
+        return len(self._ring.spans)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """Which steps the rows held are the means of, oldest first; single checkpoints are means of one."""
+        return tuple(self._ring.spans)
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The optimizer steps of the checkpoints held, oldest first."""
+        """The optimizer steps of the checkpoints held, oldest first; of rows that are means their last ones."""
         return tuple(self._ring.steps)
 
     @property
@@ -164,77 +175,85 @@ class CheckpointWindow:
     # Capturing
 
     @torch.no_grad()
-    def sample(self, model: nn.Module) -> None:
-        """Add the model's weights to the mean that the next :meth:`push` completes.
+    def sample(self, model: nn.Module, step: int) -> None:
+        """Add the model's weights to the mean that the next :meth:`push` completes; reads and writes no row.
 
         Raises:
             ValueError: the rows of this window are not means, or the model's parameters changed names or shapes.
         """
-        if self._ring.mean is None:
+        ring = self._ring
+        if ring.mean is None:
             raise ValueError("this window's rows are single checkpoints: construct it with mean_rows=True")
-        self._copy_live(model, self._accumulate)
+        share = 1.0 / (ring.sampled + 1)
+        if self._device.type == "cpu":
+            self._copy_live(model, lambda target: None, ring.mean, share)
+        else:  # staging is for merges on the CPU
+            self._copy_live(model, lambda target: self._accumulate(target, share), ring.staging)
+        ring.count_sample(step)
 
     @torch.no_grad()
     def push(self, model: nn.Module, step: int) -> None:
-        """Make the model's weights, or their mean with those sampled, the newest row; of a full window the oldest
-        leaves.
+        """Make the model's weights, or their mean with those sampled, the newest row. If the window is full the oldest
+        leaves, or two become one.
 
         Raises:
             ValueError: ``step`` is not after the newest row's, or the model's parameters changed names or shapes.
         """
         ring = self._ring
-        if ring.steps and step <= ring.steps[-1]:
-            raise ValueError(f"step={step} is not after the newest checkpoint's step {ring.steps[-1]}")
-        index, first = ring.next, not ring.steps
+        if ring.spans and step <= ring.spans[-1].last:
+            raise ValueError(f"step={step} is not after the newest checkpoint's step {ring.spans[-1].last}")
+        room, first, renew = ring.room(step), not ring.spans, ring.pushed % ring.size == 0
+        share = 1.0 / (ring.sampled + 1)
+        target = ring.arrival
+        if target is None:
+            assert isinstance(ring.rows, DenseRows)
+            target = ring.rows.row(room.place)
 
-        def write_rows() -> None:
+        def write_rows(arrival: Tensor) -> None:
+            ring.clear_room(room)
             if ring.mean is not None:
-                self._accumulate()
-                ring.sampled = 0
+                self._accumulate(arrival, share)
             values = ring.arrival if ring.mean is None else ring.mean
             if values is not None:
-                ring.rows.write(index, values, renew=index == 0)
+                ring.rows.write(room.place, values, renew=renew)
             if ring.leading is not None and self._average_rate is not None:
                 start, average = ring.leading.row(0), ring.leading.row(1)
-                row = ring.arrival if ring.arrival is not None else ring.rows.state(index)["row"]
                 if first:
-                    start.copy_(row)
-                    average.copy_(row)
+                    start.copy_(arrival)
+                    average.copy_(arrival)
                 else:
-                    average.lerp_(row.float(), self._average_rate(step))
+                    average.lerp_(arrival.float(), self._average_rate(step))
 
-        self._copy_live(model, write_rows, index)
+        self._copy_live(model, write_rows, target)
         self._pushing = True
-        ring.add(step)
+        ring.count_sample(step)
+        ring.add(Span(ring.sampled_from, step, ring.sampled), room)
+        ring.sampled = 0
 
     def forget_samples(self) -> None:
         """Begin the mean row anew: the next sample, or push, is its first."""
         self.settle()
         self._ring.sampled = 0
 
-    def _copy_live(self, model: nn.Module, then: Callable[[], None], index: int | None = None) -> None:
-        """Begin to copy live weights to the ring's ``arrival``, or to row ``index`` itself if rows are exact copies.
+    def _copy_live(self, model: nn.Module, then: Callable[[Tensor], None], target: Tensor, share: float = 1.0) -> None:
+        """Begin to copy live weights to ``target``, shape ``(N,)``, or to add them to it with a share.
 
-        ``then`` is called when the copy is complete, in the capture's thread if it is asynchronous. Of tensors
-        that a forward pass may write a copy is made first, on their device.
+        ``then`` is called with the target when it is complete, in the capture's thread if it is asynchronous. Of
+        tensors that a forward pass may write a copy is made first, on their device.
         """
         self.settle()
-        target = self._ring.arrival
-        if target is None:
-            assert isinstance(self._ring.rows, DenseRows)
-            assert index is not None
-            target = self._ring.rows.row(index)
 
         def arrived() -> None:
             self._keep_finite(target)
-            then()
+            then(target)
 
         tensors = self.layout.tensors(model)
         volatile = self.layout.volatile(model, tensors)
         with evaluated(self._capture.with_modes, tensors) as written:
             sources = self.layout.locals(tensors)
             sources = [tensor.clone() if now else tensor for tensor, now in zip(sources, volatile, strict=True)]
-            self._capture.begin(list(zip(self.layout.views(target).values(), sources, strict=True)), arrived)
+            pairs = list(zip(self.layout.views(target).values(), sources, strict=True))
+            self._capture.begin(pairs, arrived, share)
             # Where parameters have hooks an optimizer may write in the backward pass (LOMO).
             hooks = (one._backward_hooks or getattr(one, "_post_accumulate_grad_hooks", None) for one in tensors)
             if written or any(hooks):
@@ -251,19 +270,12 @@ class CheckpointWindow:
             # The anchor of int8 rows, so that neighbours in a block are not rounded to the scale of this difference.
             views[slot.name].copy_(torch.zeros(()) if base is None else base.view(slot.shard.local))
 
-    def _accumulate(self) -> None:
-        """Add the live weights that have arrived to the running mean."""
-        mean, arrival = self._ring.mean, self._ring.arrival
+    def _accumulate(self, arrival: Tensor, share: float) -> None:
+        """Add live weights that have arrived to the running mean."""
+        mean = self._ring.mean
         assert mean is not None
-        assert arrival is not None
-        self._ring.sampled += 1
-        if self._ring.sampled == 1:
-            # Copied, and not averaged with weight 1 over the mean before: NaNs of that one must not spoil this one.
-            mean.copy_(arrival)
-            return
         for start in range(0, self.layout.numel, CHUNK):
-            columns = slice(start, start + CHUNK)
-            mean[columns].lerp_(arrival[columns].float(), 1.0 / self._ring.sampled)
+            add_share(mean[start : start + CHUNK], arrival[start : start + CHUNK], share)
 
     def settle(self) -> None:
         """Wait until the last capture is complete.
@@ -289,20 +301,31 @@ class CheckpointWindow:
         self._capture.close()
 
     @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Within the context rows are read, piece by piece or in another thread: the caller must capture nothing."""
+    def in_use(self, *, mean: bool = False) -> Iterator[None]:
+        """Within the context rows are read, piece by piece or in another thread: the caller must :meth:`push` nothing.
+
+        Args:
+            mean: whether the running mean is read too: the caller must not :meth:`sample` either.
+        """
         with self._lock:
             self._readers += 1
+            self._mean_readers += mean
         try:
             yield
         finally:
             with self._lock:
                 self._readers -= 1
+                self._mean_readers -= mean
 
     @property
     def is_in_use(self) -> bool:
         """Whether someone is inside :meth:`in_use`."""
         return self._readers > 0
+
+    @property
+    def mean_is_in_use(self) -> bool:
+        """Whether someone who reads the running mean is inside :meth:`in_use`."""
+        return self._mean_readers > 0
 
     def staging_on(self, device: torch.device) -> Tensor:
         """A float32 row, shape ``(N,)``, for a merged model on a device: on the CPU always the same, else a new one."""
@@ -447,11 +470,11 @@ class CheckpointWindow:
     def state_dict(self) -> dict[str, Any]:
         """The window's contents, as tensors that share its memory.
 
-        Keys: "steps" of the rows, oldest first; "dtype"; "pushed", the number of pushes ever made; "sampled", the
-        number of checkpoints in the running mean; "rows", the named tensors that each row is stored as; "shared", by
-        name what there is beside the rows: the int8 "anchor", the leading rows "start" and "average", the running
-        "mean", and "arrival", the live weights of the last capture; "not_finite", the names of buffers that rows hold
-        other numbers for.
+        Keys: "spans" of the rows, oldest first: first and last step and number of samples of each; "dtype"; "pushed",
+        the number of pushes ever made; "sampled", the number of checkpoints in the running mean, and "sampled_from",
+        the step of the first; "rows", the named tensors that each row is stored as; "shared", by name what there is
+        beside the rows: the int8 "anchor", the leading rows "start" and "average", the running "mean", and "arrival",
+        the live weights of the last push; "not_finite", the names of buffers that rows hold other numbers for.
         """
         self.settle()
         return {**self._ring.state_dict(), "not_finite": sorted(self._not_finite)}
