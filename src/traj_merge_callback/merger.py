@@ -23,6 +23,7 @@ from .disk.snapshots import SnapshotStore
 from .disk.state import RunState, Saved, load_state
 from .distributed import CollectiveTimeout, Processes, several_ranks
 from .engine.budget import Overhead
+from .engine.capturing import Capturing
 from .engine.failures import Failures
 from .engine.making import make_merging
 from .engine.publish import Extra
@@ -121,8 +122,7 @@ class TrajectoryMerger:
         self._state = RunState()
         self._overhead = Overhead(self.config.max_overhead, self.config.max_pause)
         self._due = False  # whether a merge is due that has not begun
-        self._captured: int | None = None  # the step of the last row
-        self._missed = False  # whether a sample of the mean row begun was left out
+        self._capturing = Capturing(self.config, self.processes)
         self._renewing = False  # whether a window is to replace one of other parameters
 
     def prepare(self, model: nn.Module) -> None:
@@ -175,11 +175,11 @@ class TrajectoryMerger:
     def _step(self, model: nn.Module, step: int, skipped: Callable[[], bool]) -> MergeRecord | None:
         started = time.perf_counter()
         record = None
-        if self.window is not None and (self._schedule.under_way or self._is_due(step)):
+        if self.window is not None and (self._schedule.under_way or self._capturing.is_due(self._previous(step), step)):
             with self._failures.contained("preparing a new window", step):
                 self._renew_if_changed(model, step)
         if self.window is None:
-            if self._renewing and not self._is_due(step):
+            if self._renewing and not self._capturing.is_due(self._previous(step), step):
                 return None
             with self._failures.contained("preparing the window", step), self.processes.raise_on_all():
                 self.prepare(model)
@@ -212,7 +212,8 @@ class TrajectoryMerger:
         logger.warning("step %d: %s; merging goes on with a new window", step, change)
         self._check_written(step)
         self._release_window()
-        self._renewing, self._captured, self._missed = True, None, False
+        self._renewing = True
+        self._capturing.forget()
         self._state.search = SearchState()
 
     @contextmanager
@@ -269,7 +270,7 @@ class TrajectoryMerger:
                 if self.processes.all_reduce_max(float(self.window.steps[-1:] != (step,)))[0]:
                     with self.processes.raise_on_all():
                         self.window.push(model, step)
-                    self._captured = step
+                    self._capturing.row_step = step
                 self._begin(model, step, self.config.evaluations)
                 record = self._record(self._schedule.complete(), step) or record
         self._writer.wait()
@@ -331,51 +332,25 @@ class TrajectoryMerger:
 
     # What is due
 
-    def _is_due(self, step: int) -> bool:
-        """Whether a row, or a sample of one, is."""
-        intervals = self.config.capture_every, self.config.capture_every // self.config.samples
-        previous = self._previous(step)
-        return step >= self.config.start_step and any(passed(every, previous, step) for every in intervals)
-
     def _previous(self, step: int) -> int:
         return step - 1 if self._state.last_step is None else self._state.last_step
 
     def _capture(self, model: nn.Module, step: int, skipped: Callable[[], bool]) -> bool:
         """Capture a checkpoint if one is due, and note if a merge is; returns whether the window has a new row."""
-        config, window, state = self.config, self.window, self._state
+        window, previous = self.window, self._previous(step)
         assert window is not None
-        previous = self._previous(step)
-        if not self._is_due(step):
-            state.last_step = step
+        if not self._capturing.is_due(previous, step):
+            self._state.last_step = step
             return False
-        # Rows that a merge or a checkpoint of the trainer still reads are not overwritten.
-        if window.is_in_use and config.schedule == "blocking":
+        if window.is_in_use and self.config.schedule == "blocking":
             self.wait()
-        in_use = float(window.is_in_use), float(window.mean_is_in_use)
-        was_skipped, rows_in_use, mean_in_use = self.processes.all_reduce_max(float(skipped()), *in_use)
-        if was_skipped:
+        action = self._capturing.plan(window, previous, step, skipped)
+        if action is None:
             return False
-        state.last_step = step
-        self._due |= passed(config.merge_every, previous, step)
-        is_row = passed(config.capture_every, previous, step)
-        if config.row == "mean":
-            # A row is the mean of all its samples: those of a span with gaps are forgotten, and of a span without end.
-            self._missed |= bool(mean_in_use)
-            if is_row and (self._missed or rows_in_use):
-                window.forget_samples()
-                self._missed = False
-                return False
-        if rows_in_use and config.row == "multiscale":
-            is_row = False  # its span ends later
-        if mean_in_use or (is_row and rows_in_use):
-            return False
-        with self.processes.raise_on_all():
-            if is_row:
-                window.push(model, step)
-                self._captured = step
-            else:
-                window.sample(model, step)
-        return is_row
+        self._state.last_step = step
+        self._due |= passed(self.config.merge_every, previous, step)
+        self._capturing.take(action, window, model, step)
+        return action == "row"
 
     def _begin(self, model: nn.Module, step: int, evaluations: int | None = None) -> None:
         """Begin a merge if one is due; until then, learn what it will take."""
@@ -439,7 +414,7 @@ class TrajectoryMerger:
                 window.settle()
             # A merge under way can be made again if nothing was captured since: its rows and live weights are there.
             # What it learns is not in the state yet.
-            again = self._schedule.merge_under_way and self._captured == self._state.last_merge_step
+            again = self._schedule.merge_under_way and self._capturing.row_step == self._state.last_merge_step
             run = replace(self._state, busy_s=self._overhead.busy_s, wall_s=self._overhead.wall_s, run=self._store.run)
             saved = Saved(
                 copy.deepcopy(run),
@@ -491,7 +466,7 @@ class TrajectoryMerger:
         assert self.window is not None
         self._saver.forget()
         saved = load_state(Path(folder), self.window, step)
-        self._state, self._captured = saved.run, saved.merging
+        self._state, self._capturing.row_step = saved.run, saved.merging
         same = saved.heldout == self.heldout.digest
         self._store.restore(saved.run.run, saved.snapshots if same else [], self.processes)
         if not same:

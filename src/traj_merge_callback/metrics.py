@@ -39,7 +39,8 @@ class MergeRecord:
     Args:
         step: optimizer step of the merge.
         search: name of the search or recipe.
-        checkpoint_steps: steps of the window's rows, oldest first.
+        checkpoint_steps: steps of the window's rows, oldest first; of rows that are means their last ones.
+        row_spans: first step, last step and number of samples of each.
         weights: merge weights of those rows, oldest first; all zero where live itself, being no row, was best.
         running_sum_weights: weights of BEMA's theta_0 and EMA_t; empty for every other search.
         group_weights: merge weights of each parameter group, which are those published; ``weights`` are what they were
@@ -65,6 +66,7 @@ class MergeRecord:
     step: int
     search: str
     checkpoint_steps: list[int]
+    row_spans: list[list[int]]
     weights: list[float]
     running_sum_weights: list[float]
     group_weights: dict[str, list[float]]

@@ -121,8 +121,10 @@ STATES = {
     "time: negative": lambda s: edit(s / "state.json", "run", "wall_s", value=-5.0),
     "history: NaN": lambda s: edit(s / "state.json", "run", "history", value=[[2, float("nan")]]),
     "merging: a step without a row": lambda s: edit(s / "state.json", "merging", value=1),
-    "window: huge steps": lambda s: edit(s / "state.json", "window", "steps", value=[3, 10**17]),
-    "window: more steps than rows": lambda s: edit(s / "state.json", "window", "steps", value=[1, 2, 3, 4]),
+    "window: huge steps": lambda s: edit(s / "state.json", "window", "spans", value=[[3, 3, 1], [10**17, 10**17, 1]]),
+    "window: more spans than rows": lambda s: edit(
+        s / "state.json", "window", "spans", value=[[step, step, 1] for step in (1, 2, 3, 4)]
+    ),
     "window: another dtype": lambda s: edit(s / "state.json", "window", "dtype", value="../int8"),
     "index: huge counts": lambda s: edit(s / "state.json", "index", "parts", "0", value=[["weight", 0, 10**15]]),
     "index: a huge shape": lambda s: edit(

@@ -88,7 +88,7 @@ def test_folders_of_earlier_formats_are_refused_by_name(tmp_path):
     saved_window(tmp_path / "state", model)
     document = json.loads((tmp_path / "state" / "state.json").read_text())
     (tmp_path / "state" / "state.json").write_text(json.dumps({**document, "version": 1}))
-    with pytest.raises(ValueError, match="format version 1; this version of traj-merge-callback reads 3"):
+    with pytest.raises(ValueError, match="format version 1; this version of traj-merge-callback reads 4"):
         load_state(tmp_path / "state", CheckpointWindow(model, 3), 5)
     (tmp_path / "merge.json").write_text(json.dumps({"version": 1, "sharded": {"weight": {"shape": [2], "front": 0}}}))
     with pytest.raises(ValueError, match="written in parts by an earlier version"):
@@ -169,7 +169,10 @@ def test_any_number_of_ranks_reads_what_any_other_number_wrote(sizes, writers, r
         ("snapshots", 5),
         ("snapshots", [{"a": 1}]),
         ("snapshots", [{"name": "../elsewhere", "step": 1, "search_loss": 1.0, "merged_loss": 1.0}]),
-        ("window.steps", [8, 6, 4]),
+        ("window.spans", [[8, 8, 1], [6, 6, 1], [4, 4, 1]]),
+        ("window.spans", [[1, 4, 0]]),
+        ("window.spans", [[1, 4], [6, 8, 2]]),
+        ("run.search.spans", [[1, 2]]),
         ("window.pushed", 2.5),
         ("window.sampled", None),
         ("index", {}),

@@ -208,15 +208,16 @@ def test_mean_rows_are_the_means_of_what_was_sampled():
                     parameter.copy_(torch.randn_like(parameter))
             sampled.append(torch.cat([p.detach().flatten() for p in model.parameters()]).clone())
             if sample < 3:
-                window.sample(model)
+                window.sample(model, 10 * row + 2 * sample + 1)
         window.push(model, 10 * row + 10)
         expected.append(torch.stack(sampled).mean(dim=0))
     assert window.steps == (20, 30)
+    assert window.spans == ((11, 20, 4), (21, 30, 4))
     assert not window.newest_is_live
     torch.testing.assert_close(window.combine([1.0, 0.0]).clone(), expected[1], atol=1e-6, rtol=0)
     torch.testing.assert_close(window.combine([0.0, 1.0]).clone(), expected[2], atol=1e-6, rtol=0)
     # A row that was begun goes with the state, and is finished elsewhere.
-    window.sample(model)
+    window.sample(model, 33)
     begun = torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
     other = CheckpointWindow(model, 2, mean_rows=True)
     other.load_state_dict(window.state_dict())
@@ -228,4 +229,38 @@ def test_mean_rows_are_the_means_of_what_was_sampled():
     with pytest.raises(ValueError, match="rows are means and this one's are not"):
         CheckpointWindow(model, 2).load_state_dict(window.state_dict())
     with pytest.raises(ValueError, match="construct it with mean_rows=True"):
-        CheckpointWindow(model, 2).sample(model)
+        CheckpointWindow(model, 2).sample(model, 1)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2e-2), ("int8", 2e-2)])
+def test_multiscale_rows_are_the_means_of_their_spans_and_reach_far_back(dtype, tolerance):
+    torch.manual_seed(0)
+    model = nn.Linear(40, 30)
+    window = CheckpointWindow(model, 4, mean_rows=True, multiscale=True, dtype=dtype)
+    checkpoints = []
+    for step in range(1, 121):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)
+        checkpoints.append(torch.cat([p.detach().flatten() for p in model.parameters()]).clone())
+        if step % 5:
+            window.sample(model, step)
+        else:
+            window.push(model, step)
+        if step == 60:  # resumed in the middle of a span
+            window.sample(model, step)
+            state = window.state_dict()
+            window = CheckpointWindow(model, 4, mean_rows=True, multiscale=True, dtype=dtype)
+            window.load_state_dict(state)
+            window.forget_samples()
+    for row, span in enumerate(window.spans):
+        mean = torch.stack(checkpoints[span.first - 1 : span.last]).mean(dim=0)
+        torch.testing.assert_close(window.combine(np.eye(4)[row]), mean, atol=tolerance, rtol=0)
+    assert window.spans[0].first <= 0.25 * 120
+    lengths = [span.samples for span in window.spans]
+    assert lengths == sorted(lengths, reverse=True)
+    assert len(set(lengths)) >= 3
+    # Live stays what it was at the last push, however many samples there are since.
+    live = window.combine(None).clone()
+    window.sample(model, 121)
+    assert torch.equal(window.combine(None), live)

@@ -219,6 +219,7 @@ class Chooser:
         if window.groups is not None and chosen.weights is not None and chosen.weights.ndim == 2:
             by_group = dict(zip(window.groups.names, chosen.weights.tolist(), strict=True))
         return chosen, {
+            "row_spans": state.spans,
             "weights": shared[problem.leading_rows :].tolist(),
             "running_sum_weights": shared[: problem.leading_rows].tolist(),
             "group_weights": by_group,

@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .devices import side_stream, worker
 from .modes import has_modes
+from .storage import add_share
 
 
 class Capture:
@@ -108,15 +109,6 @@ class Capture:
             self._hook = None
         if self._worker is not None:
             self._worker.shutdown(wait=True)
-
-
-def add_share(target: Tensor, source: Tensor, share: float) -> None:
-    """Let a target become ``1 - share`` of itself and ``share`` of its source."""
-    if share == 1.0:
-        # Copied, and not averaged with what was there before: NaNs of that must not spoil this.
-        target.copy_(source)
-    else:
-        target.lerp_(source.to(target.dtype), share)
 
 
 @torch.no_grad()

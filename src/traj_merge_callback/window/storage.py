@@ -40,6 +40,15 @@ def in_memory(*, pinned: bool = False, device: torch.device | None = None) -> Al
     return allocate
 
 
+def add_share(target: Tensor, source: Tensor, share: float) -> None:
+    """Let a target become ``1 - share`` of itself and ``share`` of its source."""
+    if share == 1.0:
+        # Copied, and not averaged with what was there before: NaNs of that must not spoil this.
+        target.copy_(source)
+    else:
+        target.lerp_(source.to(target.dtype), share)
+
+
 def decode_int8(deltas: Tensor, scales: Tensor, out: Tensor) -> Tensor:
     """Whole blocks of int8 deltas times their blocks' scales, in float32.
 
@@ -293,6 +302,12 @@ class Ring:
     def steps(self) -> list[int]:
         """The last steps of the rows held, oldest first."""
         return [span.last for span in self.spans]
+
+    def accumulate(self, arrival: Tensor, share: float) -> None:
+        """Add live weights that have arrived to the running mean, with this share."""
+        assert self.mean is not None
+        for mean, live in zip(self.mean.split(CHUNK), arrival.split(CHUNK), strict=True):
+            add_share(mean, live, share)
 
     def count_sample(self, step: int) -> None:
         """One more checkpoint is in the running mean."""

@@ -19,10 +19,10 @@ from ..distributed import Processes
 from ..pieces import COMBINE, PROJECT, Pieces, finish
 from ..search.spans import Span
 from . import products
-from .capture import Capture, add_share
+from .capture import Capture
 from .layout import ParameterGroups, ParameterLayout, parameter_groups
 from .modes import evaluated
-from .storage import CHUNK, DTYPES, Allocate, DenseRows, Ring, StoredRow, in_memory
+from .storage import DTYPES, Allocate, DenseRows, Ring, StoredRow, in_memory
 
 
 class CheckpointWindow:
@@ -188,7 +188,7 @@ class CheckpointWindow:
         if self._device.type == "cpu":
             self._copy_live(model, lambda target: None, ring.mean, share)
         else:  # staging is for merges on the CPU
-            self._copy_live(model, lambda target: self._accumulate(target, share), ring.staging)
+            self._copy_live(model, lambda arrival: ring.accumulate(arrival, share), ring.staging)
         ring.count_sample(step)
 
     @torch.no_grad()
@@ -212,7 +212,7 @@ class CheckpointWindow:
         def write_rows(arrival: Tensor) -> None:
             ring.clear_room(room)
             if ring.mean is not None:
-                self._accumulate(arrival, share)
+                ring.accumulate(arrival, share)
             values = ring.arrival if ring.mean is None else ring.mean
             if values is not None:
                 ring.rows.write(room.place, values, renew=renew)
@@ -269,13 +269,6 @@ class CheckpointWindow:
             base = self._ring.rows.base(slice(slot.offset, slot.offset + slot.numel))
             # The anchor of int8 rows, so that neighbours in a block are not rounded to the scale of this difference.
             views[slot.name].copy_(torch.zeros(()) if base is None else base.view(slot.shard.local))
-
-    def _accumulate(self, arrival: Tensor, share: float) -> None:
-        """Add live weights that have arrived to the running mean."""
-        mean = self._ring.mean
-        assert mean is not None
-        for start in range(0, self.layout.numel, CHUNK):
-            add_share(mean[start : start + CHUNK], arrival[start : start + CHUNK], share)
 
     def settle(self) -> None:
         """Wait until the last capture is complete.

@@ -1,0 +1,71 @@
+"""Which optimizer steps bring a row of the window, or a sample of one, and what is done where rows are being read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from torch import nn
+
+from ..config import MergeConfig
+from ..distributed import Processes
+from ..window.window import CheckpointWindow
+from .schedule import passed
+
+Action = Literal["row", "sample", "nothing"]
+
+
+class Capturing:
+    """Takes rows every ``capture_every`` steps, and samples of them between.
+
+    Args:
+        config: the options.
+        processes: the ranks, which take the same at the same steps.
+    """
+
+    def __init__(self, config: MergeConfig, processes: Processes) -> None:
+        self._config = config
+        self._processes = processes
+        #: The step of the last row.
+        self.row_step: int | None = None
+        self._missed = False  # whether a sample of the mean row begun was left out
+
+    def forget(self) -> None:
+        """A new window takes the place of the one before."""
+        self.row_step, self._missed = None, False
+
+    def is_due(self, previous: int, step: int) -> bool:
+        """Whether a row, or a sample of one, is due at a step, the last one before being ``previous``."""
+        intervals = self._config.capture_every, self._config.capture_every // self._config.samples
+        return step >= self._config.start_step and any(passed(every, previous, step) for every in intervals)
+
+    def plan(self, window: CheckpointWindow, previous: int, step: int, skipped: Callable[[], bool]) -> Action | None:
+        """What is taken at a step where something is due; None if mixed precision skipped that step on some rank.
+
+        Rows that a merge or a state being written still reads are not written; a state reads the running mean as well.
+        """
+        in_use = float(window.is_in_use), float(window.mean_is_in_use)
+        was_skipped, rows_in_use, mean_in_use = self._processes.all_reduce_max(float(skipped()), *in_use)
+        if was_skipped:
+            return None
+        is_row, kind = passed(self._config.capture_every, previous, step), self._config.row
+        if kind == "mean":
+            # A row is the mean of all its samples: those of a span with gaps are forgotten, and of a span without end.
+            self._missed |= bool(mean_in_use)
+            if is_row and (self._missed or rows_in_use):
+                window.forget_samples()
+                self._missed = False
+                return "nothing"
+        if mean_in_use or (rows_in_use and kind == "last"):
+            return "nothing"
+        # A span that cannot end now ends later, where rows are means of spans of any length.
+        return "row" if is_row and not rows_in_use else "sample"
+
+    def take(self, action: Action, window: CheckpointWindow, model: nn.Module, step: int) -> None:
+        """Do what is planned."""
+        with self._processes.raise_on_all():
+            if action == "row":
+                window.push(model, step)
+                self.row_step = step
+            elif action == "sample":
+                window.sample(model, step)
