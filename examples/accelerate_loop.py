@@ -49,7 +49,6 @@ def main() -> None:
         precision=accelerator.autocast,
         capture_every=args.capture_every,
         merge_every=args.merge_every,
-        max_overhead=None,  # steps of a tiny model are so short that 2 % of them pay for few merges
         output_dir=f"{args.output_dir}/merged",
         log=lambda merge: accelerator.log(merge.scalars(), step=merge.step),
     )

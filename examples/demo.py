@@ -128,7 +128,6 @@ def main() -> None:
         window_size=8,
         capture_every=args.capture_every,
         merge_every=args.merge_every,
-        max_overhead=None,  # steps of a tiny model are so short that 2 % of them pay for few merges
         report_only=["reference"],
         progress=False,
     ).attach(trainer)

@@ -73,7 +73,6 @@ def main() -> None:
             TrajMergeCallback(
                 capture_every=args.capture_every,
                 merge_every=args.merge_every,
-                max_overhead=None,  # steps of a tiny model are so short that 2 % of them pay for few merges
                 output_dir=f"{args.output_dir}/merged",
             ),
             ModelCheckpoint(monitor="merge/loss", every_n_train_steps=args.merge_every),

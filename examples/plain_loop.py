@@ -37,7 +37,6 @@ def main() -> None:
         DataLoader(Blocks(heldout), batch_size=16),
         capture_every=args.capture_every,
         merge_every=args.merge_every,
-        max_overhead=None,  # steps of a tiny model are so short that 2 % of them pay for few merges
         output_dir=f"{args.output_dir}/merged",
     )
     batches = iter(DataLoader(Blocks(train), batch_size=16, shuffle=True))

@@ -49,7 +49,6 @@ def main() -> None:
     TrajMergeCallback(
         capture_every=args.capture_every,
         merge_every=args.merge_every,
-        max_overhead=None,  # steps of a tiny model are so short that 2 % of them pay for few merges
         report_only=["cpp"],
     ).attach(trainer)
     trainer.train()

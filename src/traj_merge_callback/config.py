@@ -87,10 +87,12 @@ class MergeConfig:
         schedule: "interleaved": a merge is done in pieces between training steps; "blocking": at once, while training
             waits.
         max_pause: longest time in seconds that an interleaved merge may take between two training steps; None: three
-            training steps' time. Held-out batches that take longer are cut, as far as single sequences.
+            training steps' time, except that a merge not done when the next one is due is finished at once. Held-out
+            batches that take longer are cut, as far as single sequences.
         max_overhead: largest share of wall time that everything here may take; a merge that is due starts when it is
-            paid for, with fewer candidates if that is sooner. None: no limit. The merge at the end of training is not
-            bound by it, nor by ``max_pause``.
+            paid for, with fewer candidates if that is sooner. None: no limit, so that there is a merge every
+            ``merge_every`` steps; if one takes more than 5 % of the time until the next, a warning says what would
+            bring that to 2 %. The merge at the end of training is not bound by it, nor by ``max_pause``.
         trainable_only: merge only parameters that require gradients (and floating-point buffers).
         merge_at_end: merge once more at the last step if no merge was due there.
         load_merged_at_end: put the best snapshot into the model when training ends.
@@ -128,7 +130,7 @@ class MergeConfig:
     window_storage: str = "memory"
     schedule: str = "interleaved"
     max_pause: float | None = None
-    max_overhead: float | None = 0.02
+    max_overhead: float | None = None
     trainable_only: bool = True
     merge_at_end: bool = True
     load_merged_at_end: bool = False

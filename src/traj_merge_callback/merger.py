@@ -192,7 +192,8 @@ class TrajectoryMerger:
         self._store.begin_in(self._writer, self.processes)
         self._check_written(step)
         with self._failures.contained("trajectory merging", step):
-            record = self._record(self._schedule.advance(), step)
+            is_due = passed(self.config.merge_every, self._previous(step), step)
+            record = self._record(self._schedule.advance(next_is_due=is_due), step)
         with self._failures.contained("trajectory merging", step):
             if self._capture(model, step, skipped) and not self._schedule.under_way:
                 self._begin(model, step)
@@ -381,6 +382,8 @@ class TrajectoryMerger:
             run=self._store.run,
             name=self.config.name,
         )
+        if not self.records and self.processes.is_rank_zero:
+            self._overhead.warn(record.seconds, self.config)
         self.records.append(record)
         if self.processes.is_rank_zero:
             self._writer.submit_unwatched(lambda: self._metrics.append(record), "writing metrics.jsonl")

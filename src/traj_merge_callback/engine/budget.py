@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import time
@@ -10,15 +11,21 @@ from dataclasses import dataclass
 
 import torch
 
+from ..config import MergeConfig
 from ..pieces import COMBINE, FORWARD, PROJECT, PUBLISH
 from ..search.problem import GRADIENT_COST
 
+logger = logging.getLogger("traj_merge_callback")
 # Passes that the default search can still do something useful with.
 _FEWEST_EVALUATIONS = 5
 # By default a pause lasts at most so many training steps; pieces are planned for less, so that one may take longer.
 _PAUSE_STEPS = 3.0
 _MARGIN = 0.6
 _REMEMBERED = 8
+# Shares of the run's time: what is worth a warning, and what it shows the way to.
+_MUCH, _LITTLE = 0.05, 0.02
+# With fewer held-out batches than this, losses say little.
+_FEWEST_BATCHES = 4
 
 
 class Stopwatch:
@@ -160,6 +167,34 @@ class Overhead:
     def pause(self) -> float:
         """Seconds to plan for between two training steps, below ``max_pause`` by a margin."""
         return _MARGIN * self.max_pause
+
+    def warn(self, seconds: float, config: MergeConfig) -> None:
+        """Say what the first merge's cost means for the run, if that is much and no limit was set.
+
+        Args:
+            seconds: that the merge took.
+            config: the options.
+        """
+        if config.max_overhead is not None or not self._step_seconds:
+            return
+        training = config.merge_every * statistics.median(self._step_seconds)
+        if (share := seconds / (training + seconds)) <= _MUCH:
+            return
+        factor = seconds * (1 / _LITTLE - 1) / training
+        every = math.ceil(config.merge_every * factor / config.capture_every) * config.capture_every
+        ways = [f"merge_every={every}"]
+        if (batches := int(config.heldout_batches / factor)) >= _FEWEST_BATCHES:
+            ways.append(f"heldout_batches={batches}")
+        logger.warning(
+            "merges take %.0f %% of the run's time: %.2g s for one every %d steps. %s would make that %.0f %%; "
+            "max_overhead=%s would make merges wait until they are paid for",
+            100 * share,
+            seconds,
+            config.merge_every,
+            " or ".join(ways),
+            100 * _LITTLE,
+            _LITTLE,
+        )
 
     def enter(self, entered: float) -> None:
         """Training waits since this time of ``time.perf_counter()``, at a step boundary or at its end."""

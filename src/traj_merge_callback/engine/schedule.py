@@ -191,6 +191,7 @@ class Schedule:
         self.learned = SearchState()
         self._step = 0
         self._logged_budget: int | None = config.evaluations
+        self._said_late = False
 
     @property
     def under_way(self) -> bool:
@@ -236,15 +237,34 @@ class Schedule:
         if matters and self._run is None and not self._durations.known:
             self._run = self._in_pieces(self._merge.probe(model), model)
 
-    def advance(self) -> MergeRecord | None:
-        """Do as many pieces as may be done between two training steps; the record, if a merge is done with them."""
+    def advance(self, *, next_is_due: bool = False) -> MergeRecord | None:
+        """Do as many pieces as may be done between two training steps; the record, if a merge is done with them.
+
+        Args:
+            next_is_due: whether a merge is due at this step. The one before is then finished while training waits, so
+                that there are as many merges as asked for, unless ``max_overhead`` or ``max_pause`` were asked for too.
+        """
         if self._run is None:
             return None
+        config = self._config
+        if next_is_due and config.max_overhead is None and config.max_pause is None:
+            self._say_late()
+            return self.complete()
         allowance, pause = self._processes.from_rank0(lambda: (self._overhead.allowance, self._overhead.pause))
         # A piece of a new kind has to be tried.
         if allowance <= 0 or allowance < self._run.next_piece < math.inf:
             return None
         return self._drive(lambda run: run.advance(min(allowance, pause)))
+
+    def _say_late(self) -> None:
+        if self.merge_under_way and not self._said_late and self._processes.is_rank_zero:
+            self._said_late = True
+            logger.info(
+                "the merge of step %d was not done when the next one was due, and is finished while training waits, as "
+                "are later ones: merge_every=%d steps are too few for the pieces of a merge",
+                self._step,
+                self._config.merge_every,
+            )
 
     def complete(self) -> MergeRecord | None:
         """Do all pieces that are left, while training waits; the record, if a merge is done with them."""
