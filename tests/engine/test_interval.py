@@ -1,4 +1,4 @@
-"""There is a merge at every ``merge_every``, as asked for; what that costs is said once, and a budget still limits it."""
+"""A merge at every ``merge_every``, as asked for; what that costs is said once, and a budget still limits it."""
 
 import logging
 import re
