@@ -27,7 +27,7 @@ from traj_merge_callback import MergeConfig, TrajectoryMerger
         ({"max_overhead": 0.0}, "max_overhead=0.0: must be a share of wall time above 0"),
         ({"max_overhead": 2.0}, "max_overhead=2.0: must be a share of wall time above 0"),
         ({"schedule": "background"}, "schedule='background' was removed; take 'interleaved'"),
-        ({"row": "mean", "samples_per_row": 0}, "samples_per_row=0: must be at least 1"),
+        ({"row": "mean", "samples_per_row": 0}, "samples_per_row=0: must be from 1 to capture_every=50"),
         ({"row": "first"}, "row='first' is not one of"),
         ({"row": "mean", "samples_per_row": 7}, "samples_per_row=7 does not divide capture_every=50"),
         ({"row": "mean", "samples_per_row": 5, "search": "bema"}, "row='mean' does not go with search='bema'"),

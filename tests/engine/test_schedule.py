@@ -24,7 +24,7 @@ from traj_merge_callback.pieces import COMBINE, FORWARD
 OPTIONS = {"window_size": 4, "capture_every": 2, "merge_every": 12, "evaluations": 8, "heldout_batches": 8}
 # A limit that no piece keeps: one piece after each step, so that a merge is spread as far as it can be.
 INTERLEAVED = {"schedule": "interleaved", "max_overhead": None, "max_pause": 1e-6, "progress": False}
-ROWS = [{}, {"row": "mean", "samples_per_row": 2}, {"dtype": "int8"}, {"window_storage": "disk"}]
+ROWS = [{}, {"row": "mean", "samples_per_row": 2}, {"dtype": "int8"}, {"window_storage": "disk"}, {"row": "multiscale"}]
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def run(loader, train, tmp_path, steps=120, each=lambda step, model, merger: Non
     return model, merger
 
 
-@pytest.mark.parametrize("rows", ROWS, ids=["last", "mean", "int8", "disk"])
+@pytest.mark.parametrize("rows", ROWS, ids=["last", "mean", "int8", "disk", "multiscale"])
 def test_training_is_bit_identical_and_nothing_stays_behind(loader, train, tmp_path, rows, our_threads):
     before = torch.get_rng_state()
     plain = train_steps(tiny_llama(), train, 120)
@@ -66,7 +66,7 @@ def test_training_is_bit_identical_and_nothing_stays_behind(loader, train, tmp_p
     assert not list((tmp_path / "merged").glob(".*"))
 
 
-@pytest.mark.parametrize("rows", ROWS, ids=["last", "mean", "int8", "disk"])
+@pytest.mark.parametrize("rows", ROWS, ids=["last", "mean", "int8", "disk", "multiscale"])
 @pytest.mark.parametrize("options", [{"search": "auto"}, {"search": "greedy"}, {"groups": "blocks", "evaluations": 14}])
 def test_every_schedule_makes_the_same_merge_of_the_same_rows(loader, train, tmp_path, rows, options):
     found = []

@@ -38,7 +38,7 @@ RUNS_OF_TWO = [
     {"name": "fsdp2-bf16", "strategy": "fsdp2-bf16"},
     {"name": "fsdp2-bf16-plain", "strategy": "fsdp2-bf16", "merging": False},
     {"name": "fsdp2-columns", "strategy": "fsdp2-columns", "snapshot_files": "sharded", **SAVED},
-    {"name": "fsdp2-groups", "strategy": "fsdp2", "groups": "blocks", "evaluations": 14, "row": "mean"},
+    {"name": "fsdp2-groups", "strategy": "fsdp2", "groups": "blocks", "evaluations": 14, "row": "multiscale"},
     {"name": "fsdp2-fails", "strategy": "fsdp2", "happens": "failure", "at": [3], "on_error": "warn"},
     {"name": "fsdp2-fails-first", "strategy": "fsdp2", "happens": "failure", "at": [1], "on_error": "warn"},
     {"name": "fsdp2-fails-backward", "strategy": "fsdp2", "happens": "failure", "at": [15], "evaluations": 5},
@@ -66,7 +66,7 @@ RUNS_OF_ONE = [
     {"name": "one-int8", "strategy": "none", "dtype": "int8", **SAVED},
     {"name": "one-untied", "strategy": "none", "tied": False},
     {"name": "one-frozen", "strategy": "none", "frozen": True},
-    {"name": "one-groups", "strategy": "none", "groups": "blocks", "evaluations": 14, "row": "mean"},
+    {"name": "one-groups", "strategy": "none", "groups": "blocks", "evaluations": 14, "row": "multiscale"},
 ]
 RUNS_OF_ONE_AFTER_TWO = [
     {"name": "fsdp2-2-1", "strategy": "none", "resume": "fsdp2"},
