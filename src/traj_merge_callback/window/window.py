@@ -193,8 +193,7 @@ class CheckpointWindow:
 
     @torch.no_grad()
     def push(self, model: nn.Module, step: int) -> None:
-        """Make the model's weights, or their mean with those sampled, the newest row. If the window is full the oldest
-        leaves, or two become one.
+        """Make the model's weights, or their mean with those sampled, the newest row; see ``multiscale`` for a full window.
 
         Raises:
             ValueError: ``step`` is not after the newest row's, or the model's parameters changed names or shapes.
