@@ -80,8 +80,9 @@ def test_the_blocks_of_a_page_run(page, text, tmp_path, monkeypatch, caplog):
     namespace = prelude(text, model)
     for number, block in enumerate(BLOCKS[page], start=1):
         exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
-    failures = [r.message for r in caplog.records if r.name.startswith("traj_merge") and r.levelname != "INFO"]
-    assert not failures
+    said = [r.message for r in caplog.records if r.name.startswith("traj_merge") and r.levelname != "INFO"]
+    # Of a model so small, merges take most of the time.
+    assert not [message for message in said if not message.startswith("merges take")]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)

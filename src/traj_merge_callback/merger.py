@@ -23,11 +23,11 @@ from .disk.snapshots import SnapshotStore
 from .disk.state import RunState, Saved, load_state
 from .distributed import CollectiveTimeout, Processes, several_ranks
 from .engine.budget import Overhead
-from .engine.capturing import Capturing
+from .engine.capturing import Capturing, passed
 from .engine.failures import Failures
 from .engine.making import make_merging
 from .engine.publish import Extra
-from .engine.schedule import Schedule, passed
+from .engine.schedule import Schedule
 from .evaluate.heldout import HeldOutLoss, Nll, ToDevice
 from .metrics import MergeRecord
 from .search.problem import SearchState

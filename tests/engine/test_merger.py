@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from traj_merge_callback import HeldOutLoss, Search, TrajectoryMerger, find_snapshot, load_merged, read_merge
-from traj_merge_callback.engine.schedule import passed
+from traj_merge_callback.engine.capturing import passed
 from traj_merge_callback.evaluate.language_model import language_model_nll
 from traj_merge_callback.metrics import MEANINGS
 from traj_merge_callback.search import recipes

@@ -10,9 +10,13 @@ from torch import nn
 from ..config import MergeConfig
 from ..distributed import Processes
 from ..window.window import CheckpointWindow
-from .schedule import passed
 
 Action = Literal["row", "sample", "nothing"]
+
+
+def passed(every: int, previous: int, step: int) -> bool:
+    """Whether a multiple of ``every`` lies in ``(previous, step]``: also true if the exact step was skipped."""
+    return step // every > previous // every
 
 
 class Capturing:

@@ -34,11 +34,6 @@ _BATCH = (FORWARD, BACKWARD)
 _PATIENCE_S = 1.0
 
 
-def passed(every: int, previous: int, step: int) -> bool:
-    """Whether a multiple of ``every`` lies in ``(previous, step]``: also true if the exact step was skipped."""
-    return step // every > previous // every
-
-
 class Run(Generic[T]):
     """Pieces under way.
 

@@ -193,7 +193,7 @@ class CheckpointWindow:
 
     @torch.no_grad()
     def push(self, model: nn.Module, step: int) -> None:
-        """Make the model's weights, or their mean with those sampled, the newest row; see ``multiscale`` for a full window.
+        """Make the model's weights, or their mean with those sampled, the newest row; for room see ``multiscale``.
 
         Raises:
             ValueError: ``step`` is not after the newest row's, or the model's parameters changed names or shapes.
