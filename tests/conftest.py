@@ -69,6 +69,12 @@ def tiny_llama(seed: int = 0, dropout: float = 0.1, **config) -> LlamaForCausalL
     return LlamaForCausalLM(LlamaConfig(**{**options, **config}))
 
 
+def warnings_of(caplog) -> list[str]:
+    """The messages of all warnings, but for the one that merges take most of the time, as they do of tiny models."""
+    found = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    return [message for message in found if not message.startswith("merges take")]
+
+
 def overflow_at(model: torch.nn.Module, backward_passes: set[int]) -> None:
     """Let the gradients of these backward passes (counted from 1) overflow, as fp16 gradients sometimes do."""
     count = 0

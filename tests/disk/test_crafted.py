@@ -8,6 +8,7 @@ import struct
 
 import pytest
 import torch
+from conftest import warnings_of
 from safetensors.torch import load_file, save_file
 from tiny_run import Run
 from torch import nn
@@ -200,7 +201,7 @@ def test_a_crafted_state_is_refused_and_the_run_goes_on(root, caplog, case):
     assert (root / "merged" / "notes" / "notes.txt").read_text() == "mine"
     assert [record.step for record in run.merger.records] == [6, 8, 10]
     assert find_snapshot(root / "merged", "latest").name == "step-00000010"
-    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    warnings = warnings_of(caplog)
     if case in HARMLESS:
         assert not warnings
     else:

@@ -6,6 +6,7 @@ import resource
 import signal
 
 import pytest
+from conftest import warnings_of
 from tiny_run import Run
 
 
@@ -47,7 +48,7 @@ def test_a_damaged_file_is_repaired_when_a_run_resumes(metrics, tmp_path, caplog
     extra = [3] if damage.startswith("a whole record") else []
     assert steps_in(metrics) == [2, 4, *extra, 6, 8]
     assert metrics.read_bytes().startswith(whole)
-    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    warnings = warnings_of(caplog)
     assert len(warnings) == bool(lines)
     aside = tmp_path / "merged" / "metrics.damaged.txt"
     assert aside.exists() == bool(lines)

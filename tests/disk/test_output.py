@@ -1,7 +1,6 @@
 """One live run writes to an output folder; killed runs leave it to whoever comes next."""
 
 import json
-import logging
 import multiprocessing
 import os
 import subprocess
@@ -10,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import AT_ONCE, tiny_llama, train_steps
+from conftest import AT_ONCE, tiny_llama, train_steps, warnings_of
 from torch.utils.data import DataLoader
 
 from traj_merge_callback import TrajectoryMerger, find_snapshot, read_merge
@@ -55,7 +54,7 @@ def test_two_runs_in_turns_keep_their_files_apart(tmp_path, train, heldout, capl
         assert {read_merge(path)["search"] for path in merger.output_dir.glob("step-*")} == {search}
         assert find_snapshot(merger.output_dir).is_dir()
         assert not list(merger.output_dir.glob(".*"))
-    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    warnings = warnings_of(caplog)
     assert len(warnings) == 1
     assert "another run that is alive writes to" in warnings[0]
     assert warnings[0].endswith(f"this one writes to {tmp_path / 'out-2'}")
@@ -68,7 +67,7 @@ def test_a_run_that_was_given_up_leaves_its_folder_to_the_next_of_its_process(tm
     merger = engine(heldout, tmp_path / "out")  # as a notebook's cell that is run again makes it
     train_steps(model, train, 2, lambda step: merger.step(model, step))
     assert merger.output_dir == tmp_path / "out"
-    assert not [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert not warnings_of(caplog)
     # If it goes on after all, it does not write over the other one's files.
     with pytest.raises(OSError, match="was taken over by another run"):
         train_steps(model, train, 6, lambda step: given_up.step(model, step), start=2)
