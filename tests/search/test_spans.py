@@ -34,7 +34,7 @@ def test_spans_follow_each_other_and_reach_back_over_most_of_the_run(rows, every
         assert newer.first == older.last + 1
     assert all(span.samples == span.last - span.first + 1 for span in spans)
     if rows >= 5:
-        assert spans[0].first <= 0.4 * spans[-1].last + every
+        assert spans[0].first <= 0.5 * spans[-1].last + every
 
 
 @pytest.mark.parametrize("pushes", [100, 1000, 20_000])
@@ -42,7 +42,7 @@ def test_spans_are_short_near_live_and_long_far_back_however_long_the_run(pushes
     spans = pushed(6, 50, pushes)
     length = spans[-1].last
     shares = [(span.last - span.first + 1) / length for span in spans]
-    assert shares[0] > 0.3
+    assert shares[0] > 0.15
     assert shares[-1] <= 0.01
     assert sum(share < 0.15 for share in shares) >= 3
 

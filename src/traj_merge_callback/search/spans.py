@@ -11,8 +11,9 @@ import numpy as np
 _HALF_LIFE = 0.05
 # Rows newer than this share of the run are not finer than each other: averages of so few steps differ by noise alone.
 _FINEST = 0.02
-# A row that ends before this share of the run is too old to be worth its memory.
-_FORGOTTEN = 0.25
+# A row that ends before this share of the run is left out: with less, the oldest row's span gets too long to be of use.
+# Six rows at step 2000 of a Llama of 0.9 M parameters: 1.2264 nats per byte at the best affine merge, 1.2287 with 0.25.
+_FORGOTTEN = 0.5
 
 
 class Span(NamedTuple):
@@ -42,14 +43,14 @@ def to_join(spans: Sequence[Span], now: int) -> int | None:
     """Which row of a full window is joined with the next newer one to make room, so that spans grow with their age.
 
     The two neighbours are joined whose span is shortest in proportion to its age. Spans then grow geometrically with
-    age, at any length of the run: k rows reach from live back to its first quarter.
+    age, at any length of the run, and k rows reach back over about half of it or more.
 
     Args:
         spans: of the rows, oldest first, at least two.
         now: the step of the row that needs room.
 
     Returns:
-        The index of the older one; None: the oldest row is left out, because all of it is from the run's first quarter.
+        The index of the older one; None: the oldest row is left out, which is of the run's first half.
     """
     if spans[0].last <= _FORGOTTEN * now:
         return None
