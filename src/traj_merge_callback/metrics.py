@@ -10,6 +10,7 @@ from typing import Any
 
 from .config import DEFAULT_NAME
 from .search.evaluation import Evaluation
+from .search.spans import Span
 
 MEANINGS = {
     "merge/loss": "held-out loss of the merged model on the report split, nats per token",
@@ -66,7 +67,7 @@ class MergeRecord:
     step: int
     search: str
     checkpoint_steps: list[int]
-    row_spans: list[list[int]]
+    row_spans: list[Span]
     weights: list[float]
     running_sum_weights: list[float]
     group_weights: dict[str, list[float]]

@@ -260,6 +260,8 @@ def test_multiscale_rows_are_the_means_of_their_spans_and_reach_far_back(dtype, 
     lengths = [span.samples for span in window.spans]
     assert lengths == sorted(lengths, reverse=True)
     assert len(set(lengths)) >= 3
+    with pytest.raises(ValueError, match="need mean_rows=True"):
+        CheckpointWindow(model, 4, multiscale=True)
     # Live stays what it was at the last push, however many samples there are since.
     live = window.combine(None).clone()
     window.sample(model, 121)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -192,6 +193,12 @@ def set_aside(path: Path) -> Path:
         number += 1
     path.rename(aside)
     return aside
+
+
+def set_aside_before(path: Path) -> list[Path]:
+    """What has names now that :func:`set_aside` gives to what is at ``path``."""
+    names = rf"{re.escape(path.stem)}\.\d+{re.escape(path.suffix)}"
+    return [one for one in path.parent.glob("*") if re.fullmatch(names, one.name)]
 
 
 def remove_folder(path: Path) -> None:

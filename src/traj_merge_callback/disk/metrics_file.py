@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from ..metrics import MergeRecord
-from .atomic import clear_for_file, set_aside, write_whole
+from .atomic import clear_for_file, set_aside, set_aside_before, write_whole
 from .untrusted import integer, mapping, parse_json
 
 logger = logging.getLogger("traj_merge_callback")
@@ -61,17 +60,13 @@ class MetricsFile:
 
     def _continues(self, path: Path) -> bool:
         """Whether a file has records of the run that is resumed, or of no run that is known."""
-        lines = [_parsed(line) for line in path.read_bytes().split(b"\n")]
-        runs = {line.run for line in lines if line is not None}
+        runs = _runs_in(path)
         return self._resumed in runs or runs <= {None}
 
     def _take_back(self) -> None:
         """Give the file that another run has set aside its name again."""
-        names = rf"{re.escape(self.path.stem)}\.\d+{re.escape(self.path.suffix)}"
-        for aside in self.path.parent.iterdir():
-            if not re.fullmatch(names, aside.name) or not aside.is_file() or aside.is_symlink():
-                continue
-            if any((line := _parsed(one)) and line.run == self._resumed for one in aside.read_bytes().split(b"\n")):
+        for aside in set_aside_before(self.path):
+            if aside.is_file() and not aside.is_symlink() and self._resumed in _runs_in(aside):
                 aside.rename(self.path)
                 logger.info("%s is of the run that is resumed; it is %s again", aside, self.path)
                 return
@@ -118,6 +113,11 @@ class _Line(NamedTuple):
 
     step: int
     run: str | None
+
+
+def _runs_in(path: Path) -> set[str | None]:
+    """The runs that a file has records of."""
+    return {line.run for line in map(_parsed, path.read_bytes().split(b"\n")) if line is not None}
 
 
 def _parsed(line: bytes) -> _Line | None:

@@ -26,7 +26,16 @@ from pathlib import Path
 from typing import Any
 
 from ..distributed import Processes
-from .atomic import Writer, point_link, remove_folder, remove_leftovers, set_aside, shared_folder, write_whole
+from .atomic import (
+    Writer,
+    point_link,
+    remove_folder,
+    remove_leftovers,
+    set_aside,
+    set_aside_before,
+    shared_folder,
+    write_whole,
+)
 from .checksums import with_checksums
 from .untrusted import folder_name_of_step, integer, is_folder_of_step, is_step_name, read_json_object, resolved
 
@@ -107,8 +116,7 @@ class SnapshotStore:
         path = self.folder / name
         if self._is_own(path):
             return True
-        asides = [one for one in self.folder.glob(f"{name}.*") if one.name[len(name) + 1 :].isdigit()]
-        if (mine := next(filter(self._is_own, asides), None)) is None:
+        if (mine := next(filter(self._is_own, set_aside_before(path)), None)) is None:
             return False
         self._check()
         if os.path.lexists(path):

@@ -88,9 +88,6 @@ class RunState:
         search, previous = mapping(values["search"]), values["search"]["previous"]
         # A candidate of a run that diverged has a loss that is not finite.
         row_losses = {row: numbers(losses, finite=False) for row, losses in mapping(search["row_losses"]).items()}
-        spans = [[*map(integer, sequence(span))] for span in sequence(search["spans"])]
-        if any(len(span) != len(Span._fields) for span in spans):
-            raise ValueError(f"spans={spans} are of no rows")
         last_step = integer(values["last_step"])
         last_merge_step = integer(values["last_merge_step"])
         if last_merge_step > last_step:
@@ -103,7 +100,7 @@ class RunState:
             last_merge_step=last_merge_step,
             search=SearchState(
                 previous=None if previous is None else numbers(previous),
-                spans=spans,
+                spans=_spans(search["spans"]),
                 row_losses=row_losses,
                 memory=mapping(search["memory"]),
                 restored=True,
@@ -308,7 +305,7 @@ def _read_document(
     try:
         saved, index = Saved.from_json(document), PartsIndex.from_json(document["index"])
         kept = _checked_window(mapping(document["window"]))
-        last = kept["spans"][-1][1] if kept["spans"] else 0
+        last = max((span.last for span in _spans(kept["spans"])), default=0)
         if saved.merging not in (None, last):
             raise ValueError(f"merging={saved.merging} is not the last step of spans={kept['spans']}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -326,11 +323,21 @@ def _read_document(
     return saved, index, kept, document
 
 
-def _checked_window(kept: dict[str, Any]) -> dict[str, Any]:
-    spans = [Span(*map(integer, sequence(span))) for span in sequence(kept["spans"])]
+def _spans(values: Any) -> list[Span]:
+    """Spans that JSON has kept.
+
+    Raises:
+        TypeError, ValueError: they are of no rows of one window.
+    """
+    spans = [Span(*map(integer, sequence(span))) for span in sequence(values)]
     ends = [step for span in spans for step in (span.first - 1, span.last - 1, span.last)]
     if ends != sorted(ends) or any(span.samples < 1 for span in spans):
-        raise ValueError(f"spans={kept['spans']} are of no window")
+        raise ValueError(f"spans={values} are of no window")
+    return spans
+
+
+def _checked_window(kept: dict[str, Any]) -> dict[str, Any]:
+    spans = _spans(kept["spans"])
     counts = [integer(kept[name]) for name in ("pushed", "sampled", "sampled_from")]
     if min(counts) < 0 or counts[0] < len(spans):
         raise ValueError(f"pushed, sampled, sampled_from={counts} are of no window of {len(spans)} rows")

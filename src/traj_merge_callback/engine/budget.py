@@ -175,7 +175,7 @@ class Overhead:
             seconds: that the merge took.
             config: the options.
         """
-        if config.max_overhead is not None or not self._step_seconds:
+        if self._largest_share is not None or not self._step_seconds:
             return
         training = config.merge_every * statistics.median(self._step_seconds)
         if (share := seconds / (training + seconds)) <= _MUCH:

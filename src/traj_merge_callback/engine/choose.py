@@ -18,7 +18,7 @@ from ..search.evaluation import Evaluation, Gradient
 from ..search.grouped import GroupedSearch
 from ..search.objective import Objective
 from ..search.problem import GRADIENT_COST, SearchState
-from ..search.spans import Span, carried_over
+from ..search.spans import carried_over
 from ..window.window import CheckpointWindow
 
 logger = logging.getLogger("traj_merge_callback")
@@ -208,7 +208,7 @@ class Chooser:
             chosen = yield from select(make, grouped, measure, chosen, {}, self._processes)
             self._trying = None
         state.restored = self._remembers = False
-        state.previous, state.spans = (None if shared is None else shared.tolist()), list(map(list, window.spans))
+        state.previous, state.spans = (None if shared is None else shared.tolist()), list(window.spans)
         state.row_losses = {row: losses for row, losses in state.row_losses.items() if row in problem.names}
         if shared is None:
             # Live itself; where rows are means it is no merge of them, and all their weights are zero.
@@ -263,7 +263,7 @@ class Chooser:
         previous = None
         spans = () if window.newest_is_live else window.spans
         if state.previous is not None and spans and len(state.previous) == len(state.spans):
-            previous = carried_over(state.previous, [Span(*span) for span in state.spans], spans)
+            previous = carried_over(state.previous, state.spans, spans)
         elif state.previous is not None and not spans and len(state.previous) <= size:
             # Ages match from the newest row on; a window that has grown since then has older rows of weight 0.
             previous = np.concatenate([np.zeros(size - len(state.previous)), state.previous])

@@ -160,7 +160,7 @@ class _Look:
 def _places(model: nn.Module) -> Iterator[_Place]:
     """Every place of a buffer, and of a tensor, number or string that is a plain attribute of a module."""
     for prefix, module in model.named_modules():
-        path = f"{clean_name(prefix + '.')}" if prefix else ""
+        path = clean_name(prefix + ".") if prefix else ""
         attributes = vars(module)
         for key, buffer in module._buffers.items():
             if buffer is not None:

@@ -23,14 +23,14 @@ class SearchState:
 
     Args:
         previous: its weights.
-        spans: of its rows, oldest first, each as first step, last step and number of samples.
+        spans: of its rows, oldest first.
         row_losses: losses of single rows on the search split, by the row's name; of each component of the objective.
         memory: what the search itself remembers.
         restored: whether all this was read from a file and no merge has been made with it yet.
     """
 
     previous: list[float] | None = None
-    spans: list[list[int]] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
     row_losses: dict[str, list[float]] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     restored: bool = field(default=False, compare=False)

@@ -278,6 +278,8 @@ class Ring:
         allocate: Allocate,
         allocate_beside: Allocate,
     ) -> None:
+        if multiscale and not mean:
+            raise ValueError("multiscale=True: these rows are means, and need mean_rows=True")
         self.size = size
         self.dtype = dtype
         self.rows = rows_of(size, numel, dtype, allocate)
