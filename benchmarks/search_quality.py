@@ -113,7 +113,6 @@ class Case:
             self.window.steps,
             EVALUATIONS - 1,
             Objective.of(self.live_search, ["text"]),
-            live_is_row=self.window.newest_is_live,
             gram=self.window.gram(),
             batches=self.heldout.num_batches("search"),
             parts=self.heldout.parts,

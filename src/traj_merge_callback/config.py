@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -16,8 +17,11 @@ from .window.layout import check_groups
 from .window.storage import DTYPES
 
 T = TypeVar("T")
-# Samples that a row is made of, where that is not said.
+# Samples that a row is made of, at most, and rows that there are from one merge to the next, where that is not said.
 _MOST_SAMPLES = 8
+_ROWS_A_MERGE = 10
+# Rows of each kind where that is not said: with what is kept beside rows that are means, they take the same memory.
+_ROWS = {"last": 8, "mean": 6, "multiscale": 6}
 DEFAULT_NAME = "merge"
 
 
@@ -44,14 +48,16 @@ class MergeConfig:
     """Options of :class:`TrajectoryMerger` and of both callbacks, which take exactly these names.
 
     Args:
-        window_size: k, the number of rows kept, at least 2.
-        capture_every: optimizer steps between two rows of the window.
+        window_size: k, the number of rows kept, at least 2; live is one more where rows are means. None: 8 checkpoints,
+            or 6 means.
+        capture_every: optimizer steps between two rows of the window. None: about a tenth of ``merge_every``.
         row: what a row is: "last", a checkpoint as it was at its step; "mean", the mean of ``samples_per_row``
             checkpoints sampled evenly over the ``capture_every`` steps up to it; "multiscale", such a mean, which
-            becomes one with its neighbour later, so that spans grow with age and all rows reach back over most of the
-            run.
+            becomes one with its neighbour later, so that spans grow with age and all rows reach back over at least
+            half of the run; "auto": "multiscale" for search="auto" and "surrogate", "last" for all others, which were
+            published for single checkpoints or are your own.
         samples_per_row: must divide ``capture_every`` if ``row="mean"``. None: the largest number up to 8 that does;
-            with ``row="multiscale"`` 8, or ``capture_every`` if that is less.
+            of multiscale rows 5 to 8, or ``capture_every`` if that is less.
         merge_every: optimizer steps between two merges; a multiple of ``capture_every``, so that live is a row.
         start_step: no checkpoint is taken before this step (for instance the end of warm-up).
         search: how merge weights are chosen: "auto", "surrogate", "trajectory", "reach", "gp", "pairwise", "greedy",
@@ -105,9 +111,9 @@ class MergeConfig:
         ValueError, TypeError: naming the argument, its value and what would be right.
     """
 
-    window_size: int = 8
-    capture_every: int = 50
-    row: str = "last"
+    window_size: int | None = None
+    capture_every: int | None = None
+    row: str = "auto"
     samples_per_row: int | None = None
     merge_every: int = 500
     start_step: int = 0
@@ -152,6 +158,8 @@ class MergeConfig:
         }
         for name, minimum in minimums.items():
             value = getattr(self, name)
+            if value is None and name in ("window_size", "capture_every"):
+                continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name}={value!r}: must be an integer")
             if value < minimum:
@@ -159,8 +167,8 @@ class MergeConfig:
         for name in ("keep_best", "trainable_only", "merge_at_end", "load_merged_at_end", "progress"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}: must be True or False")
-        if self.merge_every % self.capture_every:
-            nearest = max(1, round(self.merge_every / self.capture_every)) * self.capture_every
+        if self.merge_every % self.capture_interval:
+            nearest = max(1, round(self.merge_every / self.capture_interval)) * self.capture_interval
             raise ValueError(
                 f"merge_every={self.merge_every} is not a multiple of capture_every={self.capture_every}, so live "
                 f"would not be in the window at every merge; the nearest multiple is merge_every={nearest}"
@@ -176,7 +184,7 @@ class MergeConfig:
             "snapshot_files": ["auto", "whole", "sharded"],
             "window_storage": ["memory", "disk", "device"],
             "schedule": ["interleaved", "blocking"],
-            "row": ["last", "mean", "multiscale"],
+            "row": ["auto", *_ROWS],
             "objective": [*KINDS],
             "on_error": ["warn", "raise"],
         }
@@ -216,14 +224,14 @@ class MergeConfig:
         samples = self.samples_per_row
         if samples is not None and (not isinstance(samples, int) or isinstance(samples, bool)):
             raise TypeError(f"samples_per_row={samples!r}: must be an integer, or None")
-        if samples is not None and not 1 <= samples <= self.capture_every:
-            raise ValueError(f"samples_per_row={samples}: must be from 1 to capture_every={self.capture_every}")
-        if self.row == "mean" and self.capture_every % self.samples:
+        if samples is not None and not 1 <= samples <= self.capture_interval:
+            raise ValueError(f"samples_per_row={samples}: must be from 1 to capture_every={self.capture_interval}")
+        if self.row == "mean" and self.capture_interval % self.samples:
             raise ValueError(
-                f"samples_per_row={samples} does not divide capture_every={self.capture_every}: samples must be evenly "
-                "spaced"
+                f"samples_per_row={samples} does not divide capture_every={self.capture_interval}: samples must be "
+                "evenly spaced"
             )
-        if self.row != "last" and has_running_sums:
+        if self.row_kind != "last" and has_running_sums:
             raise ValueError(
                 f"row={self.row!r} does not go with search={self.search!r}, which needs single checkpoints"
             )
@@ -243,15 +251,35 @@ class MergeConfig:
         return path if self.name == DEFAULT_NAME else f"{path}-{self.name}"
 
     @property
+    def row_kind(self) -> str:
+        """What a row is: "last", "mean" or "multiscale"."""
+        if self.row != "auto":
+            return self.row
+        return "multiscale" if resolve_search(self.search).multiscale else "last"
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows are kept."""
+        return _ROWS[self.row_kind] if self.window_size is None else self.window_size
+
+    @property
+    def capture_interval(self) -> int:
+        """Optimizer steps between two rows."""
+        if self.capture_every is not None:
+            return self.capture_every
+        divisors = [count for count in range(1, self.merge_every + 1) if self.merge_every % count == 0]
+        return min(divisors, key=lambda count: abs(math.log(count * _ROWS_A_MERGE / self.merge_every)))
+
+    @property
     def samples(self) -> int:
         """How many checkpoints a row is made of."""
-        if self.row == "last":
+        if self.row_kind == "last":
             return 1
         if self.samples_per_row is not None:
             return self.samples_per_row
-        if self.row == "multiscale":
-            return min(_MOST_SAMPLES, self.capture_every)
-        return max(count for count in range(1, _MOST_SAMPLES + 1) if self.capture_every % count == 0)
+        if self.row_kind == "multiscale":
+            return self.capture_interval // math.ceil(self.capture_interval / _MOST_SAMPLES)
+        return max(count for count in range(1, _MOST_SAMPLES + 1) if self.capture_interval % count == 0)
 
     @property
     def publishes(self) -> bool:

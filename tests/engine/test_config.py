@@ -113,4 +113,4 @@ def test_importing_is_light():
 @pytest.mark.parametrize(("capture_every", "samples"), [(50, 5), (48, 8), (7, 7), (11, 1), (1, 1), (1000, 8)])
 def test_a_mean_row_has_as_many_samples_as_divide_its_interval(capture_every, samples):
     assert MergeConfig(row="mean", capture_every=capture_every, merge_every=capture_every).samples == samples
-    assert MergeConfig(capture_every=capture_every, merge_every=capture_every).samples == 1
+    assert MergeConfig(row="last", capture_every=capture_every, merge_every=capture_every).samples == 1

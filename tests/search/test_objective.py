@@ -83,7 +83,7 @@ def test_a_hopeless_candidate_costs_only_the_part_it_was_evaluated_on():
 
     class Two(Search):
         def __init__(self):
-            self.candidates, self.told = [np.array([0.1, 0.9]), np.array([0.9, 0.1]), np.array([0.0, 1.0])], []
+            self.candidates, self.told = [np.array([0.1, 0.9]), np.array([0.9, 0.1]), np.array([-0.1, 1.1])], []
 
         def ask(self):
             return self.candidates.pop(0) if self.candidates else None
@@ -92,13 +92,13 @@ def test_a_hopeless_candidate_costs_only_the_part_it_was_evaluated_on():
             self.told.append(loss)
 
     live = Evaluation(base, np.ones(batches), ("",) * batches, tuple(range(batches)))
-    problem = Problem((1, 2), 9, Objective.of(live, [""]), live_is_row=False, batches=batches, parts=parts)
+    problem = Problem((1, 2), 9, Objective.of(live, [""]), batches=batches, parts=parts)
     search = Two()
     chosen = select(search, problem, measure, Selection(None, live.loss, live), {})
     assert costs == [1.0, 0.25, 1.0]
     assert chosen.forward_equivalents == 3.25
     assert search.told[1] == pytest.approx(live.loss + 0.7, abs=0.01)  # told what its loss would have been
-    np.testing.assert_array_equal(chosen.weights, [0.0, 1.0])
+    np.testing.assert_array_equal(chosen.weights, [-0.1, 1.1])
 
 
 def test_a_candidate_evaluated_in_part_cannot_win():

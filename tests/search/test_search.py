@@ -37,11 +37,8 @@ def measuring(loss, seen, gradient=None):
 
 def run(name, loss, evaluations=12, previous=None, row_losses=None, steps=STEPS, gram=None, gradient=None, **options):
     seen = []
-    live_is_row, memory = options.pop("live_is_row", True), options.pop("memory", {})
-    live = loss(np.eye(len(steps))[-1]) if live_is_row else options.pop("live_loss")
-    problem = Problem(
-        steps, evaluations - 1, Objective.single(live), previous, 1, live_is_row=live_is_row, gram=gram, memory=memory
-    )
+    live, memory = loss(np.eye(len(steps))[-1]), options.pop("memory", {})
+    problem = Problem(steps, evaluations - 1, Objective.single(live), previous, 1, gram=gram, memory=memory)
     search = resolve_search(name, options)(problem, **options)
     start = Selection(None, live, evaluation(live))
     chosen = select(search, problem, measuring(loss, seen, gradient), start, {} if row_losses is None else row_losses)

@@ -211,11 +211,11 @@ def test_mean_rows_are_the_means_of_what_was_sampled():
                 window.sample(model, 10 * row + 2 * sample + 1)
         window.push(model, 10 * row + 10)
         expected.append(torch.stack(sampled).mean(dim=0))
-    assert window.steps == (20, 30)
-    assert window.spans == ((11, 20, 4), (21, 30, 4))
-    assert not window.newest_is_live
-    torch.testing.assert_close(window.combine([1.0, 0.0]).clone(), expected[1], atol=1e-6, rtol=0)
-    torch.testing.assert_close(window.combine([0.0, 1.0]).clone(), expected[2], atol=1e-6, rtol=0)
+    assert window.steps == (20, 30, 30)
+    assert window.spans == ((11, 20, 4), (21, 30, 4), (30, 30, 1))
+    torch.testing.assert_close(window.combine([1.0, 0.0, 0.0]).clone(), expected[1], atol=1e-6, rtol=0)
+    torch.testing.assert_close(window.combine([0.0, 1.0, 0.0]).clone(), expected[2], atol=1e-6, rtol=0)
+    assert torch.equal(window.combine([0.0, 0.0, 1.0]), sampled[-1])
     # A row that was begun goes with the state, and is finished elsewhere.
     window.sample(model, 33)
     begun = torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
@@ -225,7 +225,7 @@ def test_mean_rows_are_the_means_of_what_was_sampled():
         model.weight.zero_()
         model.bias.zero_()
     other.push(model, 40)
-    torch.testing.assert_close(other.combine([0.0, 1.0]), begun / 2)
+    torch.testing.assert_close(other.combine([0.0, 1.0, 0.0]), begun / 2)
     with pytest.raises(ValueError, match="rows are means and this one's are not"):
         CheckpointWindow(model, 2).load_state_dict(window.state_dict())
     with pytest.raises(ValueError, match="construct it with mean_rows=True"):
@@ -255,11 +255,11 @@ def test_multiscale_rows_are_the_means_of_their_spans_and_reach_far_back(dtype, 
             window.forget_samples()
     for row, span in enumerate(window.spans):
         mean = torch.stack(checkpoints[span.first - 1 : span.last]).mean(dim=0)
-        torch.testing.assert_close(window.combine(np.eye(4)[row]), mean, atol=tolerance, rtol=0)
+        torch.testing.assert_close(window.combine(np.eye(5)[row]), mean, atol=tolerance, rtol=0)
     assert window.spans[0].first <= 0.5 * 120
     lengths = [span.samples for span in window.spans]
     assert lengths == sorted(lengths, reverse=True)
-    assert len(set(lengths)) >= 3
+    assert len(set(lengths)) >= 4
     with pytest.raises(ValueError, match="need mean_rows=True"):
         CheckpointWindow(model, 4, multiscale=True)
     # Live stays what it was at the last push, however many samples there are since.

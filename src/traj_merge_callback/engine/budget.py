@@ -181,7 +181,7 @@ class Overhead:
         if (share := seconds / (training + seconds)) <= _MUCH:
             return
         factor = seconds * (1 / _LITTLE - 1) / training
-        every = math.ceil(config.merge_every * factor / config.capture_every) * config.capture_every
+        every = math.ceil(config.merge_every * factor / config.capture_interval) * config.capture_interval
         ways = [f"merge_every={every}"]
         if (batches := int(config.heldout_batches / factor)) >= _FEWEST_BATCHES:
             ways.append(f"heldout_batches={batches}")

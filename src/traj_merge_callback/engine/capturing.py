@@ -28,7 +28,8 @@ class Capturing:
     """
 
     def __init__(self, config: MergeConfig, processes: Processes) -> None:
-        self._config = config
+        self._start, self._kind = config.start_step, config.row_kind
+        self._every, self._samples = config.capture_interval, config.samples
         self._processes = processes
         #: The step of the last row.
         self.row_step: int | None = None
@@ -40,8 +41,8 @@ class Capturing:
 
     def is_due(self, previous: int, step: int) -> bool:
         """Whether a row, or a sample of one, is due at a step, the last one before being ``previous``."""
-        intervals = self._config.capture_every, self._config.capture_every // self._config.samples
-        return step >= self._config.start_step and any(passed(every, previous, step) for every in intervals)
+        intervals = self._every, self._every // self._samples
+        return step >= self._start and any(passed(every, previous, step) for every in intervals)
 
     def plan(self, window: CheckpointWindow, previous: int, step: int, skipped: Callable[[], bool]) -> Action | None:
         """What is taken at a step where something is due; None if mixed precision skipped that step on some rank.
@@ -52,7 +53,7 @@ class Capturing:
         was_skipped, rows_in_use, mean_in_use = self._processes.all_reduce_max(float(skipped()), *in_use)
         if was_skipped:
             return None
-        is_row, kind = passed(self._config.capture_every, previous, step), self._config.row
+        is_row, kind = passed(self._every, previous, step), self._kind
         if kind == "mean":
             # A row is the mean of all its samples: those of a span with gaps are forgotten, and of a span without end.
             self._missed |= bool(mean_in_use)

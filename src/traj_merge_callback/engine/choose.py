@@ -76,7 +76,7 @@ def select(
     """
     objective, search = problem.objective, None
     best, count, spent = start, 0, 0.0
-    known = {} if problem.live is None else {problem.live.tobytes(): objective.live}
+    known = {problem.live.tobytes(): objective.live}
     single = {problem.row(age).tobytes(): name for age, name in enumerate(reversed(problem.names))}
     known |= {key: np.array(row_losses[name]) for key, name in single.items() if name in row_losses}
 
@@ -210,9 +210,7 @@ class Chooser:
         state.restored = self._remembers = False
         state.previous, state.spans = (None if shared is None else shared.tolist()), list(window.spans)
         state.row_losses = {row: losses for row, losses in state.row_losses.items() if row in problem.names}
-        if shared is None:
-            # Live itself; where rows are means it is no merge of them, and all their weights are zero.
-            shared = np.zeros(problem.size) if problem.live is None else problem.live
+        shared = problem.live if shared is None else shared
         if chosen.weights is None and self._processes.is_rank_zero:
             logger.info("step %d: no merge was better than live on the search split: live itself is published", step)
         by_group = {}
@@ -261,7 +259,7 @@ class Chooser:
     ) -> Pieces[Problem]:
         config, size = self._config, window.num_weights
         previous = None
-        spans = () if window.newest_is_live else window.spans
+        spans = window.spans if any(span.samples > 1 for span in window.spans) else ()
         if state.previous is not None and spans and len(state.previous) == len(state.spans):
             previous = carried_over(state.previous, state.spans, spans)
         elif state.previous is not None and not spans and len(state.previous) <= size:
@@ -283,7 +281,6 @@ class Chooser:
             previous=previous,
             seed=config.seed + step,
             leading_rows=size - len(window),
-            live_is_row=window.newest_is_live,
             gram=gram,
             objective=objective,
             batches=self._heldout.num_batches("search"),

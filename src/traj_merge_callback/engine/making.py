@@ -71,12 +71,12 @@ def make_merging(
     }[config.window_storage]
     window = CheckpointWindow(
         model,
-        config.window_size,
+        config.num_rows,
         dtype=config.dtype,
         trainable_only=config.trainable_only,
         average_rate=(lambda step: average_rate(step, **options)) if average_rate else None,
-        mean_rows=config.row != "last",
-        multiscale=config.row == "multiscale",
+        mean_rows=config.row_kind != "last",
+        multiscale=config.row_kind == "multiscale",
         groups=config.groups,
         allocate=allocate(),
         buffered=config.window_storage == "disk",

@@ -185,7 +185,7 @@ class Publisher:
         return {
             "step": step,
             "checkpoint_steps": steps,
-            "row": config.row,
+            "row": config.row_kind,
             "samples_per_row": config.samples,
             **{name: value for name, value in described.items() if name != "search_losses"},
             "search": config.search,

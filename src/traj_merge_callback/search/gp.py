@@ -34,8 +34,7 @@ class _BayesianSearch(Search):
             box, "GP", n_initial_points=0, acq_func="gp_hedge", acq_optimizer="sampling", random_state=problem.seed
         )
         self._live_loss = problem.live_loss
-        if problem.live is not None:
-            self._observe(problem.live, problem.live_loss)
+        self._observe(problem.live, problem.live_loss)
 
     @abstractmethod
     def _to_weights(self, point: list[float]) -> np.ndarray:

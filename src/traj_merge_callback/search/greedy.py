@@ -19,7 +19,7 @@ class GreedySearch(Search):
         super().__init__(problem)
         self._rows = max(2, min(len(problem.steps), 1 + problem.evaluations // 2))
         # Losses of single rows, by age. The soup and the candidate asked for are lists of ages.
-        self._losses = dict(problem.live_losses)
+        self._losses = {0: problem.live_loss}
         self._soup: list[int] = []
         self._soup_loss = np.inf
         self._waiting: list[int] | None = None

@@ -59,7 +59,6 @@ class Problem:
         seed: for the search's own random numbers; differs from merge to merge.
         leading_rows: number of rows in front of the window that are no checkpoints of it: 2 for BEMA (theta_0 and
             EMA_t), else 0.
-        live_is_row: whether the newest row is live. If False, rows are means and no merge of them equals live.
         gram: inner products of the rows' differences to the newest row, shape ``(size, size)``, or ``(groups, size,
             size)`` where each parameter group has merge weights of its own. None if the search has
             ``needs_gradients = False``.
@@ -67,7 +66,7 @@ class Problem:
         parts: number of parts of the search split that can be evaluated separately.
         memory: a dictionary that the search may write to and that the next merge's search receives: JSON values with
             strings as keys.
-        spans: which steps the rows are means of, oldest first; empty if they are single checkpoints.
+        spans: which steps the rows are means of, oldest first, and live's own; empty if all are single checkpoints.
     """
 
     steps: tuple[int, ...]
@@ -76,7 +75,6 @@ class Problem:
     previous: np.ndarray | None = None
     seed: int = 0
     leading_rows: int = 0
-    live_is_row: bool = True
     gram: np.ndarray | None = None
     batches: int = 1
     parts: int = 1
@@ -104,14 +102,9 @@ class Problem:
         return (self.size,) if self.gram is None or self.gram.ndim == 2 else self.gram.shape[:-1]
 
     @property
-    def live(self) -> np.ndarray | None:
-        """The candidate that equals live, shape ``(size,)``; None if live is no row."""
-        return self.row(age=0) if self.live_is_row else None
-
-    @property
-    def live_losses(self) -> dict[int, float]:
-        """Losses of single rows that need no evaluation, by the row's age: live's (age 0) if live is a row."""
-        return {0: self.live_loss} if self.live_is_row else {}
+    def live(self) -> np.ndarray:
+        """The candidate that equals live, which is the newest row: shape ``(size,)``."""
+        return self.row(age=0)
 
     def row(self, age: int) -> np.ndarray:
         """The candidate with weight 1 on one row, shape ``(size,)``; age 0 is the newest row."""
@@ -150,6 +143,8 @@ class Search(ABC):
         needs_gradients: class attribute; if True, ``problem.gram`` is given and ``wants_gradient`` may be set.
         closed_form: class attribute; if True, there is one candidate and it depends on no loss, so that two passes
             over the search split (live's and the candidate's) suffice.
+        multiscale: class attribute; whether ``row="auto"`` gives it rows that are means over spans that grow with age,
+            instead of single checkpoints.
         average_rate: class attribute; for BEMA, a function of the step and the options that returns beta_t, with which
             the window keeps its leading rows. None: the window has no leading rows.
         wants_gradient: whether the next candidate is to be evaluated with its gradient.
@@ -159,6 +154,7 @@ class Search(ABC):
 
     needs_gradients: ClassVar[bool] = False
     closed_form: ClassVar[bool] = False
+    multiscale: ClassVar[bool] = False
     average_rate: ClassVar[Callable[..., float] | None] = None
 
     wants_gradient: bool = False

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from .problem import Observed, Problem, Search
+from .spans import live_is_beside
 
 
 def lawa(k: int) -> np.ndarray:
@@ -145,8 +146,8 @@ class RecipeSearch(Search):
         super().__init__(problem)
         self._options = options
         # Losses of the newest rows, by age.
-        self._losses = dict(problem.live_losses)
-        # One evaluation is kept for the candidate itself; live's loss, where it is known, costs nothing.
+        self._losses = {0: problem.live_loss}
+        # One evaluation is kept for the candidate itself; live's loss is known.
         measurable = min(len(problem.steps), problem.evaluations - 1 + len(self._losses))
         self._wanted = measurable if self.argument == "losses" else 0
         self._done = False
@@ -163,9 +164,12 @@ class RecipeSearch(Search):
             return None
         self._done = True
         losses = [self._losses[age] for age in reversed(range(len(self._losses)))]
-        known = {"size": self.problem.size, "steps": self.problem.steps, "losses": losses}
-        weights = self.recipe(known[self.argument], **self._options)
-        return np.concatenate([np.zeros(self.problem.size - len(weights)), weights])
+        # Beside rows that are means, live is no row of a recipe that knows no losses: they are all but free of noise.
+        rows = self.problem.size - live_is_beside(self.problem.spans)
+        known = {"size": rows, "steps": self.problem.steps[:rows], "losses": losses}
+        weights, size = self.recipe(known[self.argument], **self._options), self.problem.size
+        behind = 0 if self.argument == "losses" else size - rows
+        return np.concatenate([np.zeros(size - behind - len(weights)), weights, np.zeros(behind)])
 
     def tell(self, weights: np.ndarray, loss: float, observed: Observed) -> None:
         if not self._done:

@@ -77,10 +77,16 @@ def average(spans: Sequence[Span]) -> np.ndarray:
     return np.diff(remaining)
 
 
+def live_is_beside(spans: Sequence[Span]) -> bool:
+    """Whether the newest row is live beside rows that are means: a checkpoint that is in the row before too."""
+    return len(spans) > 1 and spans[-1].first <= spans[-2].last
+
+
 def carried_over(weights: Sequence[float], old: Sequence[Span], new: Sequence[Span]) -> np.ndarray:
     """The weights that rows of other spans get from a merge, as a function of age: of how long before the newest step.
 
     A row's weight counts as spread evenly over its span. What is older than all new rows goes to the oldest of them.
+    Live's weight stays live's.
 
     Args:
         weights: of the old rows, shape ``(len(old),)``.
@@ -89,11 +95,14 @@ def carried_over(weights: Sequence[float], old: Sequence[Span], new: Sequence[Sp
     Returns:
         Weights of shape ``(len(new),)`` with the same sum.
     """
-    cumulated = np.concatenate([[0.0], np.cumsum(np.asarray(weights, dtype=np.float64))])
-    edges = _edges(new) - new[-1].last + old[-1].last
-    found = np.interp(edges, _edges(old), cumulated)
+    before, after = len(old) - live_is_beside(old), len(new) - live_is_beside(new)
+    cumulated = np.concatenate([[0.0], np.cumsum(np.asarray(weights[:before], dtype=np.float64))])
+    edges = _edges(new[:after]) - new[-1].last + old[-1].last
+    found = np.interp(edges, _edges(old[:before]), cumulated)
     found[0] = 0.0
-    return np.diff(found)
+    carried = np.append(np.diff(found), np.zeros(len(new) - after))
+    carried[-1] += sum(weights[before:])
+    return carried
 
 
 def _edges(spans: Sequence[Span]) -> np.ndarray:

@@ -55,6 +55,7 @@ class SurrogateSearch(Search):
     """
 
     needs_gradients = True
+    multiscale = True
     wants_parts: int
 
     def __init__(self, problem: Problem, *, space: str = "affine", bounds: tuple[float, float] | None = None) -> None:
@@ -63,12 +64,11 @@ class SurrogateSearch(Search):
         self._bounds = check_space(space, bounds)
         self._objective = problem.objective
         self._axes = PrincipalAxes(problem.gram)
-        self._newest = self._axes.to_point(problem.row(age=0))
+        self._newest = self._axes.to_point(problem.live)
         self._observations: list[list[Observation]] = [[] for _ in self._objective.components]
-        if problem.live is not None:
-            self._observe(self._newest, self._objective.live, None, 0.0)
-        # The best point evaluated on the whole split; None while there is none, because live is no merge of the rows.
-        self._best, self._best_loss = (None if problem.live is None else self._newest), problem.live_loss
+        self._observe(self._newest, self._objective.live, None, 0.0)
+        # The best point evaluated on the whole split.
+        self._best, self._best_loss = self._newest, problem.live_loss
         if problem.previous is not None:
             self._next = problem.previous
         else:
@@ -111,9 +111,7 @@ class SurrogateSearch(Search):
             self.wants_parts = self._parts
             self.wants_gradient = self._budget >= GRADIENT_COST
         else:
-            noise = 0.0
-            if self._best is not None:
-                noise = parts.stderr_along(self._axes.axes @ (point - self._best), self._objective.domains)
+            noise = parts.stderr_along(self._axes.axes @ (point - self._best), self._objective.domains)
             noise = noise if math.isfinite(noise) else 0.0
             self._done = expected <= noise
             self.wants_gradient = self._budget >= GRADIENT_COST + 1 and regret > _CLEARLY * noise
@@ -150,8 +148,7 @@ class SurrogateSearch(Search):
         for draw in zip(*[draws for _, draws in fitted], strict=True):
             at_best = self._value(list(draw), self._best_point(list(draw), point))
             regret += max(0.0, self._value(list(draw), point) - at_best) / _DRAWS
-        best = self._best_loss if self._best is None else self._value(models, self._best)
-        return point, best - lowest, regret
+        return point, self._value(models, self._best) - lowest, regret
 
     def _best_point(self, models: list[Quadratic], start: np.ndarray) -> np.ndarray:
         return best_point(models, self._objective, self._axes, self._bounds, start)

@@ -136,8 +136,8 @@ class Columns:
         return chunks
 
 
-# The functions below compute one piece of a product. ``rows`` are those of the window, oldest first. Rows in the newest
-# row's storage are decoded as deltas to that storage's base (int8's anchor), if it has one; leading rows never are.
+# The functions below compute one piece of a product. ``rows`` are those of the window, oldest first. Rows in a storage
+# that has a base (int8's anchor) are decoded as deltas to it; leading rows and live beside rows that are means are not.
 
 
 @torch.no_grad()
@@ -157,10 +157,10 @@ def combine(rows: list[StoredRow], weights: np.ndarray, piece: list[Chunk], out:
         values = weights[region]
         target = out[columns]
         total = target if out.dtype is torch.float32 else torch.empty(target.shape, device=out.device)
-        base = rows[-1].storage.base(columns)
+        base, is_delta = _base(rows, columns)
         begun = base is not None
         if base is not None:
-            total.copy_(base).mul_(float(values[_num_leading(rows) :].sum()))
+            total.copy_(base).mul_(float(values[is_delta].sum()))
         for index in used[region]:
             weight = float(values[index])
             if begun:
@@ -234,26 +234,28 @@ def _newest_and_deltas(
 
     Yields the chunk, the row's index, and float32 values that are valid until the next are asked for.
     """
-    last, leading = len(rows) - 1, _num_leading(rows)
+    last = len(rows) - 1
     order = [last, *range(last)]
     decoded = _decoded([(rows[index], chunk.columns) for chunk in piece for index in order], device)
     buffers = torch.empty(2, _longest(piece), device=device)
     for chunk in piece:
         reference, difference = buffers[:, : chunk.columns.stop - chunk.columns.start]
-        base = rows[-1].storage.base(chunk.columns)
+        base, is_delta = _base(rows, chunk.columns)
         base = None if base is None else base.to(device)
         newest = reference.copy_(next(decoded))
-        yield chunk, last, newest if base is None else torch.add(newest, base, out=difference)
+        yield chunk, last, newest if base is None or not is_delta[last] else torch.add(newest, base, out=difference)
         for index in range(last):
             # Of two rows with the same base the base cancels.
             row = torch.sub(next(decoded), newest, out=difference)
-            if base is not None and index < leading:
-                row.sub_(base)
+            if base is not None and is_delta[index] != is_delta[last]:
+                row.add_(base, alpha=1.0 if is_delta[index] else -1.0)
             yield chunk, index, row
 
 
-def _num_leading(rows: list[StoredRow]) -> int:
-    return sum(row.storage is not rows[-1].storage for row in rows)
+def _base(rows: list[StoredRow], columns: slice) -> tuple[Tensor | None, list[bool]]:
+    """Some columns of the row that other rows are decoded as deltas to, and which rows are; None if none are."""
+    bases = [row.storage.base(columns) for row in rows]
+    return next((base for base in bases if base is not None), None), [base is not None for base in bases]
 
 
 def _longest(piece: list[Chunk]) -> int:

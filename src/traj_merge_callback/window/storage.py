@@ -250,7 +250,8 @@ class Ring:
 
     - ``leading``: BEMA's two *leading rows*, which stand in front of the window as if they were its oldest rows.
     - ``mean``: the running mean of the weights sampled since the last row, which becomes the next row.
-    - ``arrival``: the live weights as they were captured last, where rows are no exact copies of them.
+    - ``arrival``: the live weights as they were captured last, where rows are no exact copies of them. Where rows are
+      means, they are the newest row, behind those.
     - ``staging``: one row for a merged model, for whoever evaluates it.
 
     Args:
@@ -285,7 +286,7 @@ class Ring:
         self.rows = rows_of(size, numel, dtype, allocate)
         self.leading = DenseRows(2, numel, torch.float32, allocate_beside) if leading else None
         self.mean = allocate_beside("mean", (numel,), torch.float32) if mean else None
-        self.arrival = None if live is None else allocate_beside("arrival", (numel,), live)
+        self._live = None if live is None else DenseRows(1, numel, live, allocate_beside)
         self.staging = allocate_beside("staging", (numel,), torch.float32)
         self.spans: list[Span] = []  # of the rows held, oldest first
         self.pushed = 0  # rows ever added
@@ -295,15 +296,20 @@ class Ring:
         self._places: list[int] = []  # of the rows held, oldest first: their indices in ``rows``
 
     @property
+    def arrival(self) -> Tensor | None:
+        """See above; shape ``(numel,)``."""
+        return None if self._live is None else self._live.row(0)
+
+    @property
+    def live_is_beside(self) -> bool:
+        """Whether live is a row beside those that are means; not if the newest of these is the mean of live alone."""
+        return self.mean is not None and bool(self.spans) and self.spans[-1].samples > 1
+
+    @property
     def nbytes(self) -> int:
         """Bytes of everything."""
         kept = [self.rows.nbytes, 0 if self.leading is None else self.leading.nbytes]
         return sum(kept) + sum(row.nbytes for row in (self.mean, self.arrival, self.staging) if row is not None)
-
-    @property
-    def steps(self) -> list[int]:
-        """The last steps of the rows held, oldest first."""
-        return [span.last for span in self.spans]
 
     def accumulate(self, arrival: Tensor, share: float) -> None:
         """Add live weights that have arrived to the running mean, with this share."""
@@ -354,11 +360,12 @@ class Ring:
         self.spans, self._places, self.pushed, self.sampled = [], [], 0, 0
 
     def in_order(self) -> list[StoredRow]:
-        """The rows that merge weights belong to, oldest first: the leading rows, if there are any, and those held."""
+        """The rows that merge weights belong to, oldest first: the leading rows, those held, and live beside means."""
         if not self.spans:
             return []
         leading = [] if self.leading is None else [StoredRow(self.leading, 0), StoredRow(self.leading, 1)]
-        return leading + [StoredRow(self.rows, place) for place in self._places]
+        live = [] if self._live is None or not self.live_is_beside else [StoredRow(self._live, 0)]
+        return leading + [StoredRow(self.rows, place) for place in self._places] + live
 
     # Keeping and restoring
 

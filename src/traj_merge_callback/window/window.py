@@ -37,7 +37,8 @@ class CheckpointWindow:
         average_rate: for BEMA: a function from a step to beta_t. Two more rows, the *leading rows*, then stand in front
             of the window, always float32: the first checkpoint ever pushed (theta_0), and
             ``EMA_t = (1 - beta_t) EMA_{t-1} + beta_t theta_t`` over all pushes.
-        mean_rows: a row is the mean of the model at its push and at every :meth:`sample` since the push before.
+        mean_rows: a row is the mean of the model at its push and at every :meth:`sample` since the push before. Live,
+            as it was at the last push, is one more row behind these.
         multiscale: to make room for a new row two neighbouring rows become one, their mean, so that few rows reach far
             back; else the oldest row leaves. Needs ``mean_rows``.
         groups: parameter groups that may have merge weights of their own (see :func:`parameter_groups`).
@@ -129,18 +130,19 @@ class CheckpointWindow:
         return self._ring.dtype
 
     def __len__(self) -> int:
-        """The number of checkpoints held now, at most ``size``."""
-        return len(self._ring.spans)
+        """The number of rows held now, at most ``size``, and live beside rows that are means."""
+        return len(self.spans)
 
     @property
     def spans(self) -> tuple[Span, ...]:
         """Which steps the rows held are the means of, oldest first; single checkpoints are means of one."""
-        return tuple(self._ring.spans)
+        spans = self._ring.spans
+        return (*spans, Span(spans[-1].last, spans[-1].last, 1)) if self._ring.live_is_beside else tuple(spans)
 
     @property
     def steps(self) -> tuple[int, ...]:
         """The optimizer steps of the checkpoints held, oldest first; of rows that are means their last ones."""
-        return tuple(self._ring.steps)
+        return tuple(span.last for span in self.spans)
 
     @property
     def num_weights(self) -> int:
@@ -161,11 +163,6 @@ class CheckpointWindow:
     def num_pieces(self) -> int:
         """How many pieces a product on the CPU has."""
         return self._columns.num_pieces
-
-    @property
-    def newest_is_live(self) -> bool:
-        """Whether the newest row is a checkpoint as it was pushed, and not a mean."""
-        return self._ring.mean is None
 
     @property
     def waited_s(self) -> float:
