@@ -1,0 +1,477 @@
+"""What merging gives while a run goes on, under the schedules people run, and what each rival gives on the same run.
+
+Every trajectory is trained under a constant rate, a rate that decays over the last 40 % (WSD) and a cosine, and as a
+twin that decays to the middle of the run. All arms see the same weights: running averages after every optimizer step,
+each with its real rule or as the best of a grid (an oracle, tuned on the numbers reported), and mergers that go along
+with all their defaults but the two intervals. Every arm is measured on held-out sequences that no merger has seen, in
+nats per byte, with standard errors of paired differences. The last line is one JSON object.
+
+    python benchmarks/schedules.py --quick                       one tiny trajectory, under a minute
+    python benchmarks/schedules.py --output benchmarks/results   all of them; minutes on a GPU, hours on two cores
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from trajectories import BATCH, WARM_UP, Spec, blocks_of
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+from traj_merge_callback import TrajectoryMerger
+
+MERGE_EVERY = 100
+DECAY = 0.4
+# Half-lives of the EMAs in optimizer steps; by name those with the decays that people set.
+HALF_LIVES = (10, 20, 40, 100, 150, 250, 400)
+NAMED = {"EMA 0.99": 69.0, "EMA 0.995": 138.3, "EMA 0.999": 692.8}
+LENGTHS = (50, 100, 200, 300, 500, 800)
+WSM_SPACINGS = (25, 50, 100)
+LAMBDAS = (0.2, 0.4, 0.6, 0.8)
+MERGERS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "5 passes": {"evaluations": 5},
+    "groups": {"groups": "blocks", "evaluations": 18},
+    "8 checkpoints": {"row": "last"},
+    "6 means": {"row": "mean"},
+    "pairwise": {
+        "search": "pairwise",
+        "evaluations": 12,
+        "merge_every": 5 * MERGE_EVERY,
+    },  # its Gaussian process is slow
+}
+# Rules that can be used as they are; the best of a grid, chosen on the numbers reported, is an oracle's.
+FIXED = ("uniform 500", "EMA 5 %", "EMA 0.99", "EMA 0.995", "EMA 0.999", "tail-EMA 0.6, 150", "LAWA 8 x 50", "pairwise")
+ORACLES = ("best uniform", "best EMA", "best tail-EMA", "best WSM")
+OURS = ("default", "5 passes", "groups", "8 checkpoints", "6 means")
+SHOWN = ("live", "uniform 500", "EMA 5 %", "EMA 0.99", "tail-EMA 0.6, 150", "default")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Args:
+        spec: the model, the text, the rate and the number of steps.
+        schedule: "constant", "wsd", "cosine" or "twin": constant, then decaying to zero by the middle of the run.
+        seed: of the data order.
+        device: to train on.
+        search, report: held-out sequences that mergers choose weights on, and that everything is measured on.
+    """
+
+    spec: Spec
+    schedule: str
+    seed: int
+    device: str
+    search: int = 160
+    report: int = 640
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of this run."""
+        return self.spec.steps // 2 if self.schedule == "twin" else self.spec.steps
+
+    @property
+    def points(self) -> list[int]:
+        """Steps at which everything is measured, multiples of the merge interval."""
+        if self.schedule == "twin":
+            return [self.steps]
+        shares = [0.25, 0.5, 0.75, 1.0]
+        if self.schedule == "wsd":
+            shares = [0.5, *(1 - DECAY * (1 - done) for done in (0.125, 0.25, 0.5, 0.75, 0.875, 1.0))]
+        return [max(1, round(self.steps * share / MERGE_EVERY)) * MERGE_EVERY for share in shares]
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, the first being 1."""
+        share, peak = step / self.steps, self.spec.learning_rate * min(1.0, step / WARM_UP)
+        if self.schedule == "cosine":
+            return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
+        if self.schedule == "constant":
+            return peak
+        return peak * min(1.0, (1 - share + 1 / self.steps) / DECAY)
+
+
+class Averages:
+    """The rivals' running averages, kept after every step as they say."""
+
+    def __init__(self, start: Tensor, points: list[int]) -> None:
+        self.half_lives = [*map(float, HALF_LIVES), 104.0, *NAMED.values()]
+        self.emas = start.repeat(len(self.half_lives), 1)
+        self.rates = 1 - 0.5 ** (1 / torch.tensor(self.half_lives, device=start.device))[:, None]
+        self.anytime = start.clone()
+        self.total = torch.zeros_like(start, dtype=torch.float64)
+        self.points = points
+        self.totals: dict[int, Tensor] = {}
+        self.checkpoints: dict[int, Tensor] = {}
+
+    def update(self, row: Tensor, step: int) -> None:
+        """One more optimizer step was taken."""
+        self.emas.lerp_(row.expand_as(self.emas), self.rates)
+        self.anytime.lerp_(row, 1 - 0.5 ** (1 / (0.05 * step)))
+        self.total.add_(row)
+        if any(step in (point, *(point - length for length in LENGTHS)) for point in self.points):
+            self.totals[step] = self.total.clone()
+        if step % min(WSM_SPACINGS) == 0:
+            self.checkpoints[step] = row.clone()
+            self.checkpoints = {s: kept for s, kept in self.checkpoints.items() if s > step - 8 * max(WSM_SPACINGS)}
+
+    def arms(self, row: Tensor, step: int) -> dict[str, list[Tensor]]:
+        """By name the averages of a rule; of an oracle all that it chooses from."""
+        uniform = {
+            length: ((self.total - self.totals[step - length]) / length).float()
+            for length in LENGTHS
+            if step - length in self.totals
+        }
+        longest = uniform[max(length for length in uniform if length <= 500)]
+        half_lives = dict(zip(self.half_lives, self.emas, strict=True))
+        plain = [half_lives[float(half_life)] for half_life in HALF_LIVES]
+        tails = [torch.lerp(row, ema, weight) for ema in plain for weight in LAMBDAS]
+
+        def spaced(spacing: int) -> list[Tensor]:
+            return [self.checkpoints[s] for s in range(step - 7 * spacing, step + 1, spacing) if s in self.checkpoints]
+
+        def wsm(rows: list[Tensor]) -> Tensor:
+            profile = 1 - np.sqrt(np.arange(1, len(rows)) / len(rows))
+            weights = -np.diff(np.concatenate([[1.0], profile, [0.0]]))
+            return torch.stack([float(w) * one for w, one in zip(weights, rows, strict=True)]).sum(dim=0)
+
+        return {
+            "live": [row],
+            "uniform 500": [longest],
+            "EMA 5 %": [self.anytime],
+            **{name: [half_lives[half_life]] for name, half_life in NAMED.items()},
+            "tail-EMA 0.6, 150": [torch.lerp(row, half_lives[104.0], 0.6)],  # tau 150
+            "LAWA 8 x 50": [torch.stack(spaced(50)).mean(dim=0)],
+            "best uniform": list(uniform.values()),
+            "best EMA": plain,
+            "best tail-EMA": tails,
+            "best WSM": [wsm(spaced(spacing)) for spacing in WSM_SPACINGS],
+        }
+
+
+class Report:
+    """Losses on held-out sequences, one number for each."""
+
+    def __init__(self, model: nn.Module, sequences: Tensor, device: torch.device) -> None:
+        self.model = model
+        self.batches = sequences.to(device).split(80)
+
+    @torch.no_grad()
+    def losses(self, row: Tensor) -> np.ndarray:
+        """Nats per byte of each sequence, shape ``(sequences,)``."""
+        vector_to_parameters(row.clone(), self.model.parameters())
+        found = []
+        for batch in self.batches:
+            logits = self.model(input_ids=batch).logits[:, :-1].float()
+            nll = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+            found.append(nll.view(len(batch), -1).mean(dim=1))
+        return torch.cat(found).double().cpu().numpy()
+
+
+def paired(better: np.ndarray, worse: np.ndarray) -> tuple[float, float]:
+    """How much lower the mean loss is, and the standard error of the paired difference."""
+    difference = worse - better
+    return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference)))
+
+
+def study(run: Run) -> dict[str, Any]:
+    """Train one run, and measure all arms at its points."""
+    torch.set_num_threads(1)
+    logging.getLogger("traj_merge_callback").setLevel(logging.ERROR)
+    began, device, spec = time.perf_counter(), torch.device(run.device), run.spec
+    train, heldout = blocks_of(spec.text)
+    # Neighbouring blocks are of one file: every fifth block is searched on, and none of its file reported on.
+    search, rest = heldout[: run.search], heldout[run.search + 8 :][: run.report]
+    train = train.to(device)
+    model: nn.Module = spec.build().to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.1, foreach=True)
+    report = Report(spec.build().to(device).eval(), rest, device)
+    merged: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def extra() -> Any:  # called while the model holds the merge
+            merged[name] = parameters_to_vector(model.parameters()).detach().clone()
+            return lambda folder: None
+
+        return extra
+
+    folder = tempfile.mkdtemp()
+    chosen_on = [{"input_ids": batch, "labels": batch} for batch in search.split(20)]
+    mergers = {
+        name: TrajectoryMerger(
+            chosen_on,
+            extra=keep(name),
+            name=name.replace(" ", "-"),
+            output_dir=f"{folder}/{name.replace(' ', '-')}",
+            search_fraction=0.875,
+            schedule="blocking",
+            keep_best=False,
+            keep_last=1,
+            progress=False,
+            on_error="raise",
+            **{"merge_every": MERGE_EVERY, **options},
+        )
+        for name, options in (MERGERS.items() if run.schedule != "twin" else ())
+    }
+    averages = Averages(parameters_to_vector(model.parameters()).detach().clone(), run.points)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(run.seed))
+    points, passes = [], {name: [] for name in mergers}
+    for step in range(1, run.steps + 1):
+        batch = train[order[torch.arange((step - 1) * BATCH, step * BATCH) % len(train)].to(device)]
+        for group in optimizer.param_groups:
+            group["lr"] = run.rate(step)
+        model(input_ids=batch, labels=batch).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        row = parameters_to_vector(model.parameters()).detach()
+        if run.schedule != "twin":
+            averages.update(row, step)
+        for name, merger in mergers.items():
+            if record := merger.step(model, step):
+                passes[name].append(record.forward_equivalents)
+        if step in run.points:
+            arms = {"live": [row]} if run.schedule == "twin" else averages.arms(row, step)
+            fresh = {name for name, merger in mergers.items() if merger.records and merger.records[-1].step == step}
+            arms |= {name: [merged[name]] for name in mergers if name in fresh}
+            losses = {name: min((report.losses(one) for one in rows), key=np.mean) for name, rows in arms.items()}
+            found = {}
+            for name, values in losses.items():
+                gain, stderr = paired(values, losses["live"])
+                ahead, ahead_stderr = paired(losses.get("default", values), values)
+                found[name] = {
+                    "loss": float(values.mean()),
+                    "gain": gain,
+                    "gain_stderr": stderr,
+                    "behind_default": ahead,
+                    "behind_default_stderr": ahead_stderr,
+                }
+            points.append({"step": step, "rate": run.rate(step) / spec.learning_rate, "arms": found})
+    bytes_held = {name: merger.window.nbytes for name, merger in mergers.items() if merger.window is not None}
+    for merger in mergers.values():
+        merger.close()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    seconds = time.perf_counter() - began
+    print(f"{spec.name} {parameters} {run.schedule} seed {run.seed}: {seconds:.0f} s", flush=True)
+    return {
+        "trajectory": spec.name,
+        "parameters": parameters,
+        "schedule": run.schedule,
+        "seed": run.seed,
+        "points": points,
+        "passes": passes,
+        "rows_of_memory": {name: size / 4 / parameters for name, size in bytes_held.items()},
+        "seconds": seconds,
+    }
+
+
+def median(values: list[float]) -> float | None:
+    """The median, None of nothing."""
+    return statistics.median(values) if values else None
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """How the default compares with every rule, schedule by schedule, and what is forecast of a decay."""
+    found: dict[str, Any] = {"schedules": {}}
+    for schedule in ("constant", "wsd", "cosine"):
+        points = [p["arms"] for run in runs if run["schedule"] == schedule for p in run["points"]]
+        rows = {}
+        for name in dict.fromkeys(name for arms in points for name in arms):
+            measured = [arms[name] for arms in points if name in arms]
+            behind = [one["behind_default"] for one in measured]
+            errors = [one["behind_default_stderr"] for one in measured]
+            rows[name] = {
+                "points": len(measured),
+                "gain": median([one["gain"] for one in measured]),
+                "gain_min": min(one["gain"] for one in measured),
+                "behind_default": median(behind),
+                "behind_default_min": min(behind),
+                "clearly_better_than_default": sum(b < -2 * e for b, e in zip(behind, errors, strict=True)),
+                "clearly_worse_than_live": sum(one["gain"] < -2 * one["gain_stderr"] for one in measured),
+            }
+        found["schedules"][schedule] = {"points": len(points), "arms": rows}
+    keys = sorted({(run["trajectory"], run["parameters"], run["seed"]) for run in runs})
+    decays = []
+    for key in keys:
+        mine = {run["schedule"]: run for run in runs if (run["trajectory"], run["parameters"], run["seed"]) == key}
+        if "constant" not in mine:
+            continue
+        at = {point["step"]: point["arms"] for point in mine["constant"]["points"]}
+        for other in ("twin", "wsd"):
+            if other not in mine or mine[other]["points"][-1]["step"] not in at:
+                continue
+            end = mine[other]["points"][-1]
+            decayed, arms = end["arms"]["live"]["loss"], at[end["step"]]
+            live = arms["live"]["loss"]
+            decays.append(
+                {
+                    "trajectory": key[0],
+                    "parameters": key[1],
+                    "seed": key[2],
+                    "step": end["step"],
+                    "live": live,
+                    "decayed": decayed,
+                    "recovery": {name: (live - arms[name]["loss"]) / (live - decayed) for name in arms},
+                    "forecast_error": {name: arms[name]["loss"] - decayed for name in (*OURS, "EMA 0.995")},
+                }
+            )
+    if decays:
+        names = decays[0]["recovery"]
+        found["decay_recovery"] = {
+            name: {
+                "median": median([one["recovery"][name] for one in decays]),
+                "min": min(one["recovery"][name] for one in decays),
+            }
+            for name in names
+        }
+        found["forecast_error"] = {
+            name: median([abs(one["forecast_error"][name]) for one in decays]) for name in (*OURS, "EMA 0.995")
+        }
+    found["decays"] = decays
+    ends = [run["points"][-1]["arms"] for run in runs if run["schedule"] == "wsd"]
+    gains = [(arms["default"]["gain"], arms["default"]["gain_stderr"]) for arms in ends]
+    found["end_of_decay"] = {
+        "gain": median([gain for gain, _ in gains]),
+        "standard_errors": median([gain / error if error else 0.0 for gain, error in gains]),
+    }
+    found["passes"] = {
+        name: {
+            "first": median([run["passes"][name][0] for run in runs if run["passes"].get(name)]),
+            "later": median([one for run in runs for one in run["passes"].get(name, [])[1:]]),
+        }
+        for name in MERGERS
+    }
+    memory = [run["rows_of_memory"] for run in runs if run["rows_of_memory"]]
+    found["rows_of_memory"] = {name: median([one[name] for one in memory]) for name in MERGERS}
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """The summary for people, as Markdown."""
+    schedules = found["schedules"]
+    lines = [
+        "| what is published instead of live | constant | WSD | cosine | clearly better than ours | worse than live |",
+        "|---|---|---|---|---|---|",
+    ]
+    total = sum(one["points"] for one in schedules.values())
+    names = sorted(
+        next(iter(schedules.values()))["arms"],
+        key=lambda name: -statistics.mean(one["arms"][name]["gain"] for one in schedules.values()),
+    )
+    for name in names:
+        rows = [one["arms"][name] for one in schedules.values()]
+        label = f"**{name}**" if name in OURS else f"*{name}*" if name in ORACLES else name
+        gains = " | ".join(f"{row['gain']:.4f}" for row in rows)
+        better = sum(row["clearly_better_than_default"] for row in rows)
+        worse = sum(row["clearly_worse_than_live"] for row in rows)
+        lines.append(f"| {label} | {gains} | {better} of {total} | {worse} of {total} |")
+    return "\n".join(lines)
+
+
+def plot(runs: list[dict[str, Any]], path: Path) -> None:
+    """Loss of the arms of one trajectory over the run, one panel a schedule; and the recovery at the bottom."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    first = (runs[0]["trajectory"], runs[0]["parameters"])
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4.2))
+    titles = {"constant": "constant rate", "wsd": "WSD: decays over the last 40 %", "cosine": "cosine to 10 %"}
+    for axis, schedule in zip(axes, titles, strict=True):
+        mine = [run for run in runs if run["schedule"] == schedule and (run["trajectory"], run["parameters"]) == first]
+        steps = [point["step"] for point in mine[0]["points"]]
+        for name in SHOWN:
+            values = [
+                statistics.mean(run["points"][index]["arms"][name]["loss"] for run in mine)
+                for index in range(len(steps))
+            ]
+            ours = name == "default"
+            label = "this callback, as it comes" if ours else name
+            axis.plot(steps, values, marker="o", markersize=4, linewidth=2.4 if ours else 1.2, label=label)
+        if schedule == "constant":
+            for other in ("twin", "wsd"):
+                ends = [run for run in runs if run["schedule"] == other]
+                ends = [run for run in ends if (run["trajectory"], run["parameters"]) == first]
+                if ends:
+                    step = ends[0]["points"][-1]["step"]
+                    loss = statistics.mean(run["points"][-1]["arms"]["live"]["loss"] for run in ends)
+                    label = "live, had its rate decayed" if other == "wsd" else None
+                    axis.plot([step], [loss], marker="*", markersize=13, color="black", linestyle="", label=label)
+        axis.set(title=titles[schedule], xlabel="optimizer step")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("held-out loss, nats per byte")
+    axes[0].legend(fontsize=8)
+    figure.suptitle(f"{first[0]}, {first[1] / 1e6:.1f} M parameters, mean of {len(mine)} data orders", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def plan(quick: bool, device: str) -> list[Run]:
+    """All runs, longest first."""
+    if quick:
+        spec = Spec("llama", "python", 1e-2, steps=400, width=32, layers=1)
+        return [Run(spec, schedule, 0, device, 32, 64) for schedule in ("constant", "wsd", "cosine", "twin")]
+    llama = Spec("llama", "python", 3e-3)
+    others = (Spec("gpt2", "cpp", 1.5e-3), Spec("llama", "cpp", 1e-3))
+    sizes = (replace(llama, width=256, layers=5), replace(llama, width=64, layers=3))
+    wanted = [(spec, seed) for spec in (sizes[0], llama, *others, sizes[1]) for seed in range(3)]
+    wanted = [(spec, seed) for spec, seed in wanted if seed == 0 or spec is llama]
+    schedules = ("constant", "wsd", "cosine", "twin")
+    runs = [Run(spec, schedule, seed, device) for spec, seed in wanted for schedule in schedules]
+    # The first trajectory of the plot is the one of middle size.
+    return sorted(runs, key=lambda run: (run.schedule == "twin", -run.spec.width))
+
+
+def main() -> None:
+    """Train, measure, say what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one tiny trajectory")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--output", type=Path, help="folder for schedules.json, .md and .png")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    os.environ["OMP_NUM_THREADS"] = "1"  # of each process: there are as many as cores
+    pool = ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn"))
+    pending = [pool.submit(study, run) for run in plan(arguments.quick, device)]
+    runs = []
+    for one in pending:
+        runs.append(one.result())
+        if arguments.output:
+            arguments.output.mkdir(parents=True, exist_ok=True)
+            (arguments.output / "schedules_runs.json").write_text(json.dumps(runs), encoding="utf-8")
+    pool.shutdown()
+    middle = [run for run in runs if run["parameters"] < 2e6 and run["trajectory"].startswith("llama python")]
+    runs.sort(key=lambda run: (run["trajectory"] != middle[0]["trajectory"], -run["parameters"] % 3_000_000))
+    found = summary(runs)
+    found["hardware"] = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
+    found["torch"], found["runs"] = torch.__version__, len(runs)
+    found["plan"] = [asdict(run.spec) | {"seed": run.seed} for run in plan(arguments.quick, device)][:1]
+    print("\n" + table(found) + "\n")
+    if arguments.output:
+        document = json.dumps(found | {"all_runs": runs}, indent=1)
+        (arguments.output / "schedules.json").write_text(document + "\n", encoding="utf-8")
+        (arguments.output / "schedules_runs.json").unlink()
+        (arguments.output / "schedules.md").write_text(table(found) + "\n", encoding="utf-8")
+        plot(runs, arguments.output / "schedules.png")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
