@@ -182,14 +182,20 @@ class ParameterLayout:
             ValueError: names or shapes of the merged parameters changed since the layout was made.
         """
         self.sharding.reshard()
-        if (change := self.change(model)) is not None:
+        found = self._found(model)
+        if (change := self._change(found)) is not None:
             raise ValueError(change)
-        found = {name: tensor for name, tensor, _ in self._walk(unwrap(model))}
         return [found[slot.name] for slot in self.slots]
 
     def change(self, model: nn.Module) -> str | None:
         """What makes the model's merged parameters other ones than the layout's, in words; None: nothing."""
-        now = {name: tuple(tensor.shape) for name, tensor, _ in self._walk(unwrap(model))}
+        return self._change(self._found(model))
+
+    def _found(self, model: nn.Module) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor, _ in self._walk(unwrap(model))}
+
+    def _change(self, found: dict[str, Tensor]) -> str | None:
+        now = {name: tuple(tensor.shape) for name, tensor in found.items()}
         then = {slot.name: slot.shard.held for slot in self.slots}
         if now == then:
             return None
