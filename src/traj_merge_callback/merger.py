@@ -200,6 +200,7 @@ class TrajectoryMerger:
                 if self.config.schedule == "blocking":
                     record = self._record(self._schedule.complete(), step) or record
         self._waited_s = self.window.waited_s
+        self._schedule.end_pause()
         self._overhead.leave()
         return record
 
@@ -276,6 +277,7 @@ class TrajectoryMerger:
                 record = self._record(self._schedule.complete(), step) or record
         self._writer.wait()
         self._check_written(step)
+        self._schedule.end_pause()
         self._overhead.leave()
         return record
 

@@ -1,6 +1,7 @@
 """A merge under way where the device has no room for it beside training."""
 
 import logging
+import sys
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ def merges(heldout, train, tmp_path, monkeypatch):
         )
 
         def step_taken(step):
+            run.step = step
             merger.step(model, step)
             if merger._schedule.under_way:
                 held.append(held_on_the_device(merger))
@@ -72,8 +74,19 @@ def test_where_memory_is_tight_a_merge_leaves_the_device_to_training_and_stays_t
     assert merges[0] == merges[1]
 
 
+def test_where_memory_is_tight_each_pause_ends_with_an_empty_cache(merges, monkeypatch):
+    emptied = set()
+    monkeypatch.setattr(devices, "free_memory", lambda device: (1e5, 1e6))
+    monkeypatch.setattr(devices, "empty_cache", lambda device: emptied.add(merges.step))
+    _, records, _ = merges("tight")
+    pauses = {step for record in records for step in range(record.step + 1, record.finished_step + 1)}
+    assert len(pauses) > len(records) >= 2
+    assert pauses <= emptied
+
+
 def test_with_room_nothing_is_moved(merges, monkeypatch, caplog):
     monkeypatch.setattr(devices, "free_memory", lambda device: (1e9, 2e9))
+    monkeypatch.setattr(devices, "empty_cache", lambda device: pytest.fail("the cache was emptied"))
     with caplog.at_level(logging.WARNING):
         merges("roomy")
     assert not [line for line in caplog.messages if "training leaves" in line]
@@ -94,11 +107,17 @@ def test_a_device_that_has_no_room_left_ends_the_merge_and_not_the_run(merges, m
     monkeypatch.setattr(devices, "free_memory", lambda device: (1e5, 1e6))
 
     def no_room(self):
+        failures.append(merges.step)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    failures, emptied = [], []
     monkeypatch.setattr(Parking, "bring_back", no_room)
+    monkeypatch.setattr(devices, "empty_cache", lambda device: emptied.append((merges.step, sys.exc_info()[1])))
     with caplog.at_level(logging.WARNING):
         model, _, _ = merges("full", on_error="warn", merge_at_end=False)
     assert same_weights(plain, model)
     failed = [line for line in caplog.messages if "CUDA out of memory" in line and "Training goes on" in line]
     assert len(failed) == 1
+    # An exception that is still handled holds the tensors of the frames that it passed.
+    assert failures
+    assert {(step, None) for step in failures} <= set(emptied)

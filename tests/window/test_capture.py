@@ -130,6 +130,29 @@ def test_what_a_forward_pass_writes_is_copied_at_once():
     window.close()
 
 
+def test_neighbouring_buffers_are_copied_as_one(monkeypatch):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Embedding(5, 8, max_norm=0.5)
+            self.linear = nn.Linear(8, 8)
+            self.last = nn.Embedding(3, 8, max_norm=0.5)
+            for index in range(100):
+                dtype = torch.float64 if index == 50 else torch.float32
+                self.register_buffer(f"running_{index}", torch.randn(index % 7, 2, dtype=dtype))
+
+    torch.manual_seed(0)
+    model = Net()
+    window = CheckpointWindow(model, 2)
+    copies, begin = [], window._capture.begin
+    monkeypatch.setattr(window._capture, "begin", lambda pairs, *rest: (copies.extend(pairs), begin(pairs, *rest)))
+    tensors = window.layout.tensors(model)
+    window.push(model, 1)
+    assert torch.equal(window.combine([1.0]), torch.cat([tensor.detach().flatten().float() for tensor in tensors]))
+    # The first embedding, the bias (no copy), the last embedding with half of the buffers, the odd one, the other half.
+    assert [len(source) for _, source in copies if source.dim() == 1] == [40, 8, 24 + 294, 2, 294]
+
+
 def test_a_capture_that_fails_is_no_business_of_the_optimizer(window):
     window.push(window.model, 1)
     window.settle()

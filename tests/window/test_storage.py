@@ -15,6 +15,8 @@ from traj_merge_callback import CheckpointWindow, HeldOutLoss
 from traj_merge_callback.disk.mapped import on_disk
 from traj_merge_callback.distributed import Processes
 from traj_merge_callback.evaluate.weights import installed
+from traj_merge_callback.window.products import Landing
+from traj_merge_callback.window.storage import in_memory, rows_of
 
 
 class Walk(nn.Module):
@@ -142,3 +144,22 @@ def test_a_window_is_restored_bit_for_bit_and_goes_on_alike(dtype):
         assert torch.equal(window.combine([0.2, 0.3, 0.5]), other.combine([0.2, 0.3, 0.5]))
     with pytest.raises(ValueError, match="the saved window's rows are"):
         CheckpointWindow(model, 3, dtype="int8" if dtype != "int8" else "float32").load_state_dict(window.state_dict())
+
+
+def test_columns_copied_to_a_device_share_two_buffers_and_last_for_two_turns():
+    kinds = [rows_of(2, 700, dtype, in_memory()) for dtype in ("float32", "bfloat16", "int8")]
+    for rows in kinds:
+        for index in range(2):
+            rows.write(index, torch.randn(700))
+    spans = [slice(0, 300), slice(300, 637), slice(637, 700)]
+    items = [rows.stored(index, columns) for columns in spans for rows in kinds for index in range(2)]
+    landing = Landing(items, torch.device("cpu"))
+    before, places = (), set()
+    for last, item in zip([(), *items], items, strict=False):
+        copies = landing.copy(item)
+        for copy, tensor in zip((*before, *copies), (*last, *item), strict=True):
+            assert (copy.dtype, copy.shape) == (tensor.dtype, tensor.shape)
+            assert torch.equal(copy, tensor)
+        before = copies
+        places.add(copies[0].untyped_storage().data_ptr())
+    assert len(places) == 2

@@ -183,6 +183,7 @@ class Schedule:
         self._run: Run[MergeRecord | None] | None = None
         # Begins the merge under way once more, if it can be made another way.
         self._again: Callable[[], None] | None = None
+        self._worked = False  # whether pieces were done since the last pause ended
         self.learned = SearchState()
         self._step = 0
         self._logged_budget: int | None = config.evaluations
@@ -276,6 +277,12 @@ class Schedule:
 
             return self._drive(lambda run: run.complete(count))
 
+    def end_pause(self) -> None:
+        """Training goes on; called when nobody holds the exception of a piece any more, and with it what it held."""
+        if self._worked:
+            self._merge.parking.give_back()
+        self._worked = False
+
     def abandon(self) -> None:
         """Give up what is under way."""
         if self._run is not None:
@@ -286,6 +293,7 @@ class Schedule:
         return Run(pieces, self._durations, device_of(model), self._wait, self._processes, self._merge.parking)
 
     def _drive(self, drive: Callable[[Run[MergeRecord | None]], None]) -> MergeRecord | None:
+        self._worked = True
         while True:
             run = self._run
             assert run is not None

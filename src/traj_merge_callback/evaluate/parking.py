@@ -82,6 +82,14 @@ class Parking:
             tensor.copy_(parked)
         self.away = False
 
+    def give_back(self) -> None:
+        """Where memory is tight, let training find the device as it was before a merge used it.
+
+        Of blocks in the cache of torch's allocator that a merge has made or split, training can use but a part.
+        """
+        if self.tight:
+            devices.empty_cache(self._device)
+
     def release(self) -> None:
         """Hold nothing any more."""
         self._held, self.away = [], False

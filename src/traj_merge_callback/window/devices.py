@@ -62,3 +62,10 @@ def free_memory(device: torch.device) -> tuple[float, float]:
         return float("inf"), float("inf")
     free, total = torch.cuda.mem_get_info(device)
     return float(free), float(total)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give the memory that torch's allocator has reserved on a GPU, and that holds nothing, back to the GPU."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.empty_cache()

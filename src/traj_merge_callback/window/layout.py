@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -181,14 +182,20 @@ class ParameterLayout:
             ValueError: names or shapes of the merged parameters changed since the layout was made.
         """
         self.sharding.reshard()
-        if (change := self.change(model)) is not None:
+        found = self._found(model)
+        if (change := self._change(found)) is not None:
             raise ValueError(change)
-        found = {name: tensor for name, tensor, _ in self._walk(unwrap(model))}
         return [found[slot.name] for slot in self.slots]
 
     def change(self, model: nn.Module) -> str | None:
         """What makes the model's merged parameters other ones than the layout's, in words; None: nothing."""
-        now = {name: tuple(tensor.shape) for name, tensor, _ in self._walk(unwrap(model))}
+        return self._change(self._found(model))
+
+    def _found(self, model: nn.Module) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor, _ in self._walk(unwrap(model))}
+
+    def _change(self, found: dict[str, Tensor]) -> str | None:
+        now = {name: tuple(tensor.shape) for name, tensor in found.items()}
         then = {slot.name: slot.shard.held for slot in self.slots}
         if now == then:
             return None
@@ -204,6 +211,30 @@ class ParameterLayout:
         renormalized = {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
         pairs = zip(self.slots, tensors, strict=True)
         return [not slot.is_parameter or id(tensor) in renormalized for slot, tensor in pairs]
+
+    def pairs(self, row: Tensor, mine: list[Tensor], copied: list[bool]) -> list[tuple[Tensor, Tensor]]:
+        """Views of a row's columns, and the numbers of a model that belong there, of the same shapes.
+
+        Args:
+            row: shape ``(numel,)``.
+            mine: the model's :meth:`locals`.
+            copied: which of them are copied now. Neighbours are copied as one: with hundreds of small buffers it is the
+                number of copies that takes time on a GPU.
+        """
+
+        def kind(item: tuple[Slot, Tensor, bool]) -> object:
+            slot, tensor, copy = item
+            return (tensor.device, tensor.dtype) if copy else slot.name
+
+        found = []
+        for _, run in groupby(zip(self.slots, mine, copied, strict=True), kind):
+            slots, tensors, copies = zip(*run, strict=True)
+            columns = row[slots[0].offset : slots[-1].offset + slots[-1].numel]
+            if copies[0]:
+                found.append((columns, torch.cat([tensor.reshape(-1) for tensor in tensors])))
+            else:
+                found.append((columns.view(slots[0].shard.local), tensors[0]))
+        return found
 
     def views(self, row: Tensor) -> dict[str, Tensor]:
         """Each slot's columns of a row of shape ``(numel,)``, as views shaped like its shard, by name."""

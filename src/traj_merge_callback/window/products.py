@@ -13,7 +13,7 @@ A row has N columns, far too many for one tensor operation or for the time betwe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -279,21 +279,53 @@ def _decoded(wanted: list[tuple[StoredRow, slice]], device: torch.device) -> Ite
 def _sent_ahead(stored: list[tuple[Tensor, ...]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
     """Copy tensors to a CUDA device, always one item ahead of the one that is worked on."""
     copying, computing = side_stream(device, "rows"), torch.cuda.current_stream(device)
+    landing = Landing(stored, device)
     arrived: list[tuple[tuple[Tensor, ...], torch.cuda.Event]] = []
 
     def send(tensors: tuple[Tensor, ...]) -> None:
-        # Memory that the computation has just given back may still be read by it.
+        # The buffer that is next was read by the last computation queued, and may have been another's memory before.
         copying.wait_stream(computing)
         with torch.cuda.stream(copying):
-            there = tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
-            arrived.append((there, copying.record_event()))
+            arrived.append((landing.copy(tensors), copying.record_event()))
 
-    send(stored[0])
-    for index in range(len(stored)):
-        there, event = arrived.pop()
-        if index + 1 < len(stored):
-            send(stored[index + 1])
-        computing.wait_event(event)
-        for tensor in there:
-            tensor.record_stream(computing)
-        yield there
+    try:
+        send(stored[0])
+        for index in range(len(stored)):
+            there, event = arrived.pop()
+            if index + 1 < len(stored):
+                send(stored[index + 1])
+            computing.wait_event(event)
+            yield there
+    finally:
+        # Whoever stops early leaves a copy under way, to memory that the computation's stream is given back here.
+        computing.wait_stream(copying)
+
+
+class Landing:
+    """Two buffers for tensors of another device, filled in turns.
+
+    The CPU queues copies long before a GPU makes them. Were each given memory of its own, rows would be there whole.
+
+    Args:
+        items: all that will be copied, one after the other.
+        device: where to.
+    """
+
+    def __init__(self, items: Sequence[tuple[Tensor, ...]], device: torch.device) -> None:
+        nbytes = max(sum(_padded(tensor.nbytes) for tensor in item) for item in items)
+        self._buffers = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2)]
+
+    def copy(self, item: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Begin to copy an item; the result is valid until the item after the next is copied."""
+        self._buffers.reverse()
+        copies, start = [], 0
+        for tensor in item:
+            there = self._buffers[0][start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            copies.append(there.copy_(tensor, non_blocking=True))
+            start += _padded(tensor.nbytes)
+        return tuple(copies)
+
+
+def _padded(nbytes: int) -> int:
+    """The least multiple of 16 that is no less: where a tensor of any dtype may begin."""
+    return -(-nbytes // 16) * 16

@@ -246,10 +246,7 @@ class CheckpointWindow:
         tensors = self.layout.tensors(model)
         volatile = self.layout.volatile(model, tensors)
         with evaluated(self._capture.with_modes, tensors) as written:
-            sources = self.layout.locals(tensors)
-            sources = [tensor.clone() if now else tensor for tensor, now in zip(sources, volatile, strict=True)]
-            pairs = list(zip(self.layout.views(target).values(), sources, strict=True))
-            self._capture.begin(pairs, arrived, share)
+            self._capture.begin(self.layout.pairs(target, self.layout.locals(tensors), volatile), arrived, share)
             # Where parameters have hooks an optimizer may write in the backward pass (LOMO).
             hooks = (one._backward_hooks or getattr(one, "_post_accumulate_grad_hooks", None) for one in tensors)
             if written or any(hooks):
