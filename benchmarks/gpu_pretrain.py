@@ -3,33 +3,39 @@
 A GPT-2 of 85 M parameters learns source code byte by byte in bfloat16 (autocast), for a few minutes on one GPU, without
 a network. ``--pack FILE`` writes the text on a machine that has it; ``--text FILE`` reads it; without either it is
 taken from the machine (Python's standard library and torch's headers). Without a CUDA device it says so and ends well;
-``--rehearse`` then runs everything but what needs one, at a tiny size. The last line is one JSON object.
+``--rehearse`` then runs everything but what needs one, at a tiny size. A part that fails is recorded as such, the
+others go on, and the exit status is 1. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import gc
 import json
 import math
+import os
 import resource
 import statistics
 import sys
-import sysconfig
-import tempfile
 import time
-import zlib
-from contextlib import AbstractContextManager, nullcontext
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# Without it cuBLAS is not deterministic; it is read when cuBLAS begins.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
-from traj_merge_callback import CheckpointWindow, HeldOutLoss, TrajectoryMerger
+from gpu_training import Bench, packed, text_of_this_machine, unpacked
+
+from traj_merge_callback import CheckpointWindow, HeldOutLoss
 from traj_merge_callback.engine.budget import Stopwatch
 from traj_merge_callback.window.devices import side_stream
 from traj_merge_callback.window.storage import in_memory
@@ -37,92 +43,17 @@ from traj_merge_callback.window.storage import in_memory
 TURN = 10
 
 
-def text_of_this_machine() -> tuple[bytes, bytes]:
-    """Source files to train on, and every tenth one to hold out."""
-    library = Path(sysconfig.get_path("stdlib"))
-    skipped = {"test", "tests", "idlelib", "site-packages", "pydoc_data", "__pycache__"}
-    files = [p for p in sorted(library.rglob("*.py")) if not skipped & set(p.relative_to(library).parts)]
-    files += sorted((Path(torch.__file__).parent / "include").rglob("*.h"))
-    texts = [path.read_bytes() for path in files]
-    held_out = [text for index, text in enumerate(texts) if index % 10 == 0]
-    return b"\n".join(text for index, text in enumerate(texts) if index % 10), b"\n".join(held_out)
+def rhythm(steps: int) -> dict[str, int]:
+    """Rows and merges of a run of so many steps: four merges, each of at least five rows."""
+    capture_every = max(1, steps // 20)
+    return {"capture_every": capture_every, "merge_every": 5 * capture_every}
 
 
-def blocks(text: bytes, length: int) -> Tensor:
-    """Cut a text into shuffled blocks."""
-    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    data = data[: len(data) // length * length].view(-1, length)
-    return data[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))]
-
-
-class Bench:
-    """What all parts share: the text, the model's size, and how a step is taken."""
-
-    def __init__(self, device: torch.device, train: bytes, heldout: bytes, rehearse: bool) -> None:
-        self.device = device
-        self.length, self.sequences = (64, 2) if rehearse else (1024, 24)
-        self.layers, self.width = (2, 32) if rehearse else (12, 768)
-        self.train, self.heldout = blocks(train, self.length), blocks(heldout, self.length)
-
-    def build(self) -> nn.Module:
-        """The model, always with the same weights."""
-        torch.manual_seed(0)
-        config = GPT2Config(
-            vocab_size=256,
-            n_positions=self.length,
-            n_embd=self.width,
-            n_layer=self.layers,
-            n_head=self.width // 16 if self.width < 64 else self.width // 64,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-        return GPT2LMHeadModel(config).to(self.device)
-
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """AdamW at a constant rate."""
-        return torch.optim.AdamW(model.parameters(), lr=6e-4, weight_decay=0.1, fused=self.device.type == "cuda")
-
-    def precision(self) -> AbstractContextManager[Any]:
-        """Autocast to bfloat16 on a GPU."""
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
-
-    def backward(self, model: nn.Module, step: int) -> None:
-        """Forward and backward on the batch of a step."""
-        generator = torch.Generator().manual_seed(step)
-        batch = self.train[torch.randint(len(self.train), (self.sequences,), generator=generator)]
-        batch = batch.to(self.device, non_blocking=True).long()
-        with self.precision():
-            loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-
-    def batches(self, count: int) -> list[dict[str, Tensor]]:
-        """Held-out batches."""
-        chosen = self.heldout[: count * self.sequences].long().split(self.sequences)
-        return [{"input_ids": batch, "labels": batch} for batch in chosen]
-
-    def merger(self, **options: Any) -> TrajectoryMerger:
-        """The engine, with its defaults but for the options."""
-        defaults: dict[str, Any] = {"output_dir": tempfile.mkdtemp(), "merge_at_end": False}
-        return TrajectoryMerger(self.batches(16), precision=self.precision, **{**defaults, **options})
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-
-def overhead(bench: Bench, rounds: int, capture_every: int, merge_every: int) -> dict[str, Any]:
+def overhead(bench: Bench, rounds: int) -> dict[str, Any]:
     """Step time with and without the callback, in turns in this process."""
-    rhythm = {"capture_every": capture_every, "merge_every": merge_every}
-    never = {"merge_every": 10**6 * capture_every, "schedule": "blocking", "max_overhead": None}
-    mergers = {
-        "default": bench.merger(**rhythm),
-        "capture_only": bench.merger(**{**rhythm, **never}),
-        "device_rows": bench.merger(**rhythm, window_storage="device"),
-    }
+    often = rhythm((rounds + 1) * TURN)
+    never = {"merge_every": 10**6 * often["capture_every"], "schedule": "blocking"}
+    mergers = {"default": bench.merger(**often), "capture_only": bench.merger(**{**often, **never})}
     names = ["none", *mergers, "lightning_ema"]
     models = {name: bench.build() for name in names}
     optimizers = {name: bench.optimizer(model) for name, model in models.items()}
@@ -153,14 +84,13 @@ def overhead(bench: Bench, rounds: int, capture_every: int, merge_every: int) ->
             if number:  # the first round warms up
                 turns[name].append(away[name] - began)
     base = turns["none"]
-    found: dict[str, Any] = {"step_s": statistics.median(base) / TURN, "steps": steps["none"]}
+    found: dict[str, Any] = {"step_s": statistics.median(base) / TURN, "steps": steps["none"], **often}
     for name in names[1:]:
         found[f"ratio_{name}_median"] = statistics.median(a / b for a, b in zip(turns[name], base, strict=True))
         found[f"ratio_{name}"] = sum(turns[name]) / sum(base)
-    pairs = zip(models["none"].parameters(), models["default"].parameters(), strict=True)
-    found["bit_identical"] = all(torch.equal(one, other) for one, other in pairs)
     found["longest_pause_s"], found["max_pause_s"] = max(pauses["default"]), mergers["default"]._overhead.max_pause
-    found["merges"] = {name: [record.step for record in merger.records] for name, merger in mergers.items()}
+    names = ["step", "finished_step", "seconds", "longest_pause"]
+    found["merges"] = [{name: getattr(record, name) for name in names} for record in mergers["default"].records]
     for merger in mergers.values():
         merger.close()
     return found
@@ -265,35 +195,104 @@ def memory(bench: Bench) -> dict[str, float]:
     return found
 
 
-def tight(bench: Bench) -> dict[str, Any]:
-    """The same run with room for merges on the device, and with a device that training fills."""
-    found: dict[str, Any] = {}
-    models = []
-    for name in ("roomy", "tight"):
-        model = bench.build()
-        optimizer = bench.optimizer(model)
-        merger = bench.merger(capture_every=5, merge_every=20, max_overhead=None)
-        filled, pauses = None, []
-        for step in range(1, 81):
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Training repeats itself bit by bit, which the backward pass of attention does not by default."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def trained(
+    bench: Bench, steps: int, *, with_callback: bool, left: int | None = None
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Train, with a merge every 20 steps or without the callback.
+
+    Args:
+        bench: what is trained.
+        steps: how many.
+        with_callback: whether there is one.
+        left: bytes of the device that are free from step 4 on, beyond what training has needed until then.
+
+    Returns:
+        The parameters, in CPU memory, and what was measured.
+    """
+    model = bench.build()
+    optimizer = bench.optimizer(model)
+    options = {"capture_every": 5, "merge_every": 20, "heldout_batches": 4}
+    merger = bench.merger(**options) if with_callback else None
+    filler, pauses = None, [0.0]
+    try:
+        for step in range(1, steps + 1):
             bench.backward(model, step)
             optimizer.step()
             optimizer.zero_grad()
-            if step == 4 and name == "tight":
-                free, _ = torch.cuda.mem_get_info()
-                needed = 8 * sum(parameter.numel() for parameter in model.parameters())
-                filled = torch.empty(max(0, free - needed), dtype=torch.uint8, device=bench.device)
-            began = time.perf_counter()
-            merger.step(model, step)
             bench.synchronize()
-            pauses.append(time.perf_counter() - began)
-        found[name] = {"merges": [record.step for record in merger.records], "longest_pause_s": max(pauses)}
-        merger.close()
-        models.append(model)
-        del filled
-        torch.cuda.empty_cache()
-    pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
-    found["bit_identical"] = all(torch.equal(one, other) for one, other in pairs)
+            if step == 4 and left is not None:
+                free, _ = torch.cuda.mem_get_info()
+                filler = torch.empty(max(0, free - left), dtype=torch.uint8, device=bench.device)
+            if merger is not None:
+                began = time.perf_counter()
+                merger.step(model, step)
+                bench.synchronize()
+                pauses.append(time.perf_counter() - began)
+        merges = [] if merger is None else [record.step for record in merger.records]
+        measured = {"steps": steps, "merges": merges, "longest_pause_s": max(pauses)}
+        return [parameter.detach().cpu() for parameter in model.parameters()], measured
+    finally:
+        if merger is not None:
+            merger.close()
+        del filler
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    """Whether parameters are bit-identical."""
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def identical(bench: Bench) -> dict[str, Any]:
+    """Whether training is bit-identical with and without the callback, where two runs without it are."""
+    with deterministic():
+        plain, _ = trained(bench, 60, with_callback=False)
+        again, _ = trained(bench, 60, with_callback=False)
+        merged, measured = trained(bench, 60, with_callback=True)
+    return {"two_plain_runs": same(plain, again), "with_callback": same(plain, merged), **measured}
+
+
+def tight(bench: Bench) -> dict[str, Any]:
+    """Training on a device that it fills but for what a merge holds, without the callback and with it."""
+    found: dict[str, Any] = {}
+    runs: dict[str, list[Tensor]] = {}
+
+    def run(name: str) -> dict[str, Any]:
+        left = 8 * sum(parameter.numel() for parameter in bench.build().parameters())
+        free_device()
+        runs[name], measured = trained(bench, 60, with_callback=name == "with_callback", left=left)
+        return measured
+
+    with deterministic():
+        for name in ("without_callback", "with_callback"):
+            found[name] = attempted(functools.partial(run, name))
+    if len(runs) == 2:
+        found["bit_identical"] = same(*runs.values())
     return found
+
+
+def attempted(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a part found, or how it failed."""
+    try:
+        return part()
+    except Exception as error:
+        traceback.print_exc()
+        return {"failed": repr(error)}
+
+
+def free_device() -> None:
+    """Let go of what earlier parts have left on the device."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 class Flex(nn.Module):
@@ -330,15 +329,13 @@ def flex(bench: Bench, heads: int = 8, length: int = 8192) -> dict[str, float]:
     return {**found, "peak_over_scores": (torch.cuda.max_memory_allocated() - before) / scores}
 
 
-def curves(bench: Bench, steps: int, capture_every: int, merge_every: int) -> dict[str, Any]:
+def curves(bench: Bench, steps: int) -> dict[str, Any]:
     """Live and merged loss over a run at a constant rate, and of twins whose rate decays over their last 40 %."""
     report = HeldOutLoss(bench.batches(16), precision=bench.precision)
     points = [steps // 2, steps]
     model = bench.build()
     optimizer = bench.optimizer(model)
-    merger = bench.merger(
-        capture_every=capture_every, merge_every=merge_every, row="mean", max_overhead=None, evaluations=12
-    )
+    merger = bench.merger(**rhythm(steps), row="multiscale", evaluations=12)
     forks: dict[int, tuple[Any, Any]] = {}
     for step in range(1, steps + 1):
         bench.backward(model, step)
@@ -366,6 +363,7 @@ def curves(bench: Bench, steps: int, capture_every: int, merge_every: int) -> di
         decayed[point] = report.evaluate(twin, "report").loss
     names = ("step", "live_loss", "merged_loss", "gain_stderr", "longest_pause")
     merges = [{name: getattr(record, name) for name in names} for record in merger.records]
+    assert all(math.isfinite(merge["merged_loss"]) for merge in merges)
     return {"merges": merges, "decayed": decayed}
 
 
@@ -378,18 +376,33 @@ def copied_state(state: dict[str, Any]) -> dict[str, Any]:
     return {"state": states, "param_groups": [dict(group) for group in state["param_groups"]]}
 
 
+def seconds_per_step(bench: Bench) -> float:
+    """Seconds of a training step without anything."""
+    model = bench.build()
+    optimizer = bench.optimizer(model)
+    watch = Stopwatch(bench.device)
+    for step in range(1, 21):
+        if step == 11:
+            watch.lap()
+        bench.backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    return watch.lap() / 10
+
+
 def main() -> None:
-    """Measure everything."""
+    """Measure everything, or the parts asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pack", type=Path, help="write this machine's text to a file, and end")
     parser.add_argument("--text", type=Path, help="a file that --pack wrote")
-    parser.add_argument("--minutes", type=float, default=8.0, help="roughly how long the training parts take")
+    parser.add_argument("--minutes", type=float, default=8.0, help="how long overhead and curves train, without merges")
     parser.add_argument("--rehearse", action="store_true", help="a tiny size, on the CPU")
+    parser.add_argument("--parts", help="only these, separated by commas")
     parser.add_argument("--output", type=Path, help="also write the JSON object to gpu_pretrain.json in this folder")
     args = parser.parse_args()
     if args.pack:
         train, heldout = text_of_this_machine()
-        args.pack.write_bytes(zlib.compress(len(train).to_bytes(8, "little") + train + heldout, 9))
+        args.pack.write_bytes(packed(train, heldout))
         print(f"{(len(train) + len(heldout)) / 1e6:.1f} MB of text in {args.pack}")
         return
     if not torch.cuda.is_available() and not args.rehearse:
@@ -397,46 +410,36 @@ def main() -> None:
         print(json.dumps({"skipped": "no CUDA device"}))
         return
     device = torch.device("cpu" if args.rehearse else "cuda")
-    if args.text:
-        packed = zlib.decompress(args.text.read_bytes())
-        size = int.from_bytes(packed[:8], "little")
-        train, heldout = packed[8 : 8 + size], packed[8 + size :]
-    else:
-        train, heldout = text_of_this_machine()
+    train, heldout = unpacked(args.text.read_bytes()) if args.text else text_of_this_machine()
     bench = Bench(device, train, heldout, args.rehearse)
     hardware = "CPU rehearsal" if args.rehearse else torch.cuda.get_device_name()
     result: dict[str, Any] = {"hardware": hardware, "torch": torch.__version__}
     result["parameters"] = sum(parameter.numel() for parameter in bench.build().parameters())
-    watch = Stopwatch(device)
-    model = bench.build()
-    optimizer = bench.optimizer(model)
-    for step in range(1, 21):
-        if step == 11:
-            watch.lap()
-        bench.backward(model, step)
-        optimizer.step()
-        optimizer.zero_grad()
-    step_s = watch.lap() / 10
-    # Five arms for half of the time, and a run with two twins of 0.4 and 0.2 of its length for the other half.
-    rounds = 3 if args.rehearse else max(4, int(args.minutes * 30 / step_s / 5 / TURN))
-    steps = 40 if args.rehearse else max(200, int(args.minutes * 30 / step_s / 1.6) // 100 * 100)
-    capture_every, merge_every = (8, 16) if args.rehearse else (40, 200)
+    step_s = result["step_s"] = seconds_per_step(bench)
+    # Four arms for half of the time, and a run with two twins of 0.4 and 0.2 of its length for the other half.
+    rounds = 3 if args.rehearse else max(5, int(args.minutes * 30 / step_s / 4 / TURN))
+    steps = 40 if args.rehearse else max(100, int(args.minutes * 30 / step_s / 1.6) // 20 * 20)
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "identical": lambda: identical(bench),
+        "overhead": lambda: overhead(bench, rounds),
+        "curves": lambda: curves(bench, steps),
+    }
     if device.type == "cuda":
-        result["overlap"] = overlap(bench)
-        result["bandwidth"] = bandwidth(bench)
-        result["memory"] = memory(bench)
-        result["tight"] = tight(bench)
-        result["flex_attention"] = flex(bench)
-        print(json.dumps(result, indent=2), flush=True)
-    result["overhead"] = overhead(bench, rounds, capture_every, merge_every)
-    print(json.dumps(result["overhead"], indent=2), flush=True)
-    result["curves"] = curves(bench, steps, capture_every, merge_every)
-    if device.type == "cuda":
-        result["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated()
-    assert all(math.isfinite(merge["merged_loss"]) for merge in result["curves"]["merges"])
+        on_cuda = {"overlap": overlap, "memory": memory, "tight": tight, "flex_attention": flex, "bandwidth": bandwidth}
+        parts = {name: functools.partial(part, bench) for name, part in on_cuda.items()} | parts
+    chosen = args.parts.split(",") if args.parts else list(parts)
+    if unknown := set(chosen) - set(parts):
+        parser.error(f"no parts {sorted(unknown)} here: there are {list(parts)}")
     if args.output:
-        (args.output / "gpu_pretrain.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        args.output.mkdir(parents=True, exist_ok=True)
+    for name in chosen:
+        free_device()
+        result[name] = attempted(parts[name])
+        print(name, json.dumps(result[name], indent=2), flush=True)
+        if args.output:
+            (args.output / "gpu_pretrain.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))
+    sys.exit('"failed"' in json.dumps(result))
 
 
 if __name__ == "__main__":
