@@ -7,7 +7,8 @@ with all their defaults but the two intervals. Every arm is measured on held-out
 nats per byte, with standard errors of paired differences. The last line is one JSON object.
 
     python benchmarks/schedules.py --quick                       one tiny trajectory, under a minute
-    python benchmarks/schedules.py --output benchmarks/results   all of them; minutes on a GPU, hours on two cores
+    python benchmarks/schedules.py --small --output benchmarks/results   two small trajectories, half an hour on two cores
+    python benchmarks/schedules.py --output benchmarks/results   three trajectories and three sizes, many hours
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,6 @@ MERGERS: dict[str, dict[str, Any]] = {
     "5 passes": {"evaluations": 5},
     "groups": {"groups": "blocks", "evaluations": 18},
     "8 checkpoints": {"row": "last"},
-    "6 means": {"row": "mean"},
     "pairwise": {
         "search": "pairwise",
         "evaluations": 12,
@@ -59,7 +59,7 @@ MERGERS: dict[str, dict[str, Any]] = {
 # Rules that can be used as they are; the best of a grid, chosen on the numbers reported, is an oracle's.
 FIXED = ("uniform 500", "EMA 5 %", "EMA 0.99", "EMA 0.995", "EMA 0.999", "tail-EMA 0.6, 150", "LAWA 8 x 50", "pairwise")
 ORACLES = ("best uniform", "best EMA", "best tail-EMA", "best WSM")
-OURS = ("default", "5 passes", "groups", "8 checkpoints", "6 means")
+OURS = ("default", "5 passes", "groups", "8 checkpoints")
 SHOWN = ("live", "uniform 500", "EMA 5 %", "EMA 0.99", "tail-EMA 0.6, 150", "default")
 
 
@@ -230,7 +230,8 @@ def study(run: Run) -> dict[str, Any]:
     }
     averages = Averages(parameters_to_vector(model.parameters()).detach().clone(), run.points)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(run.seed))
-    points, passes = [], {name: [] for name in mergers}
+    points: list[dict[str, Any]] = []
+    passes: dict[str, list[float]] = {name: [] for name in mergers}
     for step in range(1, run.steps + 1):
         batch = train[order[torch.arange((step - 1) * BATCH, step * BATCH) % len(train)].to(device)]
         for group in optimizer.param_groups:
@@ -411,8 +412,10 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
                 if ends:
                     step = ends[0]["points"][-1]["step"]
                     loss = statistics.mean(run["points"][-1]["arms"]["live"]["loss"] for run in ends)
-                    label = "live, had its rate decayed" if other == "wsd" else None
-                    axis.plot([step], [loss], marker="*", markersize=13, color="black", linestyle="", label=label)
+                    label = "live, had its rate decayed" if other == "wsd" else ""
+                    axis.plot(
+                        [step], [loss], marker="*", markersize=13, color="black", linestyle="", label=label or "_twin"
+                    )
         axis.set(title=titles[schedule], xlabel="optimizer step")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("held-out loss, nats per byte")
@@ -422,17 +425,23 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def plan(quick: bool, device: str) -> list[Run]:
-    """All runs, longest first."""
-    if quick:
+def plan(size: str, device: str) -> list[Run]:
+    """All runs: "quick", "small" or "whole", longest first."""
+    schedules = ("constant", "wsd", "cosine", "twin")
+    if size == "small":
+        specs = (
+            Spec("llama", "python", 5e-3, steps=1000, width=64, layers=2),
+            Spec("gpt2", "cpp", 3e-3, steps=1000, width=64, layers=2),
+        )
+        return [Run(spec, schedule, 0, device, 160, 320) for spec in specs for schedule in schedules]
+    if size == "quick":
         spec = Spec("llama", "python", 1e-2, steps=400, width=32, layers=1)
-        return [Run(spec, schedule, 0, device, 32, 64) for schedule in ("constant", "wsd", "cosine", "twin")]
+        return [Run(spec, schedule, 0, device, 32, 64) for schedule in schedules]
     llama = Spec("llama", "python", 3e-3)
     others = (Spec("gpt2", "cpp", 1.5e-3), Spec("llama", "cpp", 1e-3))
     sizes = (replace(llama, width=256, layers=5), replace(llama, width=64, layers=3))
     wanted = [(spec, seed) for spec in (sizes[0], llama, *others, sizes[1]) for seed in range(3)]
     wanted = [(spec, seed) for spec, seed in wanted if seed == 0 or spec is llama]
-    schedules = ("constant", "wsd", "cosine", "twin")
     runs = [Run(spec, schedule, seed, device) for spec, seed in wanted for schedule in schedules]
     # The first trajectory of the plot is the one of middle size.
     return sorted(runs, key=lambda run: (run.schedule == "twin", -run.spec.width))
@@ -442,13 +451,15 @@ def main() -> None:
     """Train, measure, say what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one tiny trajectory")
+    parser.add_argument("--small", action="store_true", help="two small trajectories")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--output", type=Path, help="folder for schedules.json, .md and .png")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    planned = plan("quick" if arguments.quick else "small" if arguments.small else "whole", device)
     os.environ["OMP_NUM_THREADS"] = "1"  # of each process: there are as many as cores
     pool = ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn"))
-    pending = [pool.submit(study, run) for run in plan(arguments.quick, device)]
+    pending = [pool.submit(study, run) for run in planned]
     runs = []
     for one in pending:
         runs.append(one.result())
@@ -456,12 +467,11 @@ def main() -> None:
             arguments.output.mkdir(parents=True, exist_ok=True)
             (arguments.output / "schedules_runs.json").write_text(json.dumps(runs), encoding="utf-8")
     pool.shutdown()
-    middle = [run for run in runs if run["parameters"] < 2e6 and run["trajectory"].startswith("llama python")]
-    runs.sort(key=lambda run: (run["trajectory"] != middle[0]["trajectory"], -run["parameters"] % 3_000_000))
+    middle = statistics.median_low([run["parameters"] for run in runs if run["trajectory"] == runs[0]["trajectory"]])
+    runs.sort(key=lambda run: run["parameters"] != middle)  # which is the one that is drawn
     found = summary(runs)
     found["hardware"] = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
     found["torch"], found["runs"] = torch.__version__, len(runs)
-    found["plan"] = [asdict(run.spec) | {"seed": run.seed} for run in plan(arguments.quick, device)][:1]
     print("\n" + table(found) + "\n")
     if arguments.output:
         document = json.dumps(found | {"all_runs": runs}, indent=1)
