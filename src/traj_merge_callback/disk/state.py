@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..distributed import Processes
 from ..search.problem import SearchState
-from ..search.spans import Span
+from ..search.spans import Span, live_is_beside
 from ..window.storage import BLOCK, decode_int8
 from ..window.window import CheckpointWindow
 from .atomic import TEMPORARY, remove_folder, remove_leftovers, remove_tree, shared_folder, write_tensors
@@ -330,7 +330,8 @@ def _spans(values: Any) -> list[Span]:
         TypeError, ValueError: they are of no rows of one window.
     """
     spans = [Span(*map(integer, sequence(span))) for span in sequence(values)]
-    ends = [step for span in spans for step in (span.first - 1, span.last - 1, span.last)]
+    means = spans[:-1] if live_is_beside(spans) and spans[-1].first == spans[-2].last else spans
+    ends = [step for span in means for step in (span.first - 1, span.last - 1, span.last)]
     if ends != sorted(ends) or any(span.samples < 1 for span in spans):
         raise ValueError(f"spans={values} are of no window")
     return spans
