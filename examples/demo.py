@@ -125,7 +125,6 @@ def main() -> None:
     )
     trainer.remove_callback(PrinterCallback)
     callback = TrajMergeCallback(
-        window_size=8,
         capture_every=args.capture_every,
         merge_every=args.merge_every,
         report_only=["reference"],
