@@ -7,7 +7,7 @@ with all their defaults but the two intervals. Every arm is measured on held-out
 nats per byte, with standard errors of paired differences. The last line is one JSON object.
 
     python benchmarks/schedules.py --quick                       one tiny trajectory, under a minute
-    python benchmarks/schedules.py --small --output benchmarks/results   two small trajectories, about an hour of one core
+    python benchmarks/schedules.py --small --output benchmarks/results   two small trajectories, an hour of a core
     python benchmarks/schedules.py --output benchmarks/results   three trajectories and three sizes, many hours
 """
 

@@ -335,10 +335,10 @@ def test_what_is_due_is_done_once_even_if_its_exact_step_is_skipped(every, steps
 
 def test_captures_start_at_start_step_and_a_late_start_keeps_the_grid(loader, train, tmp_path):
     model = tiny_llama()
-    merger = engine(loader, tmp_path, start_step=5, merge_at_end=False)
+    merger = engine(loader, tmp_path, start_step=5, merge_at_end=False, row="last")
     train_steps(model, train, 11, lambda step: merger.step(model, step))
     assert merger.window.steps == (6, 8, 10)
-    late = engine(loader, tmp_path)
+    late = engine(loader, tmp_path, row="last")
     late.step(model, 101)
     assert len(late.window) == 0
     late.step(model, 102)
@@ -444,8 +444,9 @@ def test_mean_rows_and_groups_are_what_is_published(loader, train, tmp_path):
         assert record.search_losses["merged"] < record.search_losses["live"]
         published = AutoModelForCausalLM.from_pretrained(record.snapshot).state_dict()
         means = [
-            {name: (states[s - 1][name] + states[s][name]) / 2 for name in states[s]} for s in record.checkpoint_steps
-        ]
+            {name: (states[s - 1][name] + states[s][name]) / 2 for name in states[s]}
+            for s in record.checkpoint_steps[:-1]
+        ] + [states[record.step]]
         for name, group in (("model.embed_tokens.weight", "embeddings"), ("model.norm.weight", "norms")):
             rows = torch.stack([row[name] for row in means])
             weights = torch.tensor(record.group_weights[group])
@@ -463,7 +464,7 @@ def test_live_can_win_where_rows_are_means(loader, train, tmp_path):
     merger = engine(loader, tmp_path, search="lawa", merge_every=4, **MEAN_ROWS)
     train_steps(model, train, 8, lambda step: merger.step(model, step), lr=3e-2)
     first = merger.records[0]
-    assert first.weights == [0.0, 0.0]
+    assert first.weights == [0.0, 0.0, 1.0]
     assert first.gain == 0
     assert first.merged_loss == first.live_loss
     assert first.snapshot is not None

@@ -97,7 +97,7 @@ def test_live_is_what_it_was_at_the_step_of_the_merge_and_rows_are_not_overwritt
             # A merge is under way; capture_every=1 would have brought a new row at every step.
             held.setdefault(merger._state.last_merge_step, set()).add(merger.window.steps)
 
-    _, merger = run(loader, train, tmp_path, each=each, capture_every=1, **INTERLEAVED)
+    _, merger = run(loader, train, tmp_path, each=each, capture_every=1, row="last", **INTERLEAVED)
     first = merger.records[0]
     assert first.finished_step > first.step + 5
     for record in merger.records:
@@ -203,7 +203,7 @@ def test_a_search_that_fails_between_steps_is_logged_and_the_next_merge_goes_on(
 
 def test_rows_on_their_way_to_the_disk_are_not_overwritten(loader, train, tmp_path, monkeypatch):
     model = tiny_llama()
-    merger = engine(loader, tmp_path, capture_every=1, merge_every=1000, **INTERLEAVED)
+    merger = engine(loader, tmp_path, capture_every=1, merge_every=1000, row="last", **INTERLEAVED)
     train_steps(model, train, 10, lambda step: merger.step(model, step))
     hold, save = threading.Event(), save_state
 

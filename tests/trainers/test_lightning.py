@@ -253,7 +253,7 @@ def test_a_missing_window_is_said_once_and_training_resumes(tmp_path, train, hel
 def test_steps_that_amp_skips_are_not_captured(tmp_path, train, heldout):
     module = Module(dropout=0.0)
     overflow_at(module.model, {1, 2, 4, 6})
-    callback = merging(tmp_path)
+    callback = merging(tmp_path, row="last")
     fit(
         tmp_path,
         train,

@@ -198,7 +198,7 @@ def test_steps_that_amp_skips_are_not_captured(tmp_path, train, heldout):
     # Accelerate refuses fp16 on the CPU, but its loop works with any scaler.
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     overflow_at(trainer.model, {1, 2, 4, 6})
-    callback = TrajMergeCallback(on_error="raise", **{**OPTIONS, "merge_at_end": False}).attach(trainer)
+    callback = TrajMergeCallback(on_error="raise", **{**OPTIONS, "merge_at_end": False, "row": "last"}).attach(trainer)
     trainer.train()
     assert trainer.accelerator.scaler.get_scale() == 1024 / 2**4
     # Captures were due at 2, 4, 6 and 8, merges at 4 and 8: what fell on a skipped step was done at the next real one.

@@ -417,6 +417,7 @@ class CheckpointWindow:
         them, as they are the same in all, or they were not finite at some time.
         """
         rows, found = self._stored_rows(), set[str]()
+        rows = rows[: len(rows) - self._ring.live_is_beside]  # live is not rounded as the others may be
         for slot in self.layout.slots:
             if not slot.is_parameter:
                 yield COMBINE
