@@ -219,7 +219,7 @@ def test_rows_on_their_way_to_the_disk_are_not_overwritten(loader, train, tmp_pa
     merger.wait()
     train_steps(model, train, 3, lambda step: merger.step(model, step), start=13)
     assert merger.window.steps == (10, 14, 15, 16)
-    other = engine(loader, tmp_path / "other", capture_every=1, merge_every=1000, **INTERLEAVED)
+    other = engine(loader, tmp_path / "other", capture_every=1, merge_every=1000, row="last", **INTERLEAVED)
     other.load_state(tmp_path / "state", model, 10)
     assert other.window.steps == (7, 8, 9, 10)
     assert torch.equal(other.window.combine([0, 0, 0, 1]), expected)
