@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import sysconfig
 import tempfile
 import zlib
 from contextlib import AbstractContextManager, nullcontext
@@ -15,16 +14,14 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from realtext import cpp_headers, python_source
 from traj_merge_callback import TrajectoryMerger
 
 
 def text_of_this_machine() -> tuple[bytes, bytes]:
     """Source files to train on, and every tenth one to hold out."""
-    library = Path(sysconfig.get_path("stdlib"))
-    skipped = {"test", "tests", "idlelib", "site-packages", "pydoc_data", "__pycache__"}
-    files = [p for p in sorted(library.rglob("*.py")) if not skipped & set(p.relative_to(library).parts)]
-    files += sorted((Path(torch.__file__).parent / "include").rglob("*.h"))
-    texts = [path.read_bytes() for path in files]
+    texts = python_source() + cpp_headers()
     held_out = [text for index, text in enumerate(texts) if index % 10 == 0]
     return b"\n".join(text for index, text in enumerate(texts) if index % 10), b"\n".join(held_out)
 

@@ -6,7 +6,7 @@ each with its real rule or as the best of a grid (an oracle, tuned on the number
 with all their defaults but the two intervals. Every arm is measured on held-out sequences that no merger has seen, in
 nats per byte, with standard errors of paired differences. The last line is one JSON object.
 
-    python benchmarks/schedules.py --quick                       one tiny trajectory, under a minute
+    python benchmarks/schedules.py --quick                       one tiny trajectory, about a minute
     python benchmarks/schedules.py --small --output benchmarks/results   two small trajectories, an hour of a core
     python benchmarks/schedules.py --output benchmarks/results   three trajectories and three sizes, many hours
 """
@@ -31,11 +31,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from trajectories import BATCH, WARM_UP, Spec, blocks_of
+from torch.nn.utils import parameters_to_vector
+from trajectories import BATCH, WARM_UP, Spec, blocks_of, put
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 from traj_merge_callback import TrajectoryMerger
+from traj_merge_callback.search.recipes import wsm
 
 MERGE_EVERY = 100
 DECAY = 0.4
@@ -50,14 +51,10 @@ MERGERS: dict[str, dict[str, Any]] = {
     "5 passes": {"evaluations": 5},
     "groups": {"groups": "blocks", "evaluations": 18},
     "8 checkpoints": {"row": "last"},
-    "pairwise": {
-        "search": "pairwise",
-        "evaluations": 12,
-        "merge_every": 5 * MERGE_EVERY,
-    },  # its Gaussian process is slow
+    # Seldom, because its Gaussian process is slow.
+    "pairwise": {"search": "pairwise", "evaluations": 12, "merge_every": 5 * MERGE_EVERY},
 }
-# Rules that can be used as they are; the best of a grid, chosen on the numbers reported, is an oracle's.
-FIXED = ("uniform 500", "EMA 5 %", "EMA 0.99", "EMA 0.995", "EMA 0.999", "tail-EMA 0.6, 150", "LAWA 8 x 50", "pairwise")
+# The best of a grid, chosen on the numbers reported.
 ORACLES = ("best uniform", "best EMA", "best tail-EMA", "best WSM")
 OURS = ("default", "5 passes", "groups", "8 checkpoints")
 SHOWN = ("live", "uniform 500", "EMA 5 %", "EMA 0.99", "tail-EMA 0.6, 150", "default")
@@ -146,10 +143,8 @@ class Averages:
         def spaced(spacing: int) -> list[Tensor]:
             return [self.checkpoints[s] for s in range(step - 7 * spacing, step + 1, spacing) if s in self.checkpoints]
 
-        def wsm(rows: list[Tensor]) -> Tensor:
-            profile = 1 - np.sqrt(np.arange(1, len(rows)) / len(rows))
-            weights = -np.diff(np.concatenate([[1.0], profile, [0.0]]))
-            return torch.stack([float(w) * one for w, one in zip(weights, rows, strict=True)]).sum(dim=0)
+        def decayed(rows: list[Tensor]) -> Tensor:
+            return torch.stack([float(w) * one for w, one in zip(wsm(len(rows)), rows, strict=True)]).sum(dim=0)
 
         return {
             "live": [row],
@@ -161,7 +156,7 @@ class Averages:
             "best uniform": list(uniform.values()),
             "best EMA": plain,
             "best tail-EMA": tails,
-            "best WSM": [wsm(spaced(spacing)) for spacing in WSM_SPACINGS],
+            "best WSM": [decayed(spaced(spacing)) for spacing in WSM_SPACINGS],
         }
 
 
@@ -175,7 +170,7 @@ class Report:
     @torch.no_grad()
     def losses(self, row: Tensor) -> np.ndarray:
         """Nats per byte of each sequence, shape ``(sequences,)``."""
-        vector_to_parameters(row.clone(), self.model.parameters())
+        put(self.model, row)
         found = []
         for batch in self.batches:
             logits = self.model(input_ids=batch).logits[:, :-1].float()

@@ -267,7 +267,8 @@ class MergeConfig:
         """Optimizer steps between two rows."""
         if self.capture_every is not None:
             return self.capture_every
-        divisors = [count for count in range(1, self.merge_every + 1) if self.merge_every % count == 0]
+        small = [count for count in range(1, math.isqrt(self.merge_every) + 1) if self.merge_every % count == 0]
+        divisors = small + [self.merge_every // count for count in reversed(small)]
         return min(divisors, key=lambda count: abs(math.log(count * _ROWS_A_MERGE / self.merge_every)))
 
     @property
@@ -277,9 +278,10 @@ class MergeConfig:
             return 1
         if self.samples_per_row is not None:
             return self.samples_per_row
+        interval = self.capture_interval
         if self.row_kind == "multiscale":
-            return self.capture_interval // math.ceil(self.capture_interval / _MOST_SAMPLES)
-        return max(count for count in range(1, _MOST_SAMPLES + 1) if self.capture_interval % count == 0)
+            return interval // math.ceil(interval / _MOST_SAMPLES)
+        return max(count for count in range(1, _MOST_SAMPLES + 1) if interval % count == 0)
 
     @property
     def publishes(self) -> bool:

@@ -114,3 +114,15 @@ def test_importing_is_light():
 def test_a_mean_row_has_as_many_samples_as_divide_its_interval(capture_every, samples):
     assert MergeConfig(row="mean", capture_every=capture_every, merge_every=capture_every).samples == samples
     assert MergeConfig(row="last", capture_every=capture_every, merge_every=capture_every).samples == 1
+
+
+@pytest.mark.parametrize(
+    ("merge_every", "interval", "samples"),
+    [(1, 1, 1), (7, 1, 1), (20, 2, 2), (100, 10, 5), (500, 50, 7), (997, 997, 7), (3_000_000, 300_000, 8)],
+)
+def test_without_intervals_a_row_comes_every_tenth_of_a_merge_and_has_samples(merge_every, interval, samples):
+    config = MergeConfig(merge_every=merge_every)
+    assert (config.row_kind, config.num_rows, config.capture_interval) == ("multiscale", 6, interval)
+    assert config.samples == samples
+    recipe = MergeConfig(merge_every=merge_every, search="lawa")
+    assert (recipe.row_kind, recipe.num_rows, recipe.samples) == ("last", 8, 1)

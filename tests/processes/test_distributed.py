@@ -266,9 +266,8 @@ def test_sharded_files_need_a_folder_that_all_ranks_share(folder):
 )
 def test_resuming_at_the_same_and_at_another_number_of_processes(folder, resumed, run, exactly):
     ours, theirs = records(folder, resumed)[-1], records(folder, run)[-1]
-    assert ours["checkpoint_steps"] == theirs["checkpoint_steps"]
+    assert ours["checkpoint_steps"] == theirs["checkpoint_steps"] == [6, 8, 10, 12, 12]
     assert ours["row_spans"] == theirs["row_spans"]
-    assert ours["row_spans"][0][0] < 12 < 1 + ours["row_spans"][-1][1]
     # int8 rows are rounded once more where columns are divided in another way.
     tolerance = 0 if exactly else 1e-4 if "int8" in run else 1e-5
     assert ours["merged_loss"] == pytest.approx(theirs["merged_loss"], abs=tolerance)

@@ -75,6 +75,14 @@ def test_weights_are_carried_over_by_age(old, later, random):
     np.testing.assert_allclose(carried_over([3.0, -2.0], spans_of([10, 10]), spans_of([5, 5], 11)), [2.0, -1.0])
 
 
+def test_lives_weight_stays_lives_and_goes_to_the_newest_mean_where_live_is_no_row():
+    old, new = [*spans_of([10, 10]), Span(20, 20, 1)], [*spans_of([2, 8, 10]), Span(20, 20, 1)]
+    np.testing.assert_allclose(carried_over([3.0, -2.5, 0.5], old, new), [0.6, 2.4, -2.5, 0.5])
+    np.testing.assert_allclose(carried_over([3.0, -2.5, 0.5], old, new[:-1]), [0.6, 2.4, -2.0])
+    np.testing.assert_allclose(carried_over([3.0, -2.0], old[:-1], new), [0.6, 2.4, -2.0, 0.0])
+    assert average(new)[-1] == 0.0
+
+
 @given(lengths)
 def test_the_average_that_the_first_merge_begins_with(found):
     weights = average(spans_of(found))

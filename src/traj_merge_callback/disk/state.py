@@ -330,7 +330,7 @@ def _spans(values: Any) -> list[Span]:
         TypeError, ValueError: they are of no rows of one window.
     """
     spans = [Span(*map(integer, sequence(span))) for span in sequence(values)]
-    means = spans[:-1] if live_is_beside(spans) and spans[-1].first == spans[-2].last else spans
+    means = spans[:-1] if live_is_beside(spans) else spans
     ends = [step for span in means for step in (span.first - 1, span.last - 1, span.last)]
     if ends != sorted(ends) or any(span.samples < 1 for span in spans):
         raise ValueError(f"spans={values} are of no window")

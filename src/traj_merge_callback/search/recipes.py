@@ -165,11 +165,11 @@ class RecipeSearch(Search):
         self._done = True
         losses = [self._losses[age] for age in reversed(range(len(self._losses)))]
         # Beside rows that are means, live is no row of a recipe that knows no losses: they are all but free of noise.
-        rows = self.problem.size - live_is_beside(self.problem.spans)
+        behind = int(self.argument != "losses" and live_is_beside(self.problem.spans))
+        rows = self.problem.size - behind
         known = {"size": rows, "steps": self.problem.steps[:rows], "losses": losses}
-        weights, size = self.recipe(known[self.argument], **self._options), self.problem.size
-        behind = 0 if self.argument == "losses" else size - rows
-        return np.concatenate([np.zeros(size - behind - len(weights)), weights, np.zeros(behind)])
+        weights = self.recipe(known[self.argument], **self._options)
+        return np.pad(weights, (rows - len(weights), behind))
 
     def tell(self, weights: np.ndarray, loss: float, observed: Observed) -> None:
         if not self._done:

@@ -79,7 +79,7 @@ def average(spans: Sequence[Span]) -> np.ndarray:
 
 def live_is_beside(spans: Sequence[Span]) -> bool:
     """Whether the newest row is live beside rows that are means: a checkpoint that is in the row before too."""
-    return len(spans) > 1 and spans[-1].first <= spans[-2].last
+    return len(spans) > 1 and spans[-1].first == spans[-2].last
 
 
 def carried_over(weights: Sequence[float], old: Sequence[Span], new: Sequence[Span]) -> np.ndarray:
