@@ -1,10 +1,12 @@
 """What the callback costs a training run: step time, pauses and memory, beside a run without it and beside others.
 
 Arms train the same model on the same batches in one process, in turns of a few steps, in an order that rotates; a
-turn's time is divided by that of the arm without anything in the same round. The arms:
+turn's time is divided by that of the arm without anything in the same round. A step has several micro-batches. The
+arms:
 
-- default: ``TrajectoryMerger`` with its defaults; its merges are rare and large, so the ratio is that of total times;
-- capture_only: the same with merges switched off; capture_mean: with rows that are means of 8 checkpoints;
+- default: ``TrajectoryMerger`` with its defaults, and merges more often than anyone needs, so that there are some; what
+  they cost at ``merge_every=500`` is computed from what training waited for each;
+- capture_only: the same with merges switched off; capture_last: of single checkpoints;
 - lightning_ema: Lightning's ``EMAWeightAveraging``, every step, on the training device (and on the CPU, if that is
   another place);
 - trl_bema: TRL's ``BEMACallback``, every 400 steps, on the CPU.
@@ -46,6 +48,7 @@ from traj_merge_callback import CheckpointWindow, TrajectoryMerger
 from traj_merge_callback.window.storage import DTYPES
 
 TURN = 10
+MICRO_BATCHES = 4
 MEMORY_WIDTH = 768
 LENGTH = 128
 
@@ -74,7 +77,6 @@ class Arm:
     model: nn.Module
     after: Callable[[int], object]
     merger: TrajectoryMerger | None = None
-    sequences: int = 16
     turns: list[float] = field(default_factory=list)
     pauses: list[float] = field(default_factory=list)
     step: int = 0
@@ -84,8 +86,8 @@ class Arm:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.batches = torch.Generator().manual_seed(0)
 
-    def turn(self, data: Tensor, steps: int, device: torch.device) -> None:
-        """Train for some steps and note how long it took."""
+    def turn(self, data: Tensor, steps: int, sequences: int, device: torch.device) -> None:
+        """Train for some steps, each of several micro-batches of so many sequences, and note how long it took."""
         started = time.perf_counter()
         if self.merger is not None:
             # Other arms' time is none of this run's.
@@ -93,8 +95,9 @@ class Arm:
             self.merger._overhead._left += started - self.away_since
         for _ in range(steps):
             self.step += 1
-            batch = data[torch.randint(len(data), (self.sequences,), generator=self.batches)].to(device)
-            self.model(input_ids=batch, labels=batch).loss.backward()
+            for _ in range(MICRO_BATCHES):
+                batch = data[torch.randint(len(data), (sequences,), generator=self.batches)].to(device)
+                (self.model(input_ids=batch, labels=batch).loss / MICRO_BATCHES).backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
             before = time.perf_counter()
@@ -113,13 +116,12 @@ def arms(names: list[str], width: int, heldout: Tensor, device: torch.device, op
     found = [Arm("none", build(width, device), nothing)]
     for name in names:
         model = build(width, device)
-        if name in ("default", "capture_only", "capture_mean"):
+        if name in ("default", "capture_only", "capture_last"):
             extra: dict[str, Any] = {}
             if name != "default":
-                never = 10**6 * options["capture_every"]
-                extra = {"merge_every": never, "schedule": "blocking", "max_overhead": None}
-            if name == "capture_mean":
-                extra["row"] = "mean"
+                extra = {"merge_every": 10**6 * options["capture_every"], "schedule": "blocking"}
+            if name == "capture_last":
+                extra["row"] = "last"
             extra = {**options, "merge_at_end": False, "output_dir": tempfile.mkdtemp(), **extra}
             merger = TrajectoryMerger(DataLoader(Blocks(heldout), batch_size=16), **extra)
             found.append(Arm(name, model, functools.partial(merger.step, model), merger))
@@ -174,7 +176,6 @@ def train_for_memory(case: str, width: int) -> None:
             output_dir=tempfile.mkdtemp(),
             capture_every=1,
             merge_every=8,
-            max_overhead=None,
             heldout_batches=2,
             keep_last=0,
             keep_best=False,
@@ -208,7 +209,7 @@ def main() -> None:
     """Train all arms in turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=120, help=f"turns of {TURN} steps for each arm")
+    parser.add_argument("--rounds", type=int, default=40, help=f"turns of {TURN} steps for each arm")
     parser.add_argument("--quick", action="store_true", help="small, few rounds, no memory; within 50 seconds")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="also write the JSON object to overhead.json in this folder")
@@ -216,31 +217,35 @@ def main() -> None:
     if args.memory_of:
         train_for_memory(args.memory_of, args.width)
         return
-    # Defaults but for the rhythm, so that merges happen in the time there is.
-    options: dict[str, Any] = {"capture_every": 50, "merge_every": 500}
+    options: dict[str, Any] = {"capture_every": 10, "merge_every": 100}
     sequences = 16
     if args.quick:
-        args.width, args.rounds, sequences = 32, 14, 2
-        options = {"capture_every": 16, "merge_every": 48, "heldout_batches": 2}
+        args.width, args.rounds, sequences = 32, 10, 2
+        options = {"capture_every": 8, "merge_every": 32, "heldout_batches": 2}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train, heldout = split_blocks(python_source(), LENGTH)
-    names = ["default", "capture_only", "capture_mean", "lightning_ema", "trl_bema"]
+    names = ["default", "capture_only", "capture_last", "lightning_ema", "trl_bema"]
     if device.type == "cuda":
         names.append("lightning_ema_cpu")
     runs = arms(names, args.width, heldout, device, options)
     for run in runs:
-        run.sequences = sequences
-        run.turn(train, TURN, device)  # warms up
+        run.turn(train, TURN, sequences, device)  # warms up
         run.turns.clear()
     for number in range(args.rounds):
         for run in runs[number % len(runs) :] + runs[: number % len(runs)]:
-            run.turn(train, TURN, device)
+            run.turn(train, TURN, sequences, device)
     base, default = runs[0], runs[1]
     assert default.merger is not None
     pairs = zip(base.model.parameters(), default.model.parameters(), strict=True)
     same = all(torch.equal(one, other) for one, other in pairs)
     numel = sum(parameter.numel() for parameter in base.model.parameters())
-    result: dict[str, Any] = {"ratio_default": round(sum(default.turns) / sum(base.turns), 4)}
+    step_s = statistics.median(base.turns) / TURN
+    waited = {record.step: round(record.seconds, 4) for record in default.merger.records}
+    result: dict[str, Any] = {
+        "ratio_default": round(sum(default.turns) / sum(base.turns), 4),
+        "merge_every": options["merge_every"],
+        "share_at_merge_every_500": round(statistics.median(waited.values()) / (500 * step_s), 4),
+    }
     for run in runs[1:]:
         ratio, error = median_and_error([a / b for a, b in zip(run.turns, base.turns, strict=True)])
         key = "ratio_default_median" if run is default else f"ratio_{run.name}"
@@ -250,10 +255,12 @@ def main() -> None:
     assert window is not None
     result |= {
         "overhead_measured_by_the_callback": round(overhead.share, 4),
-        "merges": [[record.step, record.finished_step, record.allowed] for record in default.merger.records],
+        "waited_for_each_merge_s": waited,
+        "passes_of_each_merge": {record.step: record.forward_equivalents for record in default.merger.records},
         "longest_pause_s": round(max(default.pauses), 4),
         "max_pause_s": round(overhead.max_pause, 4),
-        "step_s": round(statistics.median(base.turns) / TURN, 4),
+        "step_s": round(step_s, 4),
+        "micro_batches": MICRO_BATCHES,
         "optimizer_waited_s": round(window.waited_s, 4),
         "bit_identical": same,
         "bytes_per_param_per_row": {
