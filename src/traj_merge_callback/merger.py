@@ -267,8 +267,7 @@ class TrajectoryMerger:
         if wanted and step > self._state.last_merge_step:
             with self._failures.contained("the merge at the end", step):
                 self._writer.wait()  # for the rows, which may be on their way to a checkpoint
-                with self.processes.raise_on_all():
-                    self.window.settle()
+                self._capturing.settle(self.window)
                 if self.processes.all_reduce_max(float(self.window.steps[-1:] != (step,)))[0]:
                     with self.processes.raise_on_all():
                         self.window.push(model, step)
@@ -352,7 +351,7 @@ class TrajectoryMerger:
             return False
         self._state.last_step = step
         self._due |= passed(self.config.merge_every, previous, step)
-        self._capturing.take(action, window, model, step)
+        self._capturing.take(action, window, model, step, self._state.search.spoiled)
         return action == "row"
 
     def _begin(self, model: nn.Module, step: int, evaluations: int | None = None) -> None:
@@ -415,8 +414,7 @@ class TrajectoryMerger:
             target = self.processes.from_rank0(lambda: None if folder is None else Path(folder).absolute())
             if target is None:
                 return
-            with self.processes.raise_on_all():
-                window.settle()
+            self._capturing.settle(window)
             # A merge under way can be made again if nothing was captured since: its rows and live weights are there.
             # What it learns is not in the state yet.
             again = self._schedule.merge_under_way and self._capturing.row_step == self._state.last_merge_step

@@ -3,6 +3,7 @@
 import copy
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import AT_ONCE, same_weights, tiny_llama, train_steps
@@ -11,10 +12,20 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
-from traj_merge_callback import TrajectoryMerger, load_merged
+from traj_merge_callback import Search, TrajectoryMerger, load_merged
 
 OPTIONS = {"window_size": 4, "capture_every": 2, "merge_every": 8, "heldout_batches": 4, "on_error": "raise"} | AT_ONCE
 OPTIONS |= {"progress": False, "keep_last": 9}
+
+
+class Beyond(Search):
+    """Goes on in the direction of the last steps, which is better than live while the loss falls fast."""
+
+    def __init__(self, problem):
+        self.candidates = [np.array([0.0] * (problem.size - 2) + [-1.0, 2.0])]
+
+    def ask(self):
+        return self.candidates.pop() if self.candidates else None
 
 
 class HandWritten(nn.Module):
@@ -153,12 +164,17 @@ def test_a_mask_of_minus_infinity_in_a_model_of_transformers(train, heldout, tmp
 def test_a_merge_that_is_not_finite_is_not_published_and_that_is_said_once(train, heldout, tmp_path, caplog):
     plain = train_steps(tiny_llama(), train, 17)
     model = tiny_llama()
-    options = {**OPTIONS, "on_error": "warn", "search": "lawa"}
+    options = {**OPTIONS, "on_error": "warn", "search": f"{__name__}:Beyond"}
     merger = TrajectoryMerger(DataLoader(heldout, 8), output_dir=str(tmp_path), **options)
-    with torch.no_grad():
-        # A position that no held-out token uses: the losses are finite.
-        model.unused = nn.Parameter(torch.tensor([1.0, float("nan")]))
-    train_steps(model, train, 17, lambda step: merger.step(model, step))
+    # Numbers that no held-out token uses: the losses are finite.
+    model.unused = nn.Parameter(torch.zeros(2, dtype=torch.float16))
+
+    def each(step):
+        model.unused.data.fill_(0.0 if step % 8 else 60000.0)  # twice as much is more than there is in float16
+        merger.step(model, step)
+
+    train_steps(model, train, 17, each)
+    assert [record.source for record in merger.records] == ["merge"] * 2
     assert [record.snapshot for record in merger.records] == [None] * 2
     assert not list(tmp_path.glob("step-*"))
     assert (

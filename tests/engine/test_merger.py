@@ -291,8 +291,9 @@ def test_auto_takes_gradients_and_goes_on_without_them_where_there_are_none(load
         for record in merger.records:
             assert record.evaluations >= 3
             assert record.forward_equivalents <= 9
-            assert (record.forward_equivalents > record.evaluations) == (nll is None)
             assert record.search_losses["merged"] <= record.search_losses["live"]
+        # A merge with gradients and without a race has fewer candidates than passes.
+        assert any(one.forward_equivalents > one.evaluations for one in merger.records) == (nll is None)
     assert len([r for r in caplog.records if "goes on with search='reach'" in r.message]) == 1
 
 

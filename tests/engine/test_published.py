@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from conftest import AT_ONCE, tiny_llama, train_steps
+from conftest import AT_ONCE, tiny_llama, train_steps, warnings_of
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -110,3 +110,36 @@ def test_experts_that_no_token_uses_and_models_that_do_not_shift_labels(train, h
     assert "could not search with gradients" not in caplog.text
     again = AutoModelForCausalLM.from_pretrained(record.snapshot)
     assert all(value.isfinite().all() for value in again.state_dict().values())
+
+
+@pytest.mark.parametrize("row", ["last", "multiscale"])
+def test_weights_that_are_not_finite_for_a_while_cost_those_merges_only(train, heldout, tmp_path, caplog, row):
+    """Weights are NaN when checkpoints are taken at steps 20 to 24, and are restored after."""
+    model = tiny_llama(dropout=0.0)
+    options = OPTIONS | {"on_error": "warn", "row": row, "samples_per_row": 2, "capture_every": 4, "merge_every": 4}
+    merger = TrajectoryMerger(DataLoader(heldout, 8), search="auto", output_dir=str(tmp_path), **options)
+
+    def each(step):
+        parameter = model.get_input_embeddings().weight
+        kept = parameter.detach().clone()
+        if 20 <= step <= 24:
+            parameter.data[3, 5] = float("nan")
+        merger.step(model, step)
+        merger.settle()
+        parameter.data.copy_(kept)
+
+    train_steps(model, train, 48, each, lr=1e-2)
+    records = {record.step: record for record in merger.records}
+    assert sorted(records) == [8, 12, 16, 28, 32, 36, 40, 44, 48]
+    for record in records.values():
+        assert not {20, 24} & set(record.checkpoint_steps)
+        assert np.isfinite(record.merged_loss)
+        # Before that the loss falls so fast that live may be the best.
+        assert record.step < 36 or record.search_losses["merged"] < record.search_losses["live"]
+    said = warnings_of(caplog)
+    assert sum("not finite when a checkpoint was taken" in line for line in said) == 1
+    assert sum("so there is no merge of them" in line for line in said) == 1
+    assert not any("could not search with gradients" in line for line in said)
+    # With gradients, as ever: without them a merge has as many candidates as passes.
+    assert records[48].evaluations < records[48].forward_equivalents
+    merger.close()

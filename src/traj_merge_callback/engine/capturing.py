@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Collection
 from typing import Literal
 
 from torch import nn
@@ -11,6 +12,7 @@ from ..config import MergeConfig
 from ..distributed import Processes
 from ..window.window import CheckpointWindow
 
+logger = logging.getLogger("traj_merge_callback")
 Action = Literal["row", "sample", "nothing"]
 
 
@@ -34,6 +36,7 @@ class Capturing:
         #: The step of the last row.
         self.row_step: int | None = None
         self._missed = False  # whether a sample of the mean row begun was left out
+        self._said = False
 
     def forget(self) -> None:
         """A new window takes the place of the one before."""
@@ -50,7 +53,7 @@ class Capturing:
         Rows that a merge or a state being written still reads are not written; a state reads the running mean as well.
         """
         in_use = float(window.is_in_use), float(window.mean_is_in_use)
-        was_skipped, rows_in_use, mean_in_use = self._processes.all_reduce_max(float(skipped()), *in_use)
+        was_skipped, rows_in_use, mean_in_use = self.settle(window, float(skipped()), *in_use)
         if was_skipped:
             return None
         is_row, kind = passed(self._every, previous, step), self._kind
@@ -66,11 +69,29 @@ class Capturing:
         # A span that cannot end now ends later, where rows are means of spans of any length.
         return "row" if is_row and not rows_in_use else "sample"
 
-    def take(self, action: Action, window: CheckpointWindow, model: nn.Module, step: int) -> None:
-        """Do what is planned."""
+    def take(
+        self, action: Action, window: CheckpointWindow, model: nn.Module, step: int, spoiled: Collection[str] = ()
+    ) -> None:
+        """Do what is planned; rows of the names in ``spoiled`` leave the window first."""
         with self._processes.raise_on_all():
             if action == "row":
-                window.push(model, step)
+                window.push(model, step, spoiled)
                 self.row_step = step
             elif action == "sample":
                 window.sample(model, step)
+
+    def settle(self, window: CheckpointWindow, *values: float) -> list[float]:
+        """Wait for the last capture on all ranks, and say once if it was left out as not finite.
+
+        Returns:
+            The largest of each value over all ranks.
+        """
+        left_out, *found = window.settle_together(*values)
+        if left_out and not self._said:
+            self._said = True
+            if self._processes.is_rank_zero:
+                logger.warning(
+                    "the model's weights were not finite when a checkpoint was taken: it is left out of the window, "
+                    "as are later ones like it"
+                )
+        return found

@@ -80,12 +80,12 @@ def select(
     single = {problem.row(age).tobytes(): name for age, name in enumerate(reversed(problem.names))}
     known |= {key: np.array(row_losses[name]) for key, name in single.items() if name in row_losses}
 
-    def ask() -> tuple[np.ndarray | None, bool, int]:
+    def ask() -> tuple[np.ndarray | None, bool, int, bool]:
         nonlocal search
         search = make() if search is None else search
         candidate = search.ask()
         parts = problem.parts if search.wants_parts is None else min(search.wants_parts, problem.parts)
-        return candidate, search.wants_gradient, parts
+        return candidate, search.wants_gradient, parts, search.same_part
 
     def hopeless(evaluation: Evaluation) -> bool:
         unfinished = len(evaluation.nll) < problem.batches
@@ -93,7 +93,7 @@ def select(
 
     for _ in range(_ASKS_PER_EVALUATION * problem.evaluations):
         yield SEARCH
-        candidate, with_gradient, wanted_parts = processes.from_rank0(ask)
+        candidate, with_gradient, wanted_parts, same_part = processes.from_rank0(ask)
         if candidate is None:
             break
         weights = _checked(candidate, problem)
@@ -104,7 +104,8 @@ def select(
             if spent + cost * wanted_parts / problem.parts > problem.evaluations:
                 break
             # Candidates that are not evaluated on all parts take different ones in turn, whose errors differ.
-            parts = [(count + part) % problem.parts for part in range(wanted_parts)]
+            first = 0 if same_part else count
+            parts = [(first + part) % problem.parts for part in range(wanted_parts)]
             evaluation, gradient = yield from measure(weights, with_gradient, parts, hopeless)
             share = len(evaluation.nll) / problem.batches
             count, spent = count + 1, spent + cost * share
@@ -199,6 +200,8 @@ class Chooser:
             make = lambda: reach(problem)  # noqa: E731
         chosen = yield from select(make, problem, measure, start, state.row_losses, self._processes)
         self._trying, shared = None, chosen.weights
+        # Rank 0 searched; all ranks take rows, and must agree on which of them leave.
+        state.memory = self._processes.from_rank0(lambda: problem.memory)
         if window.groups is not None and shared is not None and not (self._ungrouped or self._without_gradients):
             self._trying = "groups"
             gram = yield from window.gram_pieces(grouped=True)
@@ -258,13 +261,15 @@ class Chooser:
         self, window: CheckpointWindow, live: Evaluation, state: SearchState, step: int, evaluations: int
     ) -> Pieces[Problem]:
         config, size = self._config, window.num_weights
-        previous = None
+        previous = again = None
         spans = window.spans if any(span.samples > 1 for span in window.spans) else ()
         if state.previous is not None and spans and len(state.previous) == len(state.spans):
             previous = carried_over(state.previous, state.spans, spans)
         elif state.previous is not None and not spans and len(state.previous) <= size:
             # Ages match from the newest row on; a window that has grown since then has older rows of weight 0.
             previous = np.concatenate([np.zeros(size - len(state.previous)), state.previous])
+        if state.previous is not None and len(state.previous) == len(state.spans):
+            again = carried_over(state.previous, state.spans, window.spans, by_age=False)
         objective = Objective.of(
             live,
             self._heldout.searched,
@@ -279,6 +284,7 @@ class Chooser:
             steps=window.steps,
             evaluations=evaluations - 1 - (0 if config.groups is None else GroupedSearch.cost),
             previous=previous,
+            again=again,
             seed=config.seed + step,
             leading_rows=size - len(window),
             gram=gram,

@@ -90,6 +90,9 @@ class Merge:
     ) -> Pieces[MergeRecord]:
         window = self.window
         with in_use:
+            window.settle_together()
+            if window.steps[-1:] != (step,):
+                raise ValueError("the model's weights are not finite, so there is no merge of them")
             steps = list(window.steps)
             candidates = self._candidates(model, kept)
             yield from candidates.prepare()

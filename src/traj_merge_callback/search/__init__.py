@@ -30,8 +30,8 @@ __all__ = ["Observed", "Problem", "Search", "available_searches", "register_sear
 
 # As "module:class", so that a search's module is imported when the search is used: gp imports scikit-learn.
 _BUILT_IN = {
-    "auto": "surrogate:SurrogateSearch",
-    "surrogate": "surrogate:SurrogateSearch",
+    "auto": "race:RacedSearch",
+    "surrogate": "race:RacedSearch",
     "trajectory": "trajectory:TrajectorySearch",
     "reach": "gp:ReachSearch",
     "gp": "gp:GaussianProcessSearch",

@@ -35,6 +35,12 @@ class SearchState:
     memory: dict[str, Any] = field(default_factory=dict)
     restored: bool = field(default=False, compare=False)
 
+    @property
+    def spoiled(self) -> list[str]:
+        """Names of rows that are of a time when training went astray, as the search found; they leave first."""
+        found = self.memory.get("spoiled", [])
+        return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+
     def forget(self) -> None:
         """Drop everything: the next merge is like a first one."""
         self.previous, self.spans = None, []
@@ -67,6 +73,7 @@ class Problem:
         memory: a dictionary that the search may write to and that the next merge's search receives: JSON values with
             strings as keys.
         spans: which steps the rows are means of, oldest first, and live's own; empty if all are single checkpoints.
+        again: the last merge's weights by step, shape ``(size,)``: nearly that merge itself. None at the first merge.
     """
 
     steps: tuple[int, ...]
@@ -80,6 +87,7 @@ class Problem:
     parts: int = 1
     memory: dict[str, Any] = field(default_factory=dict)
     spans: tuple[Span, ...] = ()
+    again: np.ndarray | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -150,6 +158,8 @@ class Search(ABC):
         wants_gradient: whether the next candidate is to be evaluated with its gradient.
         wants_parts: on how many parts of the search split the next candidate is to be evaluated, at their share of the
             cost; None: on all. A candidate that was evaluated on fewer than all parts cannot win.
+        same_part: whether such candidates take the same parts, so that their losses compare, and not different ones in
+            turn, so that their errors differ.
     """
 
     needs_gradients: ClassVar[bool] = False
@@ -159,6 +169,7 @@ class Search(ABC):
 
     wants_gradient: bool = False
     wants_parts: int | None = None
+    same_part: bool = False
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem

@@ -82,7 +82,9 @@ def live_is_beside(spans: Sequence[Span]) -> bool:
     return len(spans) > 1 and spans[-1].first == spans[-2].last
 
 
-def carried_over(weights: Sequence[float], old: Sequence[Span], new: Sequence[Span]) -> np.ndarray:
+def carried_over(
+    weights: Sequence[float], old: Sequence[Span], new: Sequence[Span], *, by_age: bool = True
+) -> np.ndarray:
     """The weights that rows of other spans get from a merge, as a function of age: of how long before the newest step.
 
     A row's weight counts as spread evenly over its span. What is older than all new rows goes to the oldest of them.
@@ -91,17 +93,21 @@ def carried_over(weights: Sequence[float], old: Sequence[Span], new: Sequence[Sp
     Args:
         weights: of the old rows, shape ``(len(old),)``.
         old, new: spans, oldest first.
+        by_age: False: as a function of the step, which gives nearly the same merge again.
 
     Returns:
         Weights of shape ``(len(new),)`` with the same sum.
     """
     before, after = len(old) - live_is_beside(old), len(new) - live_is_beside(new)
-    cumulated = np.concatenate([[0.0], np.cumsum(np.asarray(weights[:before], dtype=np.float64))])
-    edges = _edges(new[:after]) - new[-1].last + old[-1].last
+    spread, lives = np.array(weights[:before], dtype=np.float64), sum(weights[before:])
+    if not by_age:  # where live was then is the end of the newest of those rows
+        spread[-1], lives = spread[-1] + lives, 0.0
+    cumulated = np.concatenate([[0.0], np.cumsum(spread)])
+    edges = _edges(new[:after]) - (new[-1].last - old[-1].last if by_age else 0)
     found = np.interp(edges, _edges(old[:before]), cumulated)
     found[0] = 0.0
     carried = np.append(np.diff(found), np.zeros(len(new) - after))
-    carried[-1] += sum(weights[before:])
+    carried[-1] += lives
     return carried
 
 

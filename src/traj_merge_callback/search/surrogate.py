@@ -49,6 +49,7 @@ class SurrogateSearch(Search):
         problem: the merge's problem, with its Gram matrix.
         space: "affine": weights may be negative (extrapolation); "simplex": they are not.
         bounds: smallest and largest weight; by default (-1, 2) and (0, 1).
+        known: merge weights, and the losses of the objective's components there on the whole split; by default live.
 
     Raises:
         ValueError: as :func:`.space.check_space`.
@@ -58,7 +59,14 @@ class SurrogateSearch(Search):
     multiscale = True
     wants_parts: int
 
-    def __init__(self, problem: Problem, *, space: str = "affine", bounds: tuple[float, float] | None = None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        space: str = "affine",
+        bounds: tuple[float, float] | None = None,
+        known: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> None:
         super().__init__(problem)
         assert problem.gram is not None
         self._bounds = check_space(space, bounds)
@@ -66,9 +74,10 @@ class SurrogateSearch(Search):
         self._axes = PrincipalAxes(problem.gram)
         self._newest = self._axes.to_point(problem.live)
         self._observations: list[list[Observation]] = [[] for _ in self._objective.components]
-        self._observe(self._newest, self._objective.live, None, 0.0)
+        weights, losses = (problem.live, self._objective.live) if known is None else known
         # The best point evaluated on the whole split.
-        self._best, self._best_loss = self._newest, problem.live_loss
+        self._best, self._best_loss = self._axes.to_point(weights), self._objective.score(losses)
+        self._observe(self._best, losses, None, 0.0)
         if problem.previous is not None:
             self._next = problem.previous
         else:

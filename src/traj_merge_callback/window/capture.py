@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -37,6 +37,7 @@ class Capture:
         # Futures and events of the last capture, until someone has waited for them.
         self._reading: Future[None] | None = None
         self._jobs: list[Future[None]] = []
+        self._finite = True  # of the last capture, what has to be
         self._copied: dict[torch.device, torch.cuda.Event] = {}
         #: Optimizers that have taken a step and have modes for training and evaluation.
         self.with_modes: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -48,18 +49,29 @@ class Capture:
             guard = functools.partial(_guard, weakref.ref(self))
             self._hook = register_optimizer_step_pre_hook(torch.compiler.disable(guard))
 
-    def begin(self, pairs: list[tuple[Tensor, Tensor]], then: Callable[[], None], share: float = 1.0) -> None:
+    def begin(
+        self,
+        pairs: list[tuple[Tensor, Tensor]],
+        then: Callable[[bool], None],
+        share: float = 1.0,
+        finite: Sequence[tuple[Tensor, Tensor]] = (),
+    ) -> None:
         """Start to copy each source to its target; when all are copied, call ``then`` in the worker thread.
 
         The capture before must be settled.
 
         Args:
             pairs: targets and sources of the same shapes.
-            then: reads targets, but no sources.
+            then: reads targets, but no sources; called with whether what must be finite is.
             share: on the CPU a target becomes ``1 - share`` of itself and ``share`` of its source; 1 on other devices.
+            finite: targets and sources that must be finite. If a source on the CPU is not, nothing there is copied; of
+                those on CUDA devices the targets are looked at when all is copied, for which training does not wait.
         """
+        self._finite = True
         # A detached tensor keeps its memory; a parameter points elsewhere while a merged model is evaluated.
         pairs = [(target, source.detach()) for target, source in pairs]
+        before = [source.detach() for _, source in finite if not source.is_cuda]
+        after = [target for target, source in finite if source.is_cuda]
         for device in {source.device for _, source in pairs if source.is_cuda}:
             stream = side_stream(device, "capture")
             stream.wait_stream(torch.cuda.current_stream(device))
@@ -72,12 +84,30 @@ class Capture:
         on_cpu = [(target, source) for target, source in pairs if not source.is_cuda]
         events = list(self._copied.values())
         versions = [source._version for _, source in on_cpu]
+
+        @torch.no_grad()
+        def copy() -> None:
+            self._finite = all(map(_is_finite, before))
+            _copy(on_cpu if self._finite else [], share)
+            if [source._version for _, source in on_cpu] != versions:
+                raise RuntimeError(
+                    "weights were written, and not by an optimizer of torch, while a capture of them was being copied; "
+                    "its row is dropped. Call settle() before such code"
+                )
+
+        @torch.no_grad()
+        def call_after() -> None:
+            for event in events:
+                event.synchronize()
+            self._finite = self._finite and all(map(_is_finite, after))
+            then(self._finite)
+
         if self._worker is None:
-            _copy(on_cpu, versions, share)
-            _call_after(events, then)
+            copy()
+            call_after()
             return
-        self._reading = self._worker.submit(_copy, on_cpu, versions, share)
-        self._jobs = [self._reading, self._worker.submit(_call_after, events, then)]
+        self._reading = self._worker.submit(copy)
+        self._jobs = [self._reading, self._worker.submit(call_after)]
 
     def wait(self) -> None:
         """Wait until the sources may be written: on the CPU this thread waits, on CUDA only the training stream."""
@@ -91,8 +121,8 @@ class Capture:
             self._reading = None
             self.waited_s += time.perf_counter() - started
 
-    def settle(self) -> None:
-        """Wait until the last capture is complete, ``then`` included.
+    def settle(self) -> bool:
+        """Wait until the last capture is complete, ``then`` included; whether what had to be finite was.
 
         Raises:
             Exception: what the copy or ``then`` raised.
@@ -101,6 +131,7 @@ class Capture:
         jobs, self._jobs = self._jobs, []
         for job in jobs:
             job.result()
+        return self._finite
 
     def close(self) -> None:
         """Let the last capture finish, and stop watching optimizers."""
@@ -111,22 +142,14 @@ class Capture:
             self._worker.shutdown(wait=True)
 
 
-@torch.no_grad()
-def _copy(pairs: list[tuple[Tensor, Tensor]], versions: list[int], share: float) -> None:
+def _copy(pairs: list[tuple[Tensor, Tensor]], share: float) -> None:
     for target, source in pairs:
         add_share(target, source, share)
-    if [source._version for _, source in pairs] != versions:
-        raise RuntimeError(
-            "weights were written, and not by an optimizer of torch, while a capture of them was being copied; its row "
-            "is dropped. Call settle() before such code"
-        )
 
 
-@torch.no_grad()
-def _call_after(events: list[torch.cuda.Event], then: Callable[[], None]) -> None:
-    for event in events:
-        event.synchronize()
-    then()
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite, in one pass and without a copy: NaN and infinity are what min and max keep."""
+    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 def _guard(capture: weakref.ref[Capture], optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:

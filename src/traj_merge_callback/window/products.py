@@ -8,12 +8,13 @@ A row has N columns, far too many for one tensor operation or for the time betwe
 - a *piece* is a list of chunks, as many as are computed between two training steps.
 
 :class:`Columns` divides the columns so, and sums products over regions and ranks; :func:`combine`, :func:`project` and
-:func:`gram` compute one piece of a product, reading each row once.
+:func:`gram` compute one piece of a product, reading each row once. Then there is what cannot be computed with: numbers
+that are not finite, in buffers, which are then live's, and in merges, which are then not published.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import NamedTuple
 
 import numpy as np
@@ -21,10 +22,10 @@ import torch
 from torch import Tensor
 
 from ..distributed import Processes
-from ..pieces import EXCHANGE, Pieces
+from ..pieces import COMBINE, EXCHANGE, Pieces
 from .devices import side_stream
 from .layout import ParameterGroups, ParameterLayout, Slot
-from .storage import BLOCK, CHUNK, StoredRow
+from .storage import BLOCK, CHUNK, Rows, StoredRow
 
 # Columns of a piece: a few milliseconds' reading.
 PIECE = 1 << 23
@@ -225,6 +226,66 @@ def are_equal(rows: list[StoredRow], columns: slice) -> bool:
 def within(values: Tensor, limit: float) -> bool:
     """Whether no number is NaN, or larger than ``limit`` in magnitude."""
     return not len(values) or float(values.abs().amax()) <= limit  # NaN is within no limit
+
+
+def finite_buffers(layout: ParameterLayout, rows: Rows, row: Tensor) -> set[str]:
+    """Put other numbers in the place of buffers that are not finite, which would spoil products and int8 blocks.
+
+    Args:
+        layout: of the row's columns.
+        rows: where the row is going to be stored.
+        row: live weights, shape ``(N,)``.
+
+    Returns:
+        The names of these buffers.
+    """
+    views, found = layout.views(row), set[str]()
+    for slot in layout.slots:
+        if slot.is_parameter or views[slot.name].isfinite().all():
+            continue
+        found.add(slot.name)
+        base = rows.base(slice(slot.offset, slot.offset + slot.numel))
+        # The anchor of int8 rows, so that neighbours in a block are not rounded to the scale of this difference.
+        views[slot.name].copy_(torch.zeros(()) if base is None else base.view(slot.shard.local))
+    return found
+
+
+def unmerged_pieces(layout: ParameterLayout, rows: list[StoredRow], not_finite: Set[str]) -> Pieces[frozenset[str]]:
+    """The names of the buffers that a merge takes from live, in pieces: a merge of their rows would only round
+    them, as they are the same in all, or they were not finite at some time.
+    """
+    found = set[str]()
+    for slot in layout.slots:
+        if not slot.is_parameter:
+            yield COMBINE
+            columns = slice(slot.offset, slot.offset + slot.numel)
+            if slot.name in not_finite or are_equal(rows, columns):
+                found.add(slot.name)
+    return frozenset(found)
+
+
+def not_finite_pieces(layout: ParameterLayout, columns: Columns, row: Tensor, unmerged: Set[str]) -> Pieces[str | None]:
+    """The name of a merged tensor that would not be finite in its own dtype, in pieces; None: all are.
+
+    Args:
+        layout: of the row's columns.
+        columns: the same, in pieces.
+        row: a merge, shape ``(N,)``.
+        unmerged: names of tensors that are not looked at.
+    """
+    slots = [slot for slot in layout.slots if slot.name not in unmerged]
+    limits = [min(torch.finfo(slot.dtype).max, torch.finfo(row.dtype).max) for slot in slots]
+    found = None
+    for piece in columns.pieces(False, row.device):
+        yield COMBINE
+        for _, part in piece:
+            if found is not None or within(row[part], min(limits)):
+                continue
+            for slot, limit in zip(slots, limits, strict=True):
+                first, last = max(slot.offset, part.start), min(slot.offset + slot.numel, part.stop)
+                if first < last and not within(row[first:last], limit):
+                    found = slot.name
+    return found
 
 
 def _newest_and_deltas(

@@ -7,7 +7,7 @@ these for the last k checkpoints, and the few rows beside them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -323,10 +323,18 @@ class Ring:
         if self.sampled == 1:
             self.sampled_from = step
 
-    def room(self, step: int) -> Room:
-        """Where a row of this step goes; nothing is changed yet."""
+    def room(self, step: int, spoiled: Collection[str] = ()) -> Room:
+        """Where a row of this step goes; nothing is changed yet.
+
+        Args:
+            step: of the new row.
+            spoiled: names of rows that leave first, the oldest of them, rather than be joined with good ones.
+        """
         if len(self.spans) < self.size:
             return Room(next(place for place in range(self.size) if place not in self._places))
+        for span, place in zip(self.spans, self._places, strict=True):
+            if span.name in spoiled:
+                return Room(place)
         position = to_join(self.spans, step) if self._multiscale else None
         if position is None:
             return Room(self._places[0])
@@ -345,10 +353,14 @@ class Ring:
         if room.position is not None:
             one, two = self.spans[room.position : room.position + 2]
             self.spans[room.position : room.position + 2] = [one.joined(two)]
-        elif len(self.spans) == self.size:
-            del self.spans[0]
+        elif room.place in self._places:
+            del self.spans[self._places.index(room.place)]
         self._places = [place for place in self._places if place != room.place] + [room.place]
         self.spans.append(span)
+
+    def uncount_sample(self) -> None:
+        """The last checkpoint was left out of the running mean."""
+        self.sampled -= 1
 
     def drop_newest(self) -> None:
         """Remove the newest row."""

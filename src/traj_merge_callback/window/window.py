@@ -6,10 +6,8 @@ gradient of a loss in the parameters it is the gradient of that loss in the merg
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,12 +18,13 @@ from ..pieces import COMBINE, PROJECT, Pieces, finish
 from ..search.spans import Span
 from . import products
 from .capture import Capture
+from .in_use import InUse
 from .layout import ParameterGroups, ParameterLayout, parameter_groups
 from .modes import evaluated
 from .storage import DTYPES, Allocate, DenseRows, Ring, StoredRow, in_memory
 
 
-class CheckpointWindow:
+class CheckpointWindow(InUse):
     """The last ``size`` checkpoints of a model, oldest first, in memory allocated once.
 
     Args:
@@ -83,6 +82,7 @@ class CheckpointWindow:
         asynchronous: bool = False,
         processes: Processes | None = None,
     ) -> None:
+        super().__init__()
         if size < 2:
             raise ValueError(f"size={size}: a window needs at least 2 rows for there to be something to merge")
         self.processes = Processes(alone=True) if processes is None else processes
@@ -112,10 +112,9 @@ class CheckpointWindow:
         self._columns = products.Columns(self.layout, self.groups, self.processes)
         self._average_rate = average_rate
         self._capture = Capture(asynchronous=asynchronous, device=self._device)
-        # How many read rows now, and how many of them the running mean too.
-        self._readers = self._mean_readers = 0
-        self._lock = threading.Lock()
-        self._pushing = False  # whether the last capture is of a push, and has not been waited for
+        # What the last capture was of, whether it has been waited for, and whether it was left out as not finite.
+        self._last: Literal["row", "sample"] | None = None
+        self._settled, self._left_out = True, False
         # Buffers that once held a number that is not finite: rows hold other numbers in their place.
         self._not_finite: set[str] = set()
 
@@ -181,32 +180,48 @@ class CheckpointWindow:
         ring = self._ring
         if ring.mean is None:
             raise ValueError("this window's rows are single checkpoints: construct it with mean_rows=True")
+        self.settle()
         share = 1.0 / (ring.sampled + 1)
+
+        def accumulate(arrival: Tensor, finite: bool) -> None:
+            if finite and arrival is not ring.mean:
+                ring.accumulate(arrival, share)
+
         if self._device.type == "cpu":
-            self._copy_live(model, lambda target: None, ring.mean, share)
+            self._copy_live(model, "sample", accumulate, ring.mean, share)
         else:  # staging is for merges on the CPU
-            self._copy_live(model, lambda arrival: ring.accumulate(arrival, share), ring.staging)
+            self._copy_live(model, "sample", accumulate, ring.staging)
         ring.count_sample(step)
 
     @torch.no_grad()
-    def push(self, model: nn.Module, step: int) -> None:
+    def push(self, model: nn.Module, step: int, spoiled: Collection[str] = ()) -> None:
         """Make the model's weights, or their mean with those sampled, the newest row; for room see ``multiscale``.
+
+        Weights that are not finite become no row, though room was made; what was sampled before is forgotten then.
+
+        Args:
+            model: the model.
+            step: of its weights.
+            spoiled: names of rows that leave a full window before any other.
 
         Raises:
             ValueError: ``step`` is not after the newest row's, or the model's parameters changed names or shapes.
         """
+        self.settle()
         ring = self._ring
         if ring.spans and step <= ring.spans[-1].last:
             raise ValueError(f"step={step} is not after the newest checkpoint's step {ring.spans[-1].last}")
-        room, first, renew = ring.room(step), not ring.spans, ring.pushed % ring.size == 0
+        room, first, renew = ring.room(step, spoiled), not ring.spans, ring.pushed % ring.size == 0
         share = 1.0 / (ring.sampled + 1)
         target = ring.arrival
         if target is None:
             assert isinstance(ring.rows, DenseRows)
             target = ring.rows.row(room.place)
 
-        def write_rows(arrival: Tensor) -> None:
+        def write_rows(arrival: Tensor, finite: bool) -> None:
             ring.clear_room(room)
+            if not finite:
+                return
             if ring.mean is not None:
                 ring.accumulate(arrival, share)
             values = ring.arrival if ring.mean is None else ring.mean
@@ -220,8 +235,7 @@ class CheckpointWindow:
                 else:
                     average.lerp_(arrival.float(), self._average_rate(step))
 
-        self._copy_live(model, write_rows, target)
-        self._pushing = True
+        self._copy_live(model, "row", write_rows, target)
         ring.count_sample(step)
         ring.add(Span(ring.sampled_from, step, ring.sampled), room)
         ring.sampled = 0
@@ -229,39 +243,40 @@ class CheckpointWindow:
     def forget_samples(self) -> None:
         """Begin the mean row anew: the next sample, or push, is its first."""
         self.settle()
-        self._ring.sampled = 0
+        self._ring.sampled, self._last = 0, None
 
-    def _copy_live(self, model: nn.Module, then: Callable[[Tensor], None], target: Tensor, share: float = 1.0) -> None:
+    def _copy_live(
+        self,
+        model: nn.Module,
+        kind: Literal["row", "sample"],
+        then: Callable[[Tensor, bool], None],
+        target: Tensor,
+        share: float = 1.0,
+    ) -> None:
         """Begin to copy live weights to ``target``, shape ``(N,)``, or to add them to it with a share.
 
-        ``then`` is called with the target when it is complete, in the capture's thread if it is asynchronous. Of
-        tensors that a forward pass may write a copy is made first, on their device.
+        ``then`` is called with the target when it is complete, in the capture's thread if it is asynchronous, and with
+        whether all parameters are finite. Of tensors that a forward pass may write a copy is made first, on their
+        device. The capture before is settled.
         """
-        self.settle()
 
-        def arrived() -> None:
-            self._keep_finite(target)
-            then(target)
+        def arrived(is_finite: bool) -> None:
+            if is_finite:
+                self._not_finite |= products.finite_buffers(self.layout, self._ring.rows, target)
+            then(target, is_finite)
 
         tensors = self.layout.tensors(model)
         volatile = self.layout.volatile(model, tensors)
         with evaluated(self._capture.with_modes, tensors) as written:
-            self._capture.begin(self.layout.pairs(target, self.layout.locals(tensors), volatile), arrived, share)
+            mine, views = self.layout.locals(tensors), self.layout.views(target)
+            slots = zip(self.layout.slots, mine, strict=True)
+            parameters = [(views[slot.name], tensor) for slot, tensor in slots if slot.is_parameter]
+            self._capture.begin(self.layout.pairs(target, mine, volatile), arrived, share, parameters)
+            self._last, self._settled, self._left_out = kind, False, False
             # Where parameters have hooks an optimizer may write in the backward pass (LOMO).
             hooks = (one._backward_hooks or getattr(one, "_post_accumulate_grad_hooks", None) for one in tensors)
             if written or any(hooks):
                 self._capture.wait()
-
-    def _keep_finite(self, row: Tensor) -> None:
-        """Put other numbers in the place of buffers that are not finite, which would spoil products and int8 blocks."""
-        views = self.layout.views(row)
-        for slot in self.layout.slots:
-            if slot.is_parameter or views[slot.name].isfinite().all():
-                continue
-            self._not_finite.add(slot.name)
-            base = self._ring.rows.base(slice(slot.offset, slot.offset + slot.numel))
-            # The anchor of int8 rows, so that neighbours in a block are not rounded to the scale of this difference.
-            views[slot.name].copy_(torch.zeros(()) if base is None else base.view(slot.shard.local))
 
     def settle(self) -> None:
         """Wait until the last capture is complete.
@@ -269,49 +284,48 @@ class CheckpointWindow:
         Raises:
             Exception: what went wrong in it; the row that it was to become is no longer in the window.
         """
-        pushing, self._pushing = self._pushing, False
+        settled, self._settled = self._settled, True
         try:
-            self._capture.settle()
+            finite = self._capture.settle()
         except BaseException:
-            if pushing:
+            if not settled and self._last == "row":
                 self._ring.drop_newest()
+            self._last = None
             raise
+        if not (settled or finite):
+            self._leave_out()
+
+    def settle_together(self, *values: float) -> list[float]:
+        """:meth:`settle` on all ranks; a capture that is not finite on one of them is left out on all. A collective.
+
+        Returns:
+            Whether the last capture was left out, as a number, and the largest of each value over all ranks.
+        """
+        error: BaseException | None = None
+        try:
+            self.settle()
+        except BaseException as raised:
+            error = raised
+        found = self.processes.all_reduce_error(error, float(self._left_out), *values)
+        if found[0]:
+            self._leave_out()
+        return found
+
+    def _leave_out(self) -> None:
+        """Take back the last capture. Where it was a sample that is finite here its numbers stay in the mean."""
+        if self._last is not None and not self._left_out:
+            (self._ring.drop_newest if self._last == "row" else self._ring.uncount_sample)()
+        self._left_out = True
 
     def clear(self) -> None:
         """Remove all rows."""
         self.settle()
         self._ring.clear()
+        self._last = None
 
     def close(self) -> None:
         """Let the last capture finish and stop watching optimizers."""
         self._capture.close()
-
-    @contextmanager
-    def in_use(self, *, mean: bool = False) -> Iterator[None]:
-        """Within the context rows are read, piece by piece or in another thread: the caller must :meth:`push` nothing.
-
-        Args:
-            mean: whether the running mean is read too: the caller must not :meth:`sample` either.
-        """
-        with self._lock:
-            self._readers += 1
-            self._mean_readers += mean
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._readers -= 1
-                self._mean_readers -= mean
-
-    @property
-    def is_in_use(self) -> bool:
-        """Whether someone is inside :meth:`in_use`."""
-        return self._readers > 0
-
-    @property
-    def mean_is_in_use(self) -> bool:
-        """Whether someone who reads the running mean is inside :meth:`in_use`."""
-        return self._mean_readers > 0
 
     def staging_on(self, device: torch.device) -> Tensor:
         """A float32 row, shape ``(N,)``, for a merged model on a device: on the CPU always the same, else a new one."""
@@ -413,39 +427,14 @@ class CheckpointWindow:
     # What is not merged
 
     def unmerged_pieces(self) -> Pieces[frozenset[str]]:
-        """The names of the buffers that a merge takes from live, in pieces: a merge of their rows would only round
-        them, as they are the same in all, or they were not finite at some time.
-        """
-        rows, found = self._stored_rows(), set[str]()
+        """The names of the buffers that a merge takes from live, in pieces; see :func:`.products.unmerged_pieces`."""
+        rows = self._stored_rows()
         rows = rows[: len(rows) - self._ring.live_is_beside]  # live is not rounded as the others may be
-        for slot in self.layout.slots:
-            if not slot.is_parameter:
-                yield COMBINE
-                columns = slice(slot.offset, slot.offset + slot.numel)
-                if slot.name in self._not_finite or products.are_equal(rows, columns):
-                    found.add(slot.name)
-        return frozenset(found)
+        return products.unmerged_pieces(self.layout, rows, self._not_finite)
 
     def not_finite_pieces(self, row: Tensor, unmerged: Set[str]) -> Pieces[str | None]:
-        """The name of a merged tensor that would not be finite in its own dtype, in pieces; None: all are.
-
-        Args:
-            row: a merge, shape ``(N,)``.
-            unmerged: names of tensors that are not looked at.
-        """
-        slots = [slot for slot in self.layout.slots if slot.name not in unmerged]
-        limits = [min(torch.finfo(slot.dtype).max, torch.finfo(row.dtype).max) for slot in slots]
-        found = None
-        for piece in self._columns.pieces(False, row.device):
-            yield COMBINE
-            for _, columns in piece:
-                if found is not None or products.within(row[columns], min(limits)):
-                    continue
-                for slot, limit in zip(slots, limits, strict=True):
-                    first, last = max(slot.offset, columns.start), min(slot.offset + slot.numel, columns.stop)
-                    if first < last and not products.within(row[first:last], limit):
-                        found = slot.name
-        return found
+        """The name of a tensor of a merge that is not finite, in pieces; see :func:`.products.not_finite_pieces`."""
+        return products.not_finite_pieces(self.layout, self._columns, row, unmerged)
 
     def _stored_rows(self) -> list[StoredRow]:
         """The rows that merge weights belong to, oldest first, once the last capture is complete."""
