@@ -139,18 +139,18 @@ def summary(found: dict[str, Any], spike: int) -> dict[str, Any]:
     The first merge after the spike is 15 steps after it: no curve can be back sooner.
     """
     steps = np.array(found["steps"])
+    lives = np.array(found["live"])[steps <= spike][-1]
     rows: dict[str, Any] = {}
     for name in ("live", "ema", *SEARCHES):
         losses = np.array(found[name])
         before, after = losses[steps <= spike][-1], losses[steps > spike]
-        away = np.flatnonzero(after > before + BACK)
-        back = after[away[-1] + 1 :] if len(away) else after
         rows[name] = {
             "before": round(float(before), 4),
             "highest": round(float(after.max()), 4),
             "at_the_end": round(float(after[-1]), 4),
             "mean_after": round(float(after.mean()), 4),
-            "steps_until_back": int(steps[-len(back)] - spike) if len(back) else None,
+            "steps_until_back": _until(after, before, steps[steps > spike] - spike),
+            "steps_until_where_live_was": _until(after, lives, steps[steps > spike] - spike),
         }
     others = np.min([found[name] for name in ("live", *SEARCHES[1:])], axis=0)
     behind = np.array(found["auto"]) - others
@@ -162,6 +162,13 @@ def summary(found: dict[str, Any], spike: int) -> dict[str, Any]:
         "most_passes": round(float(max(found["passes"]["auto"])), 2),
     }
     return rows
+
+
+def _until(losses: np.ndarray, level: float, steps: np.ndarray) -> int | None:
+    """The step from which on losses are at a level, give or take ``BACK``, or below; None if they never are."""
+    away = np.flatnonzero(losses > level + BACK)
+    first = away[-1] + 1 if len(away) else 0
+    return int(steps[first]) if first < len(steps) else None
 
 
 def draw(runs: dict[str, dict[str, Any]], spike: int, path: Path) -> None:
