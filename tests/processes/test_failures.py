@@ -40,3 +40,18 @@ def test_saving_and_resuming_that_fail_on_one_rank_end_no_training(tmp_path, tra
         # All ranks begin with an empty window.
         found = [records(tmp_path, f"{how}-resumed", rank) for rank in (0, 1)]
         assert [[record["checkpoint_steps"] for record in one] for one in found] == [[[10, 12, 12]]] * 2
+
+
+@pytest.mark.parametrize("row", ["last", "multiscale"])
+def test_what_is_not_finite_on_one_rank_is_left_out_on_all(tmp_path, row):
+    output = run_ranks("not_finite.py", 2, str(tmp_path), row)
+    one, two = (json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in range(2))
+    # Rank 0 learns it when the next checkpoint is due, at the latest.
+    assert one["records"] == two["records"]
+    assert {8, 16, 20} <= set(one["records"])
+    assert 12 not in one["records"]
+    assert one["spans"]["20"] == two["spans"]["20"]
+    assert all(one["spans"][step] == two["spans"][step] for step in ("8", "14", "16"))
+    assert not {10, 12} & {last for _, last, _ in one["spans"]["15"]}
+    assert output.count("not finite when a checkpoint was taken") == 1
+    assert "windows of the ranks differ" not in output
