@@ -7,8 +7,10 @@ with all their defaults but the two intervals. Every arm is measured on held-out
 nats per byte, with standard errors of paired differences. The last line is one JSON object.
 
     python benchmarks/schedules.py --quick                       one tiny trajectory, about a minute
-    python benchmarks/schedules.py --small --output benchmarks/results   two small trajectories, an hour of a core
     python benchmarks/schedules.py --output benchmarks/results   three trajectories and three sizes, many hours
+
+With ``--output`` every finished run is kept in ``schedules.json`` at once: interrupted, the same command goes on with
+the runs that are missing. The first runs are the small ones.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 from traj_merge_callback import TrajectoryMerger
 from traj_merge_callback.search.recipes import wsm
 
+SCHEDULES = ("constant", "wsd", "cosine")
 MERGE_EVERY = 100
 DECAY = 0.4
 # Half-lives of the EMAs in optimizer steps; by name those with the decays that people set.
@@ -49,14 +52,13 @@ LAMBDAS = (0.2, 0.4, 0.6, 0.8)
 MERGERS: dict[str, dict[str, Any]] = {
     "default": {},
     "5 passes": {"evaluations": 5},
-    "groups": {"groups": "blocks", "evaluations": 18},
-    "8 checkpoints": {"row": "last"},
+    "groups": {"groups": "blocks", "evaluations": 14},
     # Seldom, because its Gaussian process is slow.
     "pairwise": {"search": "pairwise", "evaluations": 12, "merge_every": 5 * MERGE_EVERY},
 }
 # The best of a grid, chosen on the numbers reported.
 ORACLES = ("best uniform", "best EMA", "best tail-EMA", "best WSM")
-OURS = ("default", "5 passes", "groups", "8 checkpoints")
+OURS = ("default", "5 passes", "groups")
 SHOWN = ("live", "uniform 500", "EMA 5 %", "EMA 0.99", "tail-EMA 0.6, 150", "default")
 
 
@@ -78,6 +80,12 @@ class Run:
     device: str
     search: int = 160
     report: int = 640
+
+    @property
+    def identity(self) -> str:
+        """What tells it from all other runs."""
+        spec = self.spec
+        return f"{spec.name}, {spec.width}x{spec.layers}, {spec.steps} steps, {self.schedule}, seed {self.seed}"
 
     @property
     def steps(self) -> int:
@@ -167,12 +175,18 @@ class Report:
         self.model = model
         self.batches = sequences.to(device).split(80)
 
+    def best(self, rows: list[Tensor]) -> np.ndarray:
+        """The losses of the best of some rows; of many only the three that are best on the first 160 sequences."""
+        if len(rows) > 3:
+            rows = sorted(rows, key=lambda row: float(self.losses(row, 2).mean()))[:3]
+        return min((self.losses(row) for row in rows), key=np.mean)
+
     @torch.no_grad()
-    def losses(self, row: Tensor) -> np.ndarray:
-        """Nats per byte of each sequence, shape ``(sequences,)``."""
+    def losses(self, row: Tensor, batches: int | None = None) -> np.ndarray:
+        """Nats per byte of each sequence, or of those of the first batches, shape ``(sequences,)``."""
         put(self.model, row)
         found = []
-        for batch in self.batches:
+        for batch in self.batches[:batches]:
             logits = self.model(input_ids=batch).logits[:, :-1].float()
             nll = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
             found.append(nll.view(len(batch), -1).mean(dim=1))
@@ -245,7 +259,7 @@ def study(run: Run) -> dict[str, Any]:
             arms = {"live": [row]} if run.schedule == "twin" else averages.arms(row, step)
             fresh = {name for name, merger in mergers.items() if merger.records and merger.records[-1].step == step}
             arms |= {name: [merged[name]] for name in mergers if name in fresh}
-            losses = {name: min((report.losses(one) for one in rows), key=np.mean) for name, rows in arms.items()}
+            losses = {name: report.best(rows) for name, rows in arms.items()}
             found = {}
             for name, values in losses.items():
                 gain, stderr = paired(values, losses["live"])
@@ -263,8 +277,9 @@ def study(run: Run) -> dict[str, Any]:
         merger.close()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     seconds = time.perf_counter() - began
-    print(f"{spec.name} {parameters} {run.schedule} seed {run.seed}: {seconds:.0f} s", flush=True)
+    print(f"{run.identity}: {seconds:.0f} s", flush=True)
     return {
+        "run": run.identity,
         "trajectory": spec.name,
         "parameters": parameters,
         "schedule": run.schedule,
@@ -273,6 +288,8 @@ def study(run: Run) -> dict[str, Any]:
         "passes": passes,
         "rows_of_memory": {name: size / 4 / parameters for name, size in bytes_held.items()},
         "seconds": seconds,
+        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else f"a core of {os.cpu_count()}",
+        "torch": torch.__version__,
     }
 
 
@@ -284,8 +301,10 @@ def median(values: list[float]) -> float | None:
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """How the default compares with every rule, schedule by schedule, and what is forecast of a decay."""
     found: dict[str, Any] = {"schedules": {}}
-    for schedule in ("constant", "wsd", "cosine"):
+    for schedule in SCHEDULES:
         points = [p["arms"] for run in runs if run["schedule"] == schedule for p in run["points"]]
+        if not points:
+            continue
         rows = {}
         for name in dict.fromkeys(name for arms in points for name in arms):
             measured = [arms[name] for arms in points if name in arms]
@@ -341,7 +360,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     found["decays"] = decays
     ends = [run["points"][-1]["arms"] for run in runs if run["schedule"] == "wsd"]
     gains = [(arms["default"]["gain"], arms["default"]["gain_stderr"]) for arms in ends]
-    found["end_of_decay"] = {
+    found["end_of_decay"] = gains and {
         "gain": median([gain for gain, _ in gains]),
         "standard_errors": median([gain / error if error else 0.0 for gain, error in gains]),
     }
@@ -386,11 +405,10 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    first = (runs[0]["trajectory"], runs[0]["parameters"])
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.2))
-    titles = {"constant": "constant rate", "wsd": "WSD: decays over the last 40 %", "cosine": "cosine to 10 %"}
-    for axis, schedule in zip(axes, titles, strict=True):
-        mine = [run for run in runs if run["schedule"] == schedule and (run["trajectory"], run["parameters"]) == first]
+    titles = ("constant rate", "WSD: decays over the last 40 %", "cosine to 10 %")
+    for axis, schedule, title in zip(axes, SCHEDULES, titles, strict=True):
+        mine = [run for run in runs if run["schedule"] == schedule and belongs(run, runs[0])]
         steps = [point["step"] for point in mine[0]["points"]]
         for name in SHOWN:
             values = [
@@ -402,8 +420,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
             axis.plot(steps, values, marker="o", markersize=4, linewidth=2.4 if ours else 1.2, label=label)
         if schedule == "constant":
             for other in ("twin", "wsd"):
-                ends = [run for run in runs if run["schedule"] == other]
-                ends = [run for run in ends if (run["trajectory"], run["parameters"]) == first]
+                ends = [run for run in runs if run["schedule"] == other and belongs(run, runs[0])]
                 if ends:
                     step = ends[0]["points"][-1]["step"]
                     loss = statistics.mean(run["points"][-1]["arms"]["live"]["loss"] for run in ends)
@@ -411,70 +428,72 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
                     axis.plot(
                         [step], [loss], marker="*", markersize=13, color="black", linestyle="", label=label or "_twin"
                     )
-        axis.set(title=titles[schedule], xlabel="optimizer step")
+        axis.set(title=title, xlabel="optimizer step")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("held-out loss, nats per byte")
     axes[0].legend(fontsize=8)
-    figure.suptitle(f"{first[0]}, {first[1] / 1e6:.1f} M parameters, mean of {len(mine)} data orders", fontsize=10)
+    size = runs[0]["parameters"] / 1e6
+    figure.suptitle(f"{runs[0]['trajectory']}, {size:.1f} M parameters, mean of {len(mine)} data orders", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 
 def plan(size: str, device: str) -> list[Run]:
-    """All runs: "quick", "small" or "whole", longest first."""
-    schedules = ("constant", "wsd", "cosine", "twin")
-    if size == "small":
-        specs = (
-            Spec("llama", "python", 5e-3, steps=1000, width=64, layers=2),
-            Spec("gpt2", "cpp", 3e-3, steps=1000, width=64, layers=2),
-        )
-        return [Run(spec, schedule, 0, device, 160, 320) for spec in specs for schedule in schedules]
+    """All runs: "quick" or "whole"."""
+    schedules = (*SCHEDULES, "twin")
     if size == "quick":
         spec = Spec("llama", "python", 1e-2, steps=400, width=32, layers=1)
         return [Run(spec, schedule, 0, device, 32, 64) for schedule in schedules]
-    llama = Spec("llama", "python", 3e-3)
-    others = (Spec("gpt2", "cpp", 1.5e-3), Spec("llama", "cpp", 1e-3))
-    sizes = (replace(llama, width=256, layers=5), replace(llama, width=64, layers=3))
-    wanted = [(spec, seed) for spec in (sizes[0], llama, *others, sizes[1]) for seed in range(3)]
-    wanted = [(spec, seed) for spec, seed in wanted if seed == 0 or spec is llama]
-    runs = [Run(spec, schedule, seed, device) for spec, seed in wanted for schedule in schedules]
-    # The first trajectory of the plot is the one of middle size.
-    return sorted(runs, key=lambda run: (run.schedule == "twin", -run.spec.width))
+    small = [
+        Spec(family, text, rate, steps=1600, width=64, layers=3)
+        for family, text, rate in (("llama", "python", 3e-3), ("gpt2", "cpp", 1.5e-3), ("llama", "cpp", 1e-3))
+    ]
+    larger = [replace(small[0], width=128, layers=4), replace(small[0], width=256, layers=5)]
+    seeds = [(small[0], 0), (small[1], 0), (small[2], 0), (small[0], 1), (small[0], 2), (larger[0], 0), (larger[1], 0)]
+    return [Run(spec, schedule, seed, device) for spec, seed in seeds for schedule in schedules]
 
 
 def main() -> None:
     """Train, measure, say what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one tiny trajectory")
-    parser.add_argument("--small", action="store_true", help="two small trajectories")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--output", type=Path, help="folder for schedules.json, .md and .png")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    planned = plan("quick" if arguments.quick else "small" if arguments.small else "whole", device)
+    runs: list[dict[str, Any]] = []
+    if arguments.output and (document := arguments.output / "schedules.json").exists():
+        runs = json.loads(document.read_text(encoding="utf-8"))["all_runs"]
+    whole = plan("quick" if arguments.quick else "whole", device)
+    order, done = [run.identity for run in whole], [run["run"] for run in runs]
+    planned = [run for run in whole if run.identity not in done]
     os.environ["OMP_NUM_THREADS"] = "1"  # of each process: there are as many as cores
-    pool = ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn"))
-    pending = [pool.submit(study, run) for run in planned]
-    runs = []
-    for one in pending:
-        runs.append(one.result())
-        if arguments.output:
-            arguments.output.mkdir(parents=True, exist_ok=True)
-            (arguments.output / "schedules_runs.json").write_text(json.dumps(runs), encoding="utf-8")
-    pool.shutdown()
-    middle = statistics.median_low([run["parameters"] for run in runs if run["trajectory"] == runs[0]["trajectory"]])
-    runs.sort(key=lambda run: run["parameters"] != middle)  # which is the one that is drawn
+    with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
+        for one in as_completed([pool.submit(study, run) for run in planned]):
+            runs.append(one.result())
+            runs.sort(key=lambda run: order.index(run["run"]))
+            if arguments.output:
+                write(runs, arguments.output)
     found = summary(runs)
-    found["hardware"] = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
-    found["torch"], found["runs"] = torch.__version__, len(runs)
     print("\n" + table(found) + "\n")
-    if arguments.output:
-        document = json.dumps(found | {"all_runs": runs}, indent=1)
-        (arguments.output / "schedules.json").write_text(document + "\n", encoding="utf-8")
-        (arguments.output / "schedules_runs.json").unlink()
-        (arguments.output / "schedules.md").write_text(table(found) + "\n", encoding="utf-8")
-        plot(runs, arguments.output / "schedules.png")
     print(json.dumps(found))
+
+
+def write(runs: list[dict[str, Any]], output: Path) -> None:
+    """What is known so far, as JSON, table and plot."""
+    output.mkdir(parents=True, exist_ok=True)
+    found = summary(runs)
+    path = output / "schedules.json"
+    path.with_suffix(".new").write_text(json.dumps(found | {"all_runs": runs}, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".new").replace(path)
+    (output / "schedules.md").write_text(table(found) + "\n", encoding="utf-8")
+    if set(SCHEDULES) <= {run["schedule"] for run in runs if belongs(run, runs[0])}:
+        plot(runs, output / "schedules.png")
+
+
+def belongs(run: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two runs are of the same model, text and rate."""
+    return all(run[key] == other[key] for key in ("trajectory", "parameters"))
 
 
 if __name__ == "__main__":
