@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_search import run, weights_of
 
@@ -113,6 +113,7 @@ def test_rows_are_remembered_while_they_are_in_the_window():
 
 @settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 10**6), noise=st.floats(0.01, 30.0))
+@example(seed=1695, noise=21.1875)  # its Hessian is singular when rounded
 def test_noise_never_makes_a_merge_that_was_not_evaluated_or_is_worse_than_live(seed, noise):
     model = QuadraticModel(seed, noise=noise)
     told = []

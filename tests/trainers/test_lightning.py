@@ -97,7 +97,7 @@ def rows(tmp_path, merges):
 @pytest.mark.parametrize("options", [{}, {"precision": "bf16-mixed"}, {"gradient_clip_val": 0.5}])
 @pytest.mark.parametrize("returns", ["loss", "dict", "logged"])
 @pytest.mark.parametrize("merge", [{}, {"row": "mean", "samples_per_row": 2, "groups": "blocks", "evaluations": 14}])
-def test_the_run_is_untouched_and_its_own_logs_are_complete(tmp_path, train, heldout, options, returns, merge):
+def test_the_run_is_untouched_and_its_own_logs_are_complete(caplog, tmp_path, train, heldout, options, returns, merge):
     _, plain = fit(tmp_path / "plain", train, heldout, module=Module(returns=returns), **options)
     callback = merging(tmp_path, **merge)
     _, module = fit(tmp_path / "merging", train, heldout, callback, module=Module(returns=returns), **options)
@@ -108,7 +108,10 @@ def test_the_run_is_untouched_and_its_own_logs_are_complete(tmp_path, train, hel
     assert [record.step for record in callback.merger.records] == [4, 8, 10]
     assert [int(row["step"]) for row in rows(tmp_path / "merging", merges=True)] == [4, 8, 10]
     # The search took gradients through the module's own validation_step.
-    assert all(record.forward_equivalents > record.evaluations for record in callback.merger.records)
+    # A forward pass costs 1, one with a gradient 3. Later merges may race rows first, each on a part of the split.
+    first = callback.merger.records[0]
+    assert first.forward_equivalents > first.evaluations
+    assert "could not search with gradients" not in caplog.text
 
 
 def test_metrics_reach_every_logger_and_the_callbacks_that_monitor_them(tmp_path, train, heldout):

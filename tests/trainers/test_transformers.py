@@ -59,7 +59,7 @@ def merges(trainer):
 
 @pytest.mark.parametrize("how", ["attach", "callbacks"])
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"torch_compile": True, "torch_compile_backend": "eager"}])
-def test_the_run_is_untouched_and_its_own_logs_are_complete(tmp_path, train, heldout, how, precision):
+def test_the_run_is_untouched_and_its_own_logs_are_complete(caplog, tmp_path, train, heldout, how, precision):
     torch._dynamo.reset()
     plain = make_trainer(tmp_path / "plain", train, heldout, **precision)
     plain.train()
@@ -76,7 +76,10 @@ def test_the_run_is_untouched_and_its_own_logs_are_complete(tmp_path, train, hel
     assert own_logs(trainer) == own_logs(plain)
     # Gradient accumulation: steps are optimizer steps. The last step is merged although it was not due.
     assert merges(trainer).keys() == {4, 8, 10}
-    assert all(record.forward_equivalents > record.evaluations for record in callback.merger.records)
+    # The first merge took gradients, and later ones could; those may race rows first, each on a part of the split.
+    first = callback.merger.records[0]
+    assert first.forward_equivalents > first.evaluations
+    assert "could not search with gradients" not in caplog.text
     # What is logged at a step is in the checkpoint of that step.
     state = json.loads((tmp_path / "merging" / "checkpoint-8" / "trainer_state.json").read_text())
     assert [log["step"] for log in state["log_history"] if "merge/loss" in log] == [4, 8]

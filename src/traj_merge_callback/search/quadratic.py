@@ -67,7 +67,10 @@ class Quadratic:
 
     def minimum(self) -> np.ndarray:
         """The point of lowest loss, shape ``(d,)``."""
-        return -np.linalg.solve(self.hessian, self.slope)
+        try:
+            return -np.linalg.solve(self.hessian, self.slope)
+        except np.linalg.LinAlgError:  # curvatures too far apart for rounding: the nearest of the lowest points
+            return -np.linalg.pinv(self.hessian, hermitian=True) @ self.slope
 
 
 @dataclass(frozen=True)
