@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
+from realtext import Blocks
 from traj_merge_callback import HeldOutLoss
 from traj_merge_callback.transformers import TrajMergeCallback
 
@@ -304,3 +305,17 @@ def test_an_interrupted_run_leaves_no_thread_and_no_half_written_file(tmp_path, 
         trainer.train()
     assert our_threads() == []
     assert not list((tmp_path / "merged").glob(".*"))
+
+
+def test_a_newcomers_run_shows_every_merge_a_gain_and_at_most_one_warning(tmp_path, train, text, caplog):
+    heldout = Blocks(text[1][:160])
+    options = {"max_steps": 300, "gradient_accumulation_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
+    trainer = make_trainer(tmp_path, train, heldout, **options)
+    TrajMergeCallback(capture_every=5, merge_every=50).attach(trainer)
+    trainer.train()
+    found = {log["merge/step"]: log for log in trainer.state.log_history if "merge/loss" in log}
+    assert list(found) == [50, 100, 150, 200, 250, 300]
+    assert all(log["merge/gain"] >= -2 * log["merge/gain_stderr"] for log in found.values())
+    assert found[300]["merge/gain"] > 2 * found[300]["merge/gain_stderr"]
+    ours = [one for one in caplog.records if one.name == "traj_merge_callback" and one.levelname == "WARNING"]
+    assert len(ours) <= 1, caplog.text
