@@ -371,6 +371,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
             name: median([abs(one["forecast_error"][name]) for one in decays]) for name in (*OURS, "EMA 0.995")
         }
     found["decays"] = decays
+    found["over_seeds"] = {schedule: over_seeds(runs, schedule) for schedule in SCHEDULES}
     ends = [run["points"][-1]["arms"] for run in runs if run["schedule"] == "wsd"]
     gains = [(arms["default"]["gain"], arms["default"]["gain_stderr"]) for arms in ends]
     found["end_of_decay"] = gains and {
@@ -386,6 +387,24 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
     memory = [run["rows_of_memory"] for run in runs if run["rows_of_memory"]]
     found["rows_of_memory"] = {name: median([one[name] for one in memory]) for name in MERGERS}
+    return found
+
+
+def over_seeds(runs: list[dict[str, Any]], schedule: str) -> dict[str, Any]:
+    """How far each arm is behind the default at the end of the runs that differ in the order of the data only."""
+    by_model: dict[Any, list[dict[str, Any]]] = {}
+    for run in runs:
+        if run["schedule"] == schedule:
+            by_model.setdefault((run["trajectory"], run["parameters"]), []).append(run["points"][-1]["arms"])
+    ends = max(by_model.values(), key=len, default=[])
+    if len(ends) < 2:
+        return {}
+    found = {}
+    for name in ends[0]:
+        behind = [arms[name]["behind_default"] for arms in ends if name in arms]
+        if len(behind) == len(ends):
+            stderr = statistics.stdev(behind) / math.sqrt(len(behind))
+            found[name] = {"behind_default": statistics.mean(behind), "stderr": stderr, "seeds": len(behind)}
     return found
 
 
