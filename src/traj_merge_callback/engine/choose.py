@@ -25,6 +25,14 @@ logger = logging.getLogger("traj_merge_callback")
 
 # A search may repeat itself (repeats are answered from memory, for free), but not for ever.
 _ASKS_PER_EVALUATION = 10
+# At how many merges in a row something must fail for it to be a fault that stays.
+_TRIES = 3
+_WITHOUT = {
+    "gradients": "auto could not search with gradients of the held-out loss, and this merge is made with "
+    "search='reach', which needs none and finds a little less",
+    "groups": "merge weights by parameter group need gradients of the held-out loss, which could not be had, and "
+    "weights of the whole model are published",
+}
 
 Measure = Callable[
     [np.ndarray, bool, Sequence[int], Callable[[Evaluation], bool]], Pieces[tuple[Evaluation, "Gradient | None"]]
@@ -154,9 +162,12 @@ class Chooser:
         self._config = config
         self._heldout = heldout
         self._search = resolve_search(config.search, config.search_options)
-        self._without_gradients = self._ungrouped = False
         # What is under way that another attempt can do without: "gradients", "groups" or None.
         self._trying: str | None = None
+        # Of each the step of the merge at which it last failed, at how many merges in a row, and whether for good.
+        self._failed_at: dict[str, int] = {}
+        self._failures: dict[str, int] = {}
+        self._off: set[str] = set()
         # Whether merges use what an earlier part of the run remembered, and whether they may.
         self._remembers, self._may_remember = False, True
 
@@ -190,26 +201,28 @@ class Chooser:
         if state.restored and not self._may_remember:
             state.forget()
         self._remembers = state.restored and self._may_remember
+        with_gradients, with_groups = self._is_possible("gradients", step), self._is_possible("groups", step)
         problem = yield from self._problem(window, live, state, step, evaluations)
         start = Selection(None, problem.live_loss, live)
         build: Callable[..., Search] = self._search
         make: Callable[[], Search] = lambda: build(problem, **self._config.search_options)  # noqa: E731
-        self._trying = "gradients" if self._config.search == "auto" and not self._without_gradients else None
-        if self._without_gradients:
+        self._trying = "gradients" if self._config.search == "auto" and with_gradients else None
+        if not with_gradients:
             reach: Callable[..., Search] = resolve_search("reach")
             make = lambda: reach(problem)  # noqa: E731
         chosen = yield from select(make, problem, measure, start, state.row_losses, self._processes)
-        self._trying, shared = None, chosen.weights
+        self._succeeded()
+        shared = chosen.weights
         # Rank 0 searched; all ranks take rows, and must agree on which of them leave.
         state.memory = self._processes.from_rank0(lambda: problem.memory)
-        if window.groups is not None and shared is not None and not (self._ungrouped or self._without_gradients):
+        if window.groups is not None and shared is not None and with_gradients and with_groups:
             self._trying = "groups"
             gram = yield from window.gram_pieces(grouped=True)
             left = evaluations - int(np.ceil(chosen.forward_equivalents))
             grouped, best = replace(problem, evaluations=left, gram=gram), shared
             make = lambda: GroupedSearch(grouped, start=best)  # noqa: E731
             chosen = yield from select(make, grouped, measure, chosen, {}, self._processes)
-            self._trying = None
+            self._succeeded()
         state.restored = self._remembers = False
         state.previous, state.spans = (None if shared is None else shared.tolist()), list(window.spans)
         state.row_losses = {row: losses for row, losses in state.row_losses.items() if row in problem.names}
@@ -228,34 +241,52 @@ class Chooser:
             "search_losses": {"live": problem.live_loss, "merged": chosen.loss},
         }
 
-    def fall_back(self, error: BaseException) -> bool:
-        """After a failed merge: whether it can be made without what failed, which is not tried again; a collective."""
+    def _is_possible(self, what: str, step: int) -> bool:
+        """Whether a merge takes gradients, or groups: not if they failed in this very merge, or for good."""
+        return what not in self._off and self._failed_at.get(what) != step
+
+    def _succeeded(self) -> None:
+        if self._trying is not None:
+            self._failures[self._trying] = 0
+        self._trying = None
+
+    def fall_back(self, error: BaseException, step: int) -> bool:
+        """After a failed merge: whether it can be made without what failed; a collective.
+
+        The next merge tries it again, as memory may have been short at this one only. What fails at ``_TRIES`` merges
+        in a row fails by its nature, and is not tried any more.
+        """
         # Ranks that did not fail may be a piece ahead: what rank 0 was trying holds for all.
-        trying = self._processes.from_rank0(lambda: "memory" if self._remembers else self._trying)
+        trying, failures = self._processes.from_rank0(
+            lambda: ("memory" if self._remembers else self._trying, self._failures.get(self._trying or "", 0) + 1)
+        )
         self._trying, self._remembers = None, False
-        cause = (type(error).__name__, error)
+        if trying is None:
+            return False
         if trying == "memory":
             self._may_remember = False
             logger.warning(
                 "the first merge after resuming failed (%s: %s); it is made again without what the saved state "
                 "remembers of earlier merges",
-                *cause,
+                type(error).__name__,
+                error,
             )
-        elif trying == "gradients":
-            self._without_gradients = True
+            return True
+        self._failed_at[trying], self._failures[trying] = step, failures
+        if failures == _TRIES:
+            self._off.add(trying)
+        if failures in (1, _TRIES):
             logger.warning(
-                "auto could not search with gradients of the held-out loss (%s: %s); it goes on with search='reach', "
-                "which needs none and finds a little less",
-                *cause,
+                "step %d: %s (%s: %s); %s",
+                step,
+                _WITHOUT[trying],
+                type(error).__name__,
+                error,
+                f"that was at {_TRIES} merges in a row, and is not tried again"
+                if failures == _TRIES
+                else "the next merge tries it again",
             )
-        elif trying == "groups":
-            self._ungrouped = True
-            logger.warning(
-                "merge weights by parameter group need gradients of the held-out loss, which could not be had "
-                "(%s: %s); weights of the whole model are published",
-                *cause,
-            )
-        return trying is not None
+        return True
 
     def _problem(
         self, window: CheckpointWindow, live: Evaluation, state: SearchState, step: int, evaluations: int
@@ -278,7 +309,7 @@ class Chooser:
             tolerance=config.tolerance,
         )
         gram = None
-        if self._search.needs_gradients and not self._without_gradients:
+        if self._search.needs_gradients and self._is_possible("gradients", step):
             gram = yield from window.gram_pieces()
         return Problem(
             steps=window.steps,

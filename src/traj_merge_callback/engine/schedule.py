@@ -320,7 +320,11 @@ class Schedule:
 
     def _restarts(self, failed: Run[MergeRecord | None], error: BaseException) -> bool:
         """Begin the merge that failed again, if it can be made another way."""
-        if isinstance(error, CollectiveTimeout) or self._again is None or not self._merge.chooser.fall_back(error):
+        if (
+            isinstance(error, CollectiveTimeout)
+            or self._again is None
+            or not self._merge.chooser.fall_back(error, self._step)
+        ):
             return False
         self._again()
         assert self._run is not None
