@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 from traj_merge_callback import HeldOutLoss, Search, TrajectoryMerger, find_snapshot, load_merged, read_merge
 from traj_merge_callback.engine.capturing import passed
-from traj_merge_callback.evaluate.language_model import language_model_nll
 from traj_merge_callback.metrics import MEANINGS
 from traj_merge_callback.search import recipes
 
@@ -275,69 +274,6 @@ def test_failures_are_logged_once_and_leave_training_alone(loader, train, tmp_pa
     assert len(during) == len(kinds), "each kind of failure is logged once"
     assert any(re.search(message, record.message) for record in during)
     assert any("failures while merging" in record.message for record in caplog.records)
-
-
-def test_auto_takes_gradients_and_goes_on_without_them_where_there_are_none(loader, train, tmp_path, caplog):
-    def detached(model, batch):
-        nll, tokens = language_model_nll(model, batch)
-        return nll.detach(), tokens
-
-    for folder, nll in (("with", None), ("without", detached)):
-        plain = train_steps(tiny_llama(), train, 32)
-        model = tiny_llama()
-        merger = engine(loader, tmp_path / folder, nll=nll, on_error="raise")
-        train_steps(model, train, 32, lambda step, merger=merger, model=model: merger.step(model, step))
-        assert same_weights(plain, model)
-        for record in merger.records:
-            assert record.evaluations >= 3
-            assert record.forward_equivalents <= 9
-            assert record.search_losses["merged"] <= record.search_losses["live"]
-        # A merge with gradients and without a race has fewer candidates than passes.
-        assert any(one.forward_equivalents > one.evaluations for one in merger.records) == (nll is None)
-    said = [record.message for record in caplog.records if "could not search with gradients" in record.message]
-    assert len(said) == 2
-    assert "the next merge tries it again" in said[0]
-    assert "at 3 merges in a row, and is not tried again" in said[1]
-
-
-def test_a_gradient_that_could_not_be_had_once_is_taken_at_the_next_merge(loader, train, tmp_path, caplog):
-    model = tiny_llama()
-    merger = engine(loader, tmp_path, on_error="raise")
-
-    def fail(gradient):
-        raise MemoryError("no memory left")
-
-    def fail_in_backward(module, args, output):
-        if output.requires_grad:
-            output.register_hook(fail)
-
-    def each(step):
-        hook = model.model.norm.register_forward_hook(fail_in_backward) if step == 8 else None
-        merger.step(model, step)
-        if hook is not None:
-            hook.remove()
-
-    train_steps(model, train, 16, each)
-    assert [record.step for record in merger.records] == [8, 16]
-    assert [one.forward_equivalents > one.evaluations for one in merger.records] == [False, True]
-    (said,) = [record.message for record in caplog.records if "could not search with gradients" in record.message]
-    assert "MemoryError: no memory left" in said
-    assert "the next merge tries it again" in said
-
-
-def test_groups_go_without_where_there_are_no_gradients(loader, train, tmp_path, caplog):
-    def detached(model, batch):
-        nll, tokens = language_model_nll(model, batch)
-        return nll.detach(), tokens
-
-    model = tiny_llama()
-    options = {"search": "reach", "groups": "blocks", "evaluations": 14, "on_error": "raise", "nll": detached}
-    merger = engine(loader, tmp_path, **options)
-    train_steps(model, train, 16, lambda step: merger.step(model, step), lr=1e-2)
-    assert [record.search for record in merger.records] == ["reach"] * 2
-    assert any(record.gain for record in merger.records)
-    assert all(record.group_weights == {} for record in merger.records)
-    assert caplog.text.count("merge weights by parameter group need gradients") == 1
 
 
 def test_on_error_raise_lets_failures_through(loader, train, tmp_path):

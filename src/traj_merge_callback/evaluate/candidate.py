@@ -86,6 +86,10 @@ class Candidates:
         """Evaluate the current candidate on a split."""
         return (yield from self._heldout.evaluate_pieces(self.weights.model, split, self.weights.ready))
 
+    def evaluate_live(self, split: Split) -> Pieces[Evaluation]:
+        """Evaluate live, which is the current candidate; see :meth:`HeldOutLoss.live_pieces`."""
+        return (yield from self._heldout.live_pieces(self.weights.model, split, self.weights.ready))
+
     def sample(self) -> Pieces[Evaluation]:
         """Evaluate the current candidate on one batch of the report split."""
         return (yield from self._heldout.sample_pieces(self.weights.model, self.weights.ready))

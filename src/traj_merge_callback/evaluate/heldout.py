@@ -133,6 +133,8 @@ class HeldOutLoss:
                     f"(and more for a useful standard error), or raise heldout_batches={batches}"
                 )
         self._parts = self._divide()
+        #: Sequences left out because their loss is not finite, since someone set this to 0.
+        self.left_out = 0
 
     def _say(self, sentence: str) -> None:
         if self._processes.is_rank_zero:
@@ -222,6 +224,46 @@ class HeldOutLoss:
         """:meth:`evaluate`, one piece for each batch, which is evaluated inside ``ready(False)``."""
         indices = range(len(self._batches["report"])) if split == "report" else sorted(itertools.chain(*self._parts))
         return (yield from self._evaluating(model, split, indices, ready))
+
+    def live_pieces(self, model: nn.Module, split: Split, ready: Ready) -> Pieces[Evaluation]:
+        """:meth:`evaluate_pieces` for live weights; sequences whose loss is not finite are left out from now on.
+
+        Where at least half of a domain's batches are like that, the model is to blame, and nothing is left out.
+        """
+        found = yield from self.evaluate_pieces(model, split, ready)
+        if not self._has_odd(found):
+            return found
+        # In batches of one sequence each it shows which ones they are.
+        self._put(split, set(np.flatnonzero(~np.isfinite(found.nll))), lambda odd: count_sequences(odd.data))
+        found = yield from self.evaluate_pieces(model, split, ready)
+        if not self._has_odd(found):
+            return found
+        odd = set(np.flatnonzero(~np.isfinite(found.nll)))
+        self._put(split, odd, lambda _: 0)
+        self.left_out += len(odd)
+        if self._processes.is_rank_zero:
+            logger.warning(
+                "the loss of %d held-out sequences of the %s split is not finite: they are left out from now on",
+                len(odd),
+                split,
+            )
+        return (yield from self.evaluate_pieces(model, split, ready))
+
+    @staticmethod
+    def _has_odd(found: Evaluation) -> bool:
+        """Whether some batches have a loss that is not finite, and in every domain fewer than half."""
+        odd = ~np.isfinite(found.nll)
+        shares = [float(odd[[name == domain for name in found.domains]].mean()) for domain in set(found.domains)]
+        return 0.0 < max(shares) < 0.5
+
+    def _put(self, split: Split, chosen: set[int], pieces: Callable[[_Batch], int]) -> None:
+        """Put so many smaller batches in the place of each of the chosen ones."""
+        kept: list[_Batch] = []
+        for index, batch in enumerate(self._batches[split]):
+            count = pieces(batch) if index in chosen else 1
+            kept += _cut(batch, list(range(count_sequences(batch.data))), count) if count else []
+        self._batches[split] = kept
+        self._parts = self._divide()
 
     def sample_pieces(self, model: nn.Module, ready: Ready) -> Pieces[Evaluation]:
         """Evaluate the first batch of the report split."""
