@@ -270,7 +270,7 @@ class TrajectoryMerger:
                 self._capturing.settle(self.window)
                 if self.processes.all_reduce_max(float(self.window.steps[-1:] != (step,)))[0]:
                     with self.processes.raise_on_all():
-                        self.window.push(model, step)
+                        self.window.push(model, step, self._state.search.spoiled)
                     self._capturing.row_step = step
                 self._begin(model, step, self.config.evaluations)
                 record = self._record(self._schedule.complete(), step) or record
@@ -417,11 +417,13 @@ class TrajectoryMerger:
             self._capturing.settle(window)
             # A merge under way can be made again if nothing was captured since: its rows and live weights are there.
             # What it learns is not in the state yet.
-            again = self._schedule.merge_under_way and self._capturing.row_step == self._state.last_merge_step
+            merging = self._state.last_merge_step
+            again = self._schedule.merge_under_way and self._capturing.row_step == merging
+            again &= window.steps[-1:] == (merging,)  # else it is going to fail: its weights are not finite
             run = replace(self._state, busy_s=self._overhead.busy_s, wall_s=self._overhead.wall_s, run=self._store.run)
             saved = Saved(
                 copy.deepcopy(run),
-                self._state.last_merge_step if again else None,
+                merging if again else None,
                 self.heldout.digest,
                 [vars(entry) for entry in self._store.entries],
             )

@@ -30,6 +30,15 @@ def test_the_mean_is_over_tokens_or_weighted_as_asked():
     assert weighted.value(weighted.losses(merged)) == pytest.approx(0.25 * 0.8 + 0.75 * 2.1)
 
 
+def test_a_loss_on_the_whole_split_is_estimated_from_that_of_a_reference_unless_that_is_far_off():
+    objective = Objective.of(evaluation(3.0, 3.4, 3.6, 3.2), [""])
+    part = evaluation(2.5)
+    assert objective.on_whole(part, evaluation(3.0, 3.4, 3.6, 3.2)) == pytest.approx(2.5 + 0.3)
+    # A model that blew up varies more between batches than the loss of another one is high.
+    assert objective.on_whole(part, evaluation(500.0, 480.0, 490.0, 450.0)) == pytest.approx(2.5 - 0.2)
+    assert objective.on_whole(evaluation(-1.0), evaluation(-0.8, -0.6, -0.4, -0.6)) == pytest.approx(-0.8)
+
+
 def test_the_worst_domain_counts_by_its_rise_over_live():
     live = two_domains(1.0, 2.0)
     worst = Objective.of(live, ["code", "prose"], kind="worst")

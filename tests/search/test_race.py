@@ -128,12 +128,42 @@ def test_without_a_finite_row_there_is_nothing_to_publish_but_live():
     assert chosen.weights is None
 
 
+def test_rows_are_compared_on_one_part_where_one_of_them_is_known():
+    """The first part of the split is easier; the loss of the oldest row, the best, is known on the whole split."""
+    losses, ease = np.array([1.50, 1.52, 1.51, 2.0]), np.array([-0.6, 0.2, 0.2, 0.2])
+
+    def on_parts(value, parts):
+        tokens = np.full(len(parts), TOKENS)
+        return Evaluation((value + ease[list(parts)]) * tokens, tokens, ("",) * len(parts), tuple(parts))
+
+    def measure(weights, with_gradient, parts, abandon):
+        found = on_parts(weights @ losses, parts)
+        gradient = Gradient(np.outer(found.tokens, losses), found.tokens, found.domains)
+        return found, gradient if with_gradient else None
+
+    objective = Objective((frozenset([""]),), np.ones(1), losses[-1:], np.array([PARTS * TOKENS]))
+    gram = landscape(0, 4)[2]
+    options = {"gram": gram, "batches": PARTS, "parts": PARTS, "memory": {"live_losses": [1.5]}}
+    problem = Problem((1, 2, 3, 4), 8, objective, **options)
+    start = Selection(None, losses[-1], on_parts(losses[-1], range(PARTS)))
+    search = RacedSearch(problem)
+    scores = []
+    tell = search.tell
+    search.tell = lambda weights, loss, observed: (scores.append(loss), tell(weights, loss, observed))
+    chosen = select(search, problem, measure, start, {"1": [losses[0]]})
+    np.testing.assert_allclose(scores[:4], losses)
+    assert problem.memory["spoiled"] == ["4"]
+    assert chosen.loss <= losses[0]
+
+
 def test_what_a_rise_is():
     plateau = [1.30, 1.31, 1.29, 1.32, 1.30, 1.31]
     assert not has_risen(1.5, [])
     assert not has_risen(1.33, plateau)
     assert has_risen(1.6, plateau)
     assert has_risen(3.2, [4.0, 3.4, 2.9, 2.6])  # a loss that falls fast makes no rise usual
+    assert not has_risen(-1.30, [-1.25, -1.31])  # the loss of a density
+    assert has_risen(-1.1, [-1.25, -1.31])
     assert has_risen(2.9, [4.0, 3.4, 2.6, 3.2])  # it still is far above what it was before the spike
     assert not has_risen(2.5, [4.0, 3.4, 2.6, 3.2])
 
@@ -149,4 +179,5 @@ def test_a_spoiled_row_is_worse_than_an_older_one():
     assert unspoiled(np.array([2.0, 1.7, 1.5, 1.4])) == [0, 1, 2, 3]
     assert unspoiled(np.array([2.0, 1.7, 3.0, 1.6, 1.61])) == [0, 1, 3, 4]
     assert unspoiled(np.array([np.inf, 1.7, 2.5])) == [1]
+    assert unspoiled(np.array([-1.0, -1.3, -1.29, -0.9, -1.31])) == [0, 1, 2, 4]  # the losses of densities
     assert unspoiled(np.array([np.inf, np.inf])) == []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,6 +84,8 @@ def select(
     """
     objective, search = problem.objective, None
     best, count, spent = start, 0, 0.0
+    # The best candidate of those evaluated here on the whole split, with which the others are compared.
+    reference = start.evaluation
     known = {problem.live.tobytes(): objective.live}
     single = {problem.row(age).tobytes(): name for age, name in enumerate(reversed(problem.names))}
     known |= {key: np.array(row_losses[name]) for key, name in single.items() if name in row_losses}
@@ -121,16 +123,15 @@ def select(
             whole = len(evaluation.nll) == problem.batches
             if whole:
                 known[key] = losses
-            elif best.evaluation is not None:
-                # Its difference to the best candidate is taken to be the same on the rest of the split.
-                losses = losses + objective.losses(best.evaluation)
-                losses -= objective.losses(best.evaluation.on(evaluation.indices))
+            elif reference is not None:
+                losses = objective.on_whole(evaluation, reference)
         else:
             losses, whole = known[key], True
         loss = objective.value(losses)
         # What was not evaluated on the whole split is not known well enough to be published.
         if whole and loss < best.loss:
             best = replace(best, weights=weights, loss=loss, evaluation=evaluation)
+            reference = reference if evaluation is None else evaluation
         yield SEARCH
         if search is not None:
             gradients = None if gradient is None else objective.gradients(gradient)
@@ -146,6 +147,14 @@ def _checked(candidate: np.ndarray, problem: Problem) -> np.ndarray:
     if not np.isfinite(weights).all() or np.abs(weights.sum(axis=-1) - 1.0).max() > 1e-6:
         raise ValueError(f"the search proposed weights {weights.tolist()}, which are not finite with a sum of 1")
     return weights + 0.0  # -0.0 becomes 0.0, so that equal candidates have equal bytes
+
+
+def _comparable(problem: Problem, spoiled: Collection[str]) -> list[int]:
+    """The rows, by index, whose distances to others are numbers, but for the spoiled ones."""
+    assert problem.gram is not None
+    names = [""] * problem.leading_rows + list(problem.names)
+    finite = np.isfinite(np.diagonal(problem.gram, axis1=-2, axis2=-1)).all(axis=0)
+    return [index for index, name in enumerate(names) if finite[index] and name not in spoiled]
 
 
 class Chooser:
@@ -220,8 +229,10 @@ class Chooser:
             gram = yield from window.gram_pieces(grouped=True)
             left = evaluations - int(np.ceil(chosen.forward_equivalents))
             grouped, best = replace(problem, evaluations=left, gram=gram), shared
-            make = lambda: GroupedSearch(grouped, start=best)  # noqa: E731
-            chosen = yield from select(make, grouped, measure, chosen, {}, self._processes)
+            rows = _comparable(grouped, state.spoiled)
+            if len(rows) > 1:
+                make = lambda: GroupedSearch(grouped, best, rows)  # noqa: E731
+                chosen = yield from select(make, grouped, measure, chosen, {}, self._processes)
             self._succeeded()
         state.restored = self._remembers = False
         state.previous, state.spans = (None if shared is None else shared.tolist()), list(window.spans)

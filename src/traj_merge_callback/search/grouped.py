@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from .evaluation import Gradient
 from .problem import GRADIENT_COST, Observed, Problem, Search
 from .quadratic import NOISE_PER_TOKEN
 from .space import PrincipalAxes
@@ -34,6 +37,7 @@ class GroupedSearch(Search):
     Args:
         problem: with Gram matrices of shape ``(groups, size, size)``.
         start: best weights of the whole model, shape ``(size,)``.
+        rows: at least two rows, by index, whose weights may change, those of the others stay; None: all.
 
     Attributes:
         cost: of one step, in forward passes.
@@ -42,11 +46,12 @@ class GroupedSearch(Search):
     needs_gradients = True
     cost = GRADIENT_COST + 2
 
-    def __init__(self, problem: Problem, start: np.ndarray) -> None:
+    def __init__(self, problem: Problem, start: np.ndarray, rows: Sequence[int] | None = None) -> None:
         super().__init__(problem)
         assert problem.gram is not None
         self._objective = problem.objective
-        self._axes = [PrincipalAxes(gram) for gram in problem.gram]
+        self._rows = list(range(problem.size) if rows is None else rows)
+        self._axes = [PrincipalAxes(gram[np.ix_(self._rows, self._rows)]) for gram in problem.gram]
         self._best = np.tile(start, (len(problem.gram), 1))
         self._best_loss = np.inf
         self._begin()
@@ -67,10 +72,13 @@ class GroupedSearch(Search):
             return
         if loss < self._best_loss:
             self._best, self._best_loss = weights, loss
-        if observed.gradients is not None:
+        if observed.parts is not None:
             self.wants_gradient = False
             self._loss = loss
-            self._direction, self._slope, self._signal = self._aim(observed)
+            parts = Gradient(observed.parts.sums[..., self._rows], observed.parts.tokens, observed.parts.domains)
+            if not np.isfinite(parts.sums).all():
+                return
+            self._direction, self._slope, self._signal = self._aim(parts)
             if self._slope < 0.0 < self._signal:
                 self._next = self._at(_FIRST_STEP)
             return
@@ -87,12 +95,9 @@ class GroupedSearch(Search):
     def _at(self, length: float) -> np.ndarray:
         return self._start + self._signal * length * self._direction
 
-    def _aim(self, observed: Observed) -> tuple[np.ndarray, float, float]:
+    def _aim(self, parts: Gradient) -> tuple[np.ndarray, float, float]:
         """The direction of descent, ``(groups, size)``, the slope along it, and the gradient's share of signal."""
-        parts = observed.parts
-        assert parts is not None
-        assert observed.gradients is not None
-        gradient = np.tensordot(self._objective.weights, observed.gradients, axes=1)
+        gradient = np.tensordot(self._objective.weights, self._objective.gradients(parts), axes=1)
         steps, power, noise = [], 0.0, 0.0
         for group, axes in enumerate(self._axes):
             shape = axes.curvatures(_ALPHA)
@@ -106,5 +111,7 @@ class GroupedSearch(Search):
             steps.append(axes.axes @ (-slopes / curvatures))
             power += float(np.square(slopes) @ (1.0 / curvatures))
             noise += float(variances @ (1.0 / curvatures))
-        direction = np.array(steps)
-        return direction, float((gradient * direction).sum()), max(0.0, 1.0 - noise / power) if power > 0.0 else 0.0
+        direction = np.zeros_like(self._best)
+        direction[:, self._rows] = steps
+        slope = float((gradient * np.array(steps)).sum())
+        return direction, slope, max(0.0, 1.0 - noise / power) if power > 0.0 else 0.0

@@ -90,6 +90,22 @@ class Objective:
         """Loss of each component, shape ``(components,)``."""
         return np.array([evaluation.only(component).loss for component in self.components])
 
+    def on_whole(self, evaluation: Evaluation, reference: Evaluation) -> np.ndarray:
+        """Loss of each component on the whole split, estimated from some batches of it, shape ``(components,)``.
+
+        The difference to a reference is taken to be the same on the rest of the split. Of a candidate whose loss is
+        less than half of the reference's that is not so: how much a loss varies between batches grows with the loss,
+        and a live model that blew up would say more of itself than of the candidate. What the reference adds is scaled
+        down then.
+
+        Args:
+            evaluation: the candidate, on some batches.
+            reference: another candidate, on the whole split.
+        """
+        losses, there = self.losses(evaluation), self.losses(reference.on(evaluation.indices))
+        alike = np.divide(2.0 * losses, there, out=np.ones_like(losses), where=there != 0.0).clip(0.0, 1.0)
+        return losses + alike * (self.losses(reference) - there)
+
     def gradients(self, gradient: Gradient) -> np.ndarray:
         """Gradient of each component's loss, shape ``(components, k)`` or ``(components, groups, k)``."""
         return np.array([gradient.of(component) for component in self.components])

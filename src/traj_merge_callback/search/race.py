@@ -17,7 +17,8 @@ from .surrogate import SurrogateSearch
 # Live's losses at this many merges say what is usual.
 _REMEMBERED = 8
 # Live has gone astray if its loss rises by more than this many usual rises from merge to merge, and by more than this
-# share of the loss. The share is also what makes a row, or a merge, clearly worse than another one.
+# share of the loss, which is below 0 where it is of a density. The share is also what makes a row, or a merge, clearly
+# worse than another one.
 _RISES, _CLEARLY = 4.0, 0.02
 # Ratio of the squared distances between neighbouring rows, to the median, from which on the principal axes are those of
 # one row's distance alone: see space._SMALLEST_EXTENT.
@@ -114,7 +115,7 @@ class RacedSearch(Search):
                 share = float(observed.parts.tokens.sum() / self.problem.objective.tokens.sum())
             self._left -= share * (1.0 if observed.parts is None else GRADIENT_COST)
             if self._is_first:
-                looks_wrong = score > (1.0 + _CLEARLY) * self._expected
+                looks_wrong = score > self._expected + _CLEARLY * abs(self._expected)
             else:
                 # Given up before the whole split was evaluated. Once may be a step too long, from which it learns.
                 self._given_up += share < 1.0 and score > self.problem.live_loss
@@ -221,7 +222,7 @@ def has_risen(loss: float, recent: Sequence[float]) -> bool:
         return False
     rises = np.maximum(np.diff(recent), 0.0)
     usual = float(np.quantile(rises, 0.75, method="lower")) if len(rises) else 0.0
-    return loss - min(recent) > max(_RISES * usual, _CLEARLY * min(recent))
+    return loss - min(recent) > max(_RISES * usual, _CLEARLY * abs(min(recent)))
 
 
 def is_uneven(gram: np.ndarray) -> bool:
@@ -242,5 +243,5 @@ def unspoiled(losses: np.ndarray) -> list[int]:
     if not np.isfinite(losses).any():
         return []
     older = np.minimum.accumulate(np.concatenate([[np.inf], losses[:-1]]))
-    good = np.isfinite(losses) & (losses <= older + _CLEARLY * losses.min())
+    good = np.isfinite(losses) & (losses <= older + _CLEARLY * abs(losses.min()))
     return np.flatnonzero(good).tolist()

@@ -7,7 +7,7 @@ these for the last k checkpoints, and the few rows beside them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,9 @@ from .devices import page_locked
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 # Neighbouring int8 deltas that share one float32 scale: 4 bytes for 64 of them, 1/16 of a byte each.
 BLOCK = 64
+# The anchor is not renewed where that would make rounding errors of the other rows more than this many times as large.
+# Between neighbouring rows of one learning rate they become as large as they were.
+_FAR = 8.0
 # Columns of a row that one tensor operation works on: enough to be worth two threads, few enough for the cache.
 CHUNK = 1 << 20
 
@@ -130,7 +133,9 @@ class Int8Rows:
 
     The anchor is a copy of one of the checkpoints written. The rounding error of a number is at most 1/254 of the
     largest delta of its block, so the anchor is renewed once every k rows, which keeps it near the rows held; renewing
-    it rounds each of the other rows once more. A row takes 1 + 4/64 bytes per number, the anchor 4.
+    it rounds each of the other rows once more. A checkpoint that is much farther from the other rows than the anchor
+    is, as in a loss spike, does not become the anchor: rounded as deltas to it, the others would be lost. A row takes
+    1 + 4/64 bytes per number, the anchor 4.
 
     Args:
         count, numel, allocate: see :class:`DenseRows`.
@@ -150,13 +155,11 @@ class Int8Rows:
         return self._deltas.nbytes + self._scales.nbytes + self._anchor.nbytes
 
     def write(self, index: int, values: Tensor, *, renew: bool = False) -> None:
-        """Store ``values``, shape ``(numel,)``, as row ``index``; with ``renew`` they become the anchor, if finite."""
-        renew = renew and all(bool(torch.isfinite(chunk).all()) for chunk in values.split(CHUNK))
+        """Store ``values``, shape ``(numel,)``, as row ``index``; with ``renew`` they become the anchor, if near."""
         others = [other for other in range(len(self._deltas)) if other != index]
-        for start in range(0, self._deltas.shape[1], CHUNK):
-            columns = slice(start, min(start + CHUNK, self._deltas.shape[1]))
-            new = torch.zeros(columns.stop - columns.start, device=self._anchor.device)
-            new[: self._numel - start].copy_(values[columns])
+        renew = renew and all(bool(torch.isfinite(chunk).all()) for chunk in values.split(CHUNK))
+        renew = renew and self._is_near(values, others)
+        for columns, new in self._padded(values):
             anchor = self._anchor[columns]
             if renew:
                 for other in others:
@@ -193,6 +196,27 @@ class Int8Rows:
     def shared_state(self) -> dict[str, Tensor]:
         """The named tensors that all rows are decoded with: the anchor."""
         return {"anchor": self._anchor}
+
+    def _is_near(self, values: Tensor, rows: list[int]) -> bool:
+        """Whether rows would not be rounded far more coarsely as deltas to ``values``; true if there is no anchor."""
+        if not self._anchor.any():
+            return True
+        before = after = 0.0
+        for columns, new in self._padded(values):
+            for row in rows:
+                deltas = self._decode(row, columns).add_(self._anchor[columns]).sub_(new)
+                after += float(deltas.view(-1, BLOCK).abs().amax(dim=1).sum(dtype=torch.float64))
+                scales = self._scales[row, columns.start // BLOCK : columns.stop // BLOCK]
+                before += 127.0 * float(scales.sum(dtype=torch.float64))
+        return not after > _FAR * before
+
+    def _padded(self, values: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Chunks of whole blocks: their columns, and a copy of the values there, with zeros at the end."""
+        for start in range(0, self._deltas.shape[1], CHUNK):
+            columns = slice(start, min(start + CHUNK, self._deltas.shape[1]))
+            new = torch.zeros(columns.stop - columns.start, device=self._anchor.device)
+            new[: self._numel - start].copy_(values[columns])
+            yield columns, new
 
     def _decode(self, index: int, columns: slice) -> Tensor:
         scratch = torch.empty(columns.stop - columns.start + 2 * BLOCK, device=self._anchor.device)
