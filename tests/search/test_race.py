@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from conftest import select
 from test_surrogate import landscape
 
@@ -173,6 +174,12 @@ def test_what_is_uneven():
     assert not is_uneven(np.zeros((4, 4)))
     far = np.array([0.0, 1.0, 2.0, 1e4, 3.0, 4.0, 5.0, 6.0])[:, None] - 6.0
     assert is_uneven(far @ far.T)
+    for seed in range(20):  # the newest row is far away: what the Gram matrix says of the others is rounded
+        rng = np.random.default_rng(seed)
+        rows = np.cumsum(rng.normal(size=(6, 1000)), axis=0)
+        rows[-1] += 1e5 * rng.normal(size=1000)
+        deltas = torch.tensor(rows - rows[-1], dtype=torch.float32)
+        assert is_uneven((deltas @ deltas.T).double().numpy())
 
 
 def test_a_spoiled_row_is_worse_than_an_older_one():

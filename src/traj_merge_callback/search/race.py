@@ -231,7 +231,8 @@ def is_uneven(gram: np.ndarray) -> bool:
         return True
     squares = np.diag(gram)
     apart = squares[1:] + squares[:-1] - 2.0 * np.diag(gram, 1)
-    return bool(apart.max() > _UNEVEN * max(float(np.median(apart)), 0.0) > 0.0)
+    # Where the newest row is far away, the distances between the others are rounding errors of any sign, or 0.
+    return bool(apart.max() > _UNEVEN * float(np.median(np.abs(apart))))
 
 
 def unspoiled(losses: np.ndarray) -> list[int]:
