@@ -97,6 +97,26 @@ def test_a_state_saved_at_a_merge_of_weights_that_are_not_finite_can_be_read(tra
     resumed.close()
 
 
+@pytest.mark.parametrize("row", ["last", "multiscale"])
+def test_a_first_checkpoint_that_is_not_finite_is_no_failure(train, heldout, tmp_path, row, caplog):
+    options = {"merge_every": 10, "schedule": "interleaved", "row": row, "start_step": 0, "on_error": "raise"}
+    merger, model = a_merger(heldout, tmp_path, **options), tiny_llama()
+
+    def each(step):
+        good = copy.deepcopy(model.state_dict())
+        if step <= 5:
+            model.lm_head.weight.data[0, 0] = torch.nan
+        merger.step(model, step)
+        merger.settle()
+        model.load_state_dict(good)
+
+    with caplog.at_level(logging.WARNING, "traj_merge_callback"):
+        train_steps(model, train, 20, each)
+        merger.finish(model)
+    assert len(warnings_of(caplog)) == 1
+    assert merger.records[-1].step == 20
+
+
 def test_rows_that_are_spoiled_leave_before_the_merge_at_the_end_too(train, heldout, tmp_path):
     merger, model = a_merger(heldout, tmp_path, row="multiscale"), tiny_llama()
 

@@ -57,6 +57,9 @@ class Merge:
     def probe(self, model: nn.Module) -> Pieces[None]:
         """Do pieces of the commonest kinds, to learn how long they take."""
         candidates = self._candidates(model, Kept())
+        self.window.settle_together()
+        if not len(self.window):  # the first checkpoint was not finite: another time
+            return
         with self.window.in_use():
             yield from candidates.load(None)
         for _ in range(2):  # the first forward pass of a kind is slow
