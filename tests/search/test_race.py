@@ -88,6 +88,17 @@ def test_after_a_spike_nothing_worse_than_a_row_or_a_recipe_is_published(seed, e
     assert chosen.weights[-1] == 0
 
 
+@pytest.mark.parametrize("evaluations", [2, 3, 4])
+def test_with_too_few_evaluations_for_a_race_the_last_merge_is_made_again(evaluations):
+    loss, gradient, gram, best = spiked(rise=200.0)
+    again = np.append(best[:-1] / best[:-1].sum(), 0.0)
+    memory = {"live_losses": [loss(again) + 0.1] * 3, "merged": loss(again)}
+    chosen, seen, _ = merge(loss, gradient, gram, evaluations=evaluations, memory=memory, again=again, previous=best)
+    assert loss(seen[0][0]) == pytest.approx(loss(again))
+    assert chosen.loss <= loss(again) + 1e-9
+    assert chosen.forward_equivalents <= evaluations
+
+
 def test_what_is_spoiled_has_no_part_in_the_next_merge_and_begins_no_race():
     loss, gradient, gram, _ = spiked(row=3)
     memory = {"live_losses": [loss(np.eye(8)[-1])], "spoiled": ["4"]}

@@ -38,7 +38,8 @@ class RacedSearch(Search):
     on the whole search split, so that nothing worse is published, and the surrogate goes on from there among the rows
     that are not spoiled.
 
-    A merge where nothing looks wrong is the surrogate's alone, and costs what it costs.
+    With too few evaluations for a race the last merge, once more, takes the place of its winner. A merge where nothing
+    looks wrong is the surrogate's alone, and costs what it costs.
 
     Args:
         problem: the merge's problem, with its Gram matrix.
@@ -71,7 +72,10 @@ class RacedSearch(Search):
         self._winner: np.ndarray | None = None
         self._is_first, self._raced, self._given_up = True, False, 0
         self._surrogate = None
-        if not ((has_risen(problem.live_loss, recent) or is_uneven(problem.gram)) and self._race()):
+        looks_wrong = has_risen(problem.live_loss, recent) or is_uneven(problem.gram)
+        if looks_wrong and not self._race() and self._left >= 1:
+            self._winner = self._again()  # too few evaluations for a race: as good as the last merge is good enough
+        if not (self._runners or self._winner is not None):
             self._surrogate = self._among_good(self._previous())
 
     @classmethod
@@ -195,10 +199,11 @@ class RacedSearch(Search):
 
     def _previous(self) -> np.ndarray | None:
         """The last merge's weights: by age, and where rows are spoiled those of that merge on the other rows."""
+        return self.problem.previous if len(self._good) == self.problem.size else self._again()
+
+    def _again(self) -> np.ndarray | None:
+        """The last merge once more, of rows that are not spoiled; None where most of it has left, or is spoiled."""
         good, again = self._good, self.problem.again
-        if len(good) == self.problem.size:
-            return self.problem.previous
-        # What most of it was made of has left, or is spoiled.
         if again is None or again[good].sum() < 0.5:
             return None
         return self._of_all_rows(again[good] / again[good].sum())
