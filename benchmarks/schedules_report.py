@@ -12,6 +12,8 @@ SCHEDULES = ("constant", "wsd", "cosine")
 # The best of a grid, chosen on the numbers reported.
 ORACLES = ("best uniform", "best EMA", "best tail-EMA", "best WSM")
 OURS = ("default", "5 passes", "groups")
+# Where decaying the rate wins less than this, in nats, there is nothing to recover or to forecast.
+_DECAY_HELPS = 0.01
 LABELS = {
     "default": "this callback, as it comes",
     "5 passes": "this callback, `evaluations=5`",
@@ -26,7 +28,14 @@ LABELS = {
     "best tail-EMA": "best tail-EMA of 28",
     "best WSM": "best WSM (minus-sqrt) of three windows",
 }
-SHOWN = ("live", "uniform 500", "EMA 5 %", "EMA 0.99", "tail-EMA 0.6, 150", "default")
+SHOWN: dict[str, dict[str, Any]] = {
+    "default": {"color": "tab:blue", "linewidth": 2.6},
+    "EMA 5 %": {"color": "tab:green", "linewidth": 1.2},
+    "EMA 0.99": {"color": "tab:red", "linewidth": 1.2},
+    "tail-EMA 0.6, 150": {"color": "tab:purple", "linewidth": 1.2},
+    "uniform 500": {"color": "tab:orange", "linewidth": 1.2},
+    "best EMA": {"color": "gray", "linewidth": 1.2, "linestyle": "--"},
+}
 
 
 def median(values: list[float]) -> float | None:
@@ -57,7 +66,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
             }
         found["schedules"][schedule] = {"points": len(points), "arms": rows}
     keys = sorted({(run["trajectory"], run["parameters"], run["seed"]) for run in runs})
-    decays = []
+    decays, unhelpful = [], 0
     for key in keys:
         mine = {run["schedule"]: run for run in runs if (run["trajectory"], run["parameters"], run["seed"]) == key}
         if "constant" not in mine:
@@ -69,6 +78,9 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
             end = mine[other]["points"][-1]
             decayed, arms = end["arms"]["live"]["loss"], at[end["step"]]
             live = arms["live"]["loss"]
+            if live - decayed < _DECAY_HELPS:
+                unhelpful += 1
+                continue
             decays.append(
                 {
                     "trajectory": key[0],
@@ -92,7 +104,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         found["forecast_error"] = {
             name: median([abs(one["forecast_error"][name]) for one in decays]) for name in (*OURS, "EMA 0.995")
         }
-    found["decays"] = decays
+    found["decays"], found["decays_that_won_nothing"] = decays, unhelpful
     found["over_seeds"] = {schedule: over_seeds(runs, schedule) for schedule in SCHEDULES}
     ends = [run["points"][-1]["arms"] for run in runs if run["schedule"] == "wsd"]
     gains = [(arms["default"]["gain"], arms["default"]["gain_stderr"]) for arms in ends]
@@ -164,42 +176,49 @@ def table(found: dict[str, Any]) -> str:
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Loss of the arms of one trajectory over the run, one panel a schedule; and the recovery at the bottom."""
+    """What the arms win over live, along the runs: a column a schedule, a row a model with all three schedules."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4.2))
+    models = list(dict.fromkeys((run["trajectory"], run["parameters"]) for run in runs))
+    models = [model for model in models if {run["schedule"] for run in runs if _model(run) == model} >= set(SCHEDULES)]
+    figure, grid = plt.subplots(len(models), 3, figsize=(12, 0.8 + 2.6 * len(models)), squeeze=False, sharex="col")
     titles = ("constant rate", "WSD: decays over the last 40 %", "cosine to 10 %")
-    for axis, schedule, title in zip(axes, SCHEDULES, titles, strict=True):
-        mine = [run for run in runs if run["schedule"] == schedule and belongs(run, runs[0])]
-        steps = [point["step"] for point in mine[0]["points"]]
-        for name in SHOWN:
-            values = [
-                statistics.mean(run["points"][index]["arms"][name]["loss"] for run in mine)
-                for index in range(len(steps))
-            ]
-            ours = name == "default"
-            label = "this callback, as it comes" if ours else name
-            axis.plot(steps, values, marker="o", markersize=4, linewidth=2.4 if ours else 1.2, label=label)
-        if schedule == "constant":
-            for other in ("twin", "wsd"):
-                ends = [run for run in runs if run["schedule"] == other and belongs(run, runs[0])]
-                if ends:
-                    step = ends[0]["points"][-1]["step"]
-                    loss = statistics.mean(run["points"][-1]["arms"]["live"]["loss"] for run in ends)
-                    label = "live, had its rate decayed" if other == "wsd" else ""
-                    axis.plot(
-                        [step], [loss], marker="*", markersize=13, color="black", linestyle="", label=label or "_twin"
-                    )
-        axis.set(title=title, xlabel="optimizer step")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("held-out loss, nats per byte")
-    axes[0].legend(fontsize=8)
-    size = runs[0]["parameters"] / 1e6
-    figure.suptitle(f"{runs[0]['trajectory']}, {size:.1f} M parameters, mean of {len(mine)} data orders", fontsize=10)
-    figure.tight_layout()
+    for axes, model in zip(grid, models, strict=True):
+        highest = 0.0
+        for axis, schedule, title in zip(axes, SCHEDULES, titles, strict=True):
+            mine = [run for run in runs if run["schedule"] == schedule and _model(run) == model]
+            steps = [point["step"] for point in mine[0]["points"]]
+            for name, style in SHOWN.items():
+                gains = [
+                    statistics.mean(run["points"][at]["arms"][name]["gain"] for run in mine) for at in range(len(steps))
+                ]
+                highest = max(highest, *gains)
+                axis.plot(steps, gains, marker="o", markersize=3.5, label=LABELS.get(name, name), **style)
+            if schedule == "constant":
+                ours = [run for run in runs if _model(run) == model]
+                ends = [run["points"][-1] for run in ours if run["schedule"] in ("twin", "wsd")]
+                for step in sorted({end["step"] for end in ends}):
+                    decayed = [end["arms"]["live"]["loss"] for end in ends if end["step"] == step]
+                    same = [point for run in mine for point in run["points"] if point["step"] == step]
+                    live = [point["arms"]["live"]["loss"] for point in same]
+                    won = statistics.mean(live) - statistics.mean(decayed)
+                    highest = max(highest, won)
+                    label = "live, had its rate decayed until here" if step == steps[-1] else None
+                    axis.plot([step], [won], marker="*", markersize=13, color="black", linestyle="", label=label)
+            axis.axhline(0.0, color="black", linewidth=0.8)
+            axis.grid(alpha=0.3)
+            axis.set_title(title if axes is grid[0] else "", fontsize=10)
+            axis.set_xlabel("optimizer step" if axes is grid[-1] else "")
+        for axis in axes:
+            axis.set_ylim(-0.5 * highest, 1.1 * highest)
+        axes[0].set_ylabel(f"{model[0]}\n{model[1] / 1e6:.1f} M parameters", fontsize=9)
+    figure.suptitle("How much lower the held-out loss is than that of the live weights (nats per byte)", fontsize=11)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=4, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.3 / len(models) if len(models) == 1 else 0.1, 1, 1))
     figure.savefig(path, dpi=120)
 
 
@@ -211,10 +230,8 @@ def write(runs: list[dict[str, Any]], output: Path) -> None:
     path.with_suffix(".new").write_text(json.dumps(found | {"all_runs": runs}, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".new").replace(path)
     (output / "schedules.md").write_text(table(found) + "\n", encoding="utf-8")
-    if set(SCHEDULES) <= {run["schedule"] for run in runs if belongs(run, runs[0])}:
-        plot(runs, output / "schedules.png")
+    plot(runs, output / "schedules.png")
 
 
-def belongs(run: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two runs are of the same model, text and rate."""
-    return all(run[key] == other[key] for key in ("trajectory", "parameters"))
+def _model(run: dict[str, Any]) -> tuple[str, int]:
+    return run["trajectory"], run["parameters"]
