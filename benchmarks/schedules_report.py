@@ -210,15 +210,15 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
                     axis.plot([step], [won], marker="*", markersize=13, color="black", linestyle="", label=label)
             axis.axhline(0.0, color="black", linewidth=0.8)
             axis.grid(alpha=0.3)
-            axis.set_title(title if axes is grid[0] else "", fontsize=10)
-            axis.set_xlabel("optimizer step" if axes is grid[-1] else "")
+            axis.set_title(title if model == models[0] else "", fontsize=10)
+            axis.set_xlabel("optimizer step" if model == models[-1] else "")
         for axis in axes:
             axis.set_ylim(-0.5 * highest, 1.1 * highest)
         axes[0].set_ylabel(f"{model[0]}\n{model[1] / 1e6:.1f} M parameters", fontsize=9)
     figure.suptitle("How much lower the held-out loss is than that of the live weights (nats per byte)", fontsize=11)
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=4, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.3 / len(models) if len(models) == 1 else 0.1, 1, 1))
+    figure.tight_layout(rect=(0, 0.2 / len(models), 1, 1))
     figure.savefig(path, dpi=120)
 
 
