@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from test_search import run
 
 from traj_merge_callback.search.quadratic import Observation, Prior, design, posterior, quadratic
+from traj_merge_callback.search.space import within_bounds
 
 
 def landscape(seed, k=8, alpha=0.6, coupling=0.05, gain=0.1, cubic=0.0):
@@ -130,3 +131,25 @@ def test_without_evidence_the_posterior_is_the_prior():
     np.testing.assert_allclose(quadratic(found.mean, curvatures).hessian, np.diag(curvatures))
     slopes = [draw.slope for draw in found.samples(400, np.random.default_rng(0))]
     np.testing.assert_allclose(np.std(slopes, axis=0), np.sqrt(curvatures), rtol=0.15)
+
+
+@settings(deadline=None)
+@given(weights=st.lists(st.floats(-5, 5), min_size=2, max_size=8), bounds=st.sampled_from([(-1.0, 2.0), (0.0, 1.0)]))
+def test_the_nearest_weights_within_bounds(weights, bounds):
+    given_weights = np.array(weights) + (1.0 - sum(weights)) / len(weights)
+    found = within_bounds(given_weights, bounds)
+    assert found.sum() == pytest.approx(1.0, abs=1e-9)
+    assert bounds[0] <= found.min() <= found.max() <= bounds[1]
+    # Of the nearest point of a convex set: no other point of it lies in the direction of the given one.
+    for corner in np.eye(len(found)):
+        assert (given_weights - found) @ (corner - found) <= 1e-6
+
+
+def test_the_last_merges_weights_come_first_even_if_rounding_puts_them_beyond_a_bound():
+    loss, gradient, gram, _ = landscape(0, 5)
+    previous = np.array([0.1, np.nextafter(-1.0, -2.0), 0.2, 1.6, 0.1])
+    _, seen = run("surrogate", loss, 9, steps=tuple(range(5)), gram=gram, gradient=gradient, previous=previous)
+    np.testing.assert_allclose(seen[0], previous, atol=1e-12)
+    joined = np.array([-1.7, 0.9, 0.1, 1.6, 0.1])
+    _, seen = run("surrogate", loss, 9, steps=tuple(range(5)), gram=gram, gradient=gradient, previous=joined)
+    np.testing.assert_allclose(seen[0], [-1.0, 0.725, -0.075, 1.425, -0.075])

@@ -76,6 +76,26 @@ class PrincipalAxes:
         return (self.extents / self.extents.mean()) ** -alpha
 
 
+def within_bounds(weights: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
+    """The nearest merge weights, in Euclidean distance, that lie within the bounds, shape ``(k,)``.
+
+    Weights carried over from an earlier merge leave them by rounding, or where two rows have become one.
+
+    Args:
+        weights: shape ``(k,)``, with a sum of 1.
+        bounds: smallest and largest weight; see :func:`check_space`.
+    """
+    low, high = bounds
+    if low <= weights.min() and weights.max() <= high:
+        return weights
+    # All weights are shifted alike and those that leave the bounds are cut off: the sum grows with the shift.
+    least, most = low - weights.max(), high - weights.min()
+    for _ in range(100):
+        shift = (least + most) / 2.0
+        least, most = (shift, most) if np.clip(weights + shift, low, high).sum() < 1.0 else (least, shift)
+    return np.clip(weights + most, low, high)
+
+
 def best_point(
     models: list[Quadratic],
     objective: Objective,

@@ -11,7 +11,7 @@ import numpy as np
 from .problem import GRADIENT_COST, Observed, Problem, Search
 from .quadratic import NOISE_PER_TOKEN, Observation, Posterior, Prior, Quadratic, design, posterior, quadratic
 from .recipes import ema
-from .space import PrincipalAxes, best_point, check_space
+from .space import PrincipalAxes, best_point, check_space, within_bounds
 from .spans import average
 
 # Grids and priors of the two hyperparameters. The scale h of the curvatures, expressed as twice the quadratic term of
@@ -82,8 +82,7 @@ class SurrogateSearch(Search):
             self._next = problem.previous
         else:
             self._next = average(problem.spans) if problem.spans else ema(problem.size, decay=0.35)
-        if not (self._bounds[0] <= self._next.min() and self._next.max() <= self._bounds[1]):
-            self._next = self._axes.middle
+        self._next = within_bounds(self._next, self._bounds)
         self._budget = float(problem.evaluations)
         self._parts = problem.parts
         self.wants_parts = 1
