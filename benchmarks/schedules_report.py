@@ -199,12 +199,19 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
                 axis.plot(steps, gains, marker="o", markersize=3.5, label=LABELS.get(name, name), **style)
             if schedule == "constant":
                 ours = [run for run in runs if _model(run) == model]
-                ends = [run["points"][-1] for run in ours if run["schedule"] in ("twin", "wsd")]
-                for step in sorted({end["step"] for end in ends}):
-                    decayed = [end["arms"]["live"]["loss"] for end in ends if end["step"] == step]
-                    same = [point for run in mine for point in run["points"] if point["step"] == step]
-                    live = [point["arms"]["live"]["loss"] for point in same]
-                    won = statistics.mean(live) - statistics.mean(decayed)
+                ends = {
+                    (run["points"][-1]["step"], run["seed"]): run["points"][-1]["arms"]["live"]["loss"]
+                    for run in ours
+                    if run["schedule"] in ("twin", "wsd")
+                }
+                lives = {
+                    (point["step"], run["seed"]): point["arms"]["live"]["loss"]
+                    for run in mine
+                    for point in run["points"]
+                }
+                for step in sorted({step for step, _ in ends}):
+                    both = [key for key in ends if key[0] == step and key in lives]
+                    won = statistics.mean(lives[key] - ends[key] for key in both)
                     highest = max(highest, won)
                     label = "live, had its rate decayed until here" if step == steps[-1] else None
                     axis.plot([step], [won], marker="*", markersize=13, color="black", linestyle="", label=label)
