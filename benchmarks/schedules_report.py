@@ -65,10 +65,10 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
                 "clearly_worse_than_live": sum(one["gain"] < -2 * one["gain_stderr"] for one in measured),
             }
         found["schedules"][schedule] = {"points": len(points), "arms": rows}
-    keys = sorted({(run["trajectory"], run["parameters"], run["seed"]) for run in runs})
+    keys = sorted({(*_model(run), run["seed"]) for run in runs})
     decays, unhelpful = [], 0
     for key in keys:
-        mine = {run["schedule"]: run for run in runs if (run["trajectory"], run["parameters"], run["seed"]) == key}
+        mine = {run["schedule"]: run for run in runs if (*_model(run), run["seed"]) == key}
         if "constant" not in mine:
             continue
         at = {point["step"]: point["arms"] for point in mine["constant"]["points"]}
@@ -129,7 +129,7 @@ def over_seeds(runs: list[dict[str, Any]], schedule: str) -> dict[str, Any]:
     by_model: dict[Any, list[dict[str, Any]]] = {}
     for run in runs:
         if run["schedule"] == schedule:
-            by_model.setdefault((run["trajectory"], run["parameters"]), []).append(run["points"][-1]["arms"])
+            by_model.setdefault(_model(run), []).append(run["points"][-1]["arms"])
     ends = max(by_model.values(), key=len, default=[])
     if len(ends) < 2:
         return {}
@@ -182,7 +182,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    models = list(dict.fromkeys((run["trajectory"], run["parameters"]) for run in runs))
+    models = list(dict.fromkeys(map(_model, runs)))
     models = [model for model in models if {run["schedule"] for run in runs if _model(run) == model} >= set(SCHEDULES)]
     figure, grid = plt.subplots(len(models), 3, figsize=(12, 0.8 + 2.6 * len(models)), squeeze=False, sharex="col")
     titles = ("constant rate", "WSD: decays over the last 40 %", "cosine to 10 %")

@@ -19,8 +19,9 @@ import matplotlib
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
-from trajectories import VOCABULARY, Spec, blocks_of
+from trajectories import VOCABULARY, Spec, blocks_of, put
 from transformers.utils import logging as transformers_logging
 
 from traj_merge_callback import TrajectoryMerger
@@ -56,14 +57,14 @@ def arguments() -> argparse.Namespace:
 def train(kind: str, steps: int, spike: int, heldout: Tensor, seed: int) -> dict[str, Any]:
     """One run with a spike after step ``spike``; the losses of live and of every published merge at every merge."""
     spec = Spec("llama", "python", LEARNING_RATE, steps, width=64, layers=2)
-    model = spec.build()
+    model, averaged = spec.build(), spec.build()
     torch.manual_seed(seed)
     if seed:
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
     blocks = blocks_of(spec.text)[0]
-    average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    average = parameters_to_vector(model.parameters()).detach().clone()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
     with tempfile.TemporaryDirectory() as folder:
         mergers = {
@@ -79,7 +80,6 @@ def train(kind: str, steps: int, spike: int, heldout: Tensor, seed: int) -> dict
                 merge_every=MERGE_EVERY,
                 heldout_batches=len(heldout) // BATCH,
                 schedule="blocking",
-                max_overhead=None,
                 keep_last=0,
                 keep_best=False,
                 merge_at_end=False,
@@ -105,9 +105,7 @@ def train(kind: str, steps: int, spike: int, heldout: Tensor, seed: int) -> dict
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    average[name].lerp_(parameter, 1.0 - EMA_DECAY)
+            average.lerp_(parameters_to_vector(model.parameters()).detach(), 1.0 - EMA_DECAY)
             made = {name: merger.step(model, step) for name, merger in mergers.items()}
             records = {name: record for name, record in made.items() if record is not None}
             if len(records) == len(SEARCHES):
@@ -116,21 +114,11 @@ def train(kind: str, steps: int, spike: int, heldout: Tensor, seed: int) -> dict
                 for name, record in records.items():
                     found[name].append(record.merged_loss)
                     found["passes"][name].append(record.forward_equivalents)
-                found["ema"].append(_loss_of(model, average, report))
+                put(averaged, average)
+                found["ema"].append(report.evaluate(averaged, "report").loss)
         for merger in mergers.values():
             merger.close()
     return found
-
-
-def _loss_of(model: nn.Module, weights: dict[str, Tensor], heldout: Any) -> float:
-    kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
-        loss = heldout.evaluate(model, "report").loss
-        for name, parameter in model.named_parameters():
-            parameter.copy_(kept[name])
-    return loss
 
 
 def summary(found: dict[str, Any], spike: int) -> dict[str, Any]:
@@ -222,8 +210,7 @@ def main() -> None:
     }
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)
-        curves = {kind: {name: found[name] for name in found} for kind, found in runs.items()}
-        text = json.dumps({**document, "curves": curves}, indent=1)
+        text = json.dumps({**document, "curves": runs}, indent=1)
         (args.output / "spike.json").write_text(text + "\n")
         draw(runs, spike, args.output / "spike.png")
     print(json.dumps(document))

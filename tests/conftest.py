@@ -18,6 +18,7 @@ import realtext
 from traj_merge_callback import Evaluation
 from traj_merge_callback.distributed import Processes
 from traj_merge_callback.engine import choose
+from traj_merge_callback.evaluate.language_model import language_model_nll
 from traj_merge_callback.pieces import finish
 
 torch.set_num_threads(1)
@@ -73,6 +74,12 @@ def warnings_of(caplog) -> list[str]:
     """The messages of all warnings, but for the one that merges take most of the time, as they do of tiny models."""
     found = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     return [message for message in found if not message.startswith("merges take")]
+
+
+def nll_without_gradients(model, batch):
+    """The loss of a language model, detached from its parameters."""
+    nll, tokens = language_model_nll(model, batch)
+    return nll.detach(), tokens
 
 
 def overflow_at(model: torch.nn.Module, backward_passes: set[int]) -> None:

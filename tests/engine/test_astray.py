@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,15 @@ OPTIONS = {"capture_every": 5, "merge_every": 5, "window_size": 4, "progress": F
 def a_merger(heldout, tmp_path, **options):
     options = {**AT_ONCE, **OPTIONS, "output_dir": str(tmp_path / "merged"), **options}
     return TrajectoryMerger(DataLoader(heldout, batch_size=3), **options)
+
+
+@contextmanager
+def as_it_was(merger, model):
+    """Afterwards the model goes on with the weights it had before; what is captured within is of the others."""
+    good = copy.deepcopy(model.state_dict())
+    yield
+    merger.settle()
+    model.load_state_dict(good)
 
 
 def blown_up(model, size):
@@ -56,12 +66,10 @@ def test_groups_leave_spoiled_rows_out_and_stay_on(train, heldout, tmp_path, siz
     merger, model = a_merger(heldout, tmp_path, row="last", groups=groups, evaluations=16, merge_every=10), tiny_llama()
 
     def each(step):
-        good = copy.deepcopy(model.state_dict())
-        if step == 15:
-            blown_up(model, size)
-        merger.step(model, step)
-        merger.settle()
-        model.load_state_dict(good)
+        with as_it_was(merger, model):
+            if step == 15:
+                blown_up(model, size)
+            merger.step(model, step)
 
     with caplog.at_level(logging.WARNING, "traj_merge_callback"):
         train_steps(model, train, 30, each)
@@ -103,12 +111,10 @@ def test_a_first_checkpoint_that_is_not_finite_is_no_failure(train, heldout, tmp
     merger, model = a_merger(heldout, tmp_path, **options), tiny_llama()
 
     def each(step):
-        good = copy.deepcopy(model.state_dict())
-        if step <= 5:
-            model.lm_head.weight.data[0, 0] = torch.nan
-        merger.step(model, step)
-        merger.settle()
-        model.load_state_dict(good)
+        with as_it_was(merger, model):
+            if step <= 5:
+                model.lm_head.weight.data[0, 0] = torch.nan
+            merger.step(model, step)
 
     with caplog.at_level(logging.WARNING, "traj_merge_callback"):
         train_steps(model, train, 20, each)
@@ -121,12 +127,10 @@ def test_rows_that_are_spoiled_leave_before_the_merge_at_the_end_too(train, held
     merger, model = a_merger(heldout, tmp_path, row="multiscale"), tiny_llama()
 
     def each(step):
-        good = copy.deepcopy(model.state_dict())
-        if 16 <= step <= 20:
-            blown_up(model, 10.0)
-        merger.step(model, step)
-        merger.settle()
-        model.load_state_dict(good)
+        with as_it_was(merger, model):
+            if 16 <= step <= 20:
+                blown_up(model, 10.0)
+            merger.step(model, step)
 
     train_steps(model, train, 23, each)
     spoiled = Span(16, 20, 5)

@@ -3,13 +3,11 @@
 import math
 
 import pytest
-from conftest import AT_ONCE, same_weights, tiny_llama, train_steps, warnings_of
+from conftest import nll_without_gradients, same_weights, tiny_llama, train_steps, warnings_of
+from test_merger import engine
 from torch.utils.data import DataLoader
 
-from traj_merge_callback import TrajectoryMerger
 from traj_merge_callback.evaluate.language_model import language_model_nll
-
-OPTIONS = {"window_size": 4, "capture_every": 2, "merge_every": 8, "evaluations": 8, "heldout_batches": 4} | AT_ONCE
 
 
 @pytest.fixture
@@ -17,16 +15,8 @@ def loader(heldout):
     return DataLoader(heldout, batch_size=8, shuffle=True)
 
 
-def engine(loader, tmp_path, **options):
-    return TrajectoryMerger(loader, **{**OPTIONS, "output_dir": str(tmp_path / "merged"), **options})
-
-
 def test_auto_takes_gradients_and_goes_on_without_them_where_there_are_none(loader, train, tmp_path, caplog):
-    def detached(model, batch):
-        nll, tokens = language_model_nll(model, batch)
-        return nll.detach(), tokens
-
-    for folder, nll in (("with", None), ("without", detached)):
+    for folder, nll in (("with", None), ("without", nll_without_gradients)):
         plain = train_steps(tiny_llama(), train, 32)
         model = tiny_llama()
         merger = engine(loader, tmp_path / folder, nll=nll, on_error="raise")
@@ -70,12 +60,14 @@ def test_a_gradient_that_could_not_be_had_once_is_taken_at_the_next_merge(loader
 
 
 def test_groups_go_without_where_there_are_no_gradients(loader, train, tmp_path, caplog):
-    def detached(model, batch):
-        nll, tokens = language_model_nll(model, batch)
-        return nll.detach(), tokens
-
     model = tiny_llama()
-    options = {"search": "reach", "groups": "blocks", "evaluations": 14, "on_error": "raise", "nll": detached}
+    options = {
+        "search": "reach",
+        "groups": "blocks",
+        "evaluations": 14,
+        "on_error": "raise",
+        "nll": nll_without_gradients,
+    }
     merger = engine(loader, tmp_path, **options)
     train_steps(model, train, 16, lambda step: merger.step(model, step), lr=1e-2)
     assert [record.search for record in merger.records] == ["reach"] * 2

@@ -6,13 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import same_weights, train_steps
+from conftest import nll_without_gradients, same_weights, train_steps
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 
 from traj_merge_callback import TrajectoryMerger, load_merged
-from traj_merge_callback.evaluate.language_model import language_model_nll
 
 
 class Changing(nn.Module):
@@ -107,14 +106,10 @@ def test_a_merge_made_between_steps_is_one_made_at_once(train, heldout, tmp_path
 
 
 def test_a_merge_that_is_begun_again_is_of_its_own_step_too(train, heldout, tmp_path, caplog):
-    def without_gradients(model, batch):
-        nll, tokens = language_model_nll(model, batch)
-        return nll.detach(), tokens
-
     states = {}
-    _, between = run("count", train, heldout, tmp_path, "interleaved", states, nll=without_gradients)
+    _, between = run("count", train, heldout, tmp_path, "interleaved", states, nll=nll_without_gradients)
     assert "could not search with gradients" in caplog.text
     (step, record), *_ = between.items()
     assert load_file(Path(record.snapshot) / "model.safetensors")["count"] == step
-    blocking = run("count", train, heldout, tmp_path / "again", "blocking", nll=without_gradients)[1]
+    blocking = run("count", train, heldout, tmp_path / "again", "blocking", nll=nll_without_gradients)[1]
     assert record.merged_loss == pytest.approx(blocking[step].merged_loss, rel=1e-4)

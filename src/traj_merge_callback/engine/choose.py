@@ -173,10 +173,9 @@ class Chooser:
         self._search = resolve_search(config.search, config.search_options)
         # What is under way that another attempt can do without: "gradients", "groups" or None.
         self._trying: str | None = None
-        # Of each the step of the merge at which it last failed, at how many merges in a row, and whether for good.
+        # Of each the step of the merge at which it last failed, and at how many merges in a row it has failed.
         self._failed_at: dict[str, int] = {}
         self._failures: dict[str, int] = {}
-        self._off: set[str] = set()
         # Whether merges use what an earlier part of the run remembered, and whether they may.
         self._remembers, self._may_remember = False, True
 
@@ -254,7 +253,7 @@ class Chooser:
 
     def _is_possible(self, what: str, step: int) -> bool:
         """Whether a merge takes gradients, or groups: not if they failed in this very merge, or for good."""
-        return what not in self._off and self._failed_at.get(what) != step
+        return self._failures.get(what, 0) < _TRIES and self._failed_at.get(what) != step
 
     def _succeeded(self) -> None:
         if self._trying is not None:
@@ -284,8 +283,6 @@ class Chooser:
             )
             return True
         self._failed_at[trying], self._failures[trying] = step, failures
-        if failures == _TRIES:
-            self._off.add(trying)
         if failures in (1, _TRIES):
             logger.warning(
                 "step %d: %s (%s: %s); %s",

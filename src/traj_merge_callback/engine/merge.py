@@ -100,12 +100,12 @@ class Merge:
             candidates = self._candidates(model, kept)
             yield from candidates.prepare()
             yield from candidates.load(None)
+            left_out = self._heldout.left_out
             live_search = yield from candidates.evaluate_live("search")
             if not math.isfinite(live_search.loss):
                 raise ValueError(f"the live model's held-out loss on the search split is {live_search.loss}")
             live = merged = yield from candidates.evaluate_live("report")
-            if self._heldout.left_out:
-                self._heldout.left_out = 0
+            if self._heldout.left_out > left_out:
                 state.forget()  # losses of earlier merges are of more sequences
             chosen, described = yield from self.chooser.choose(
                 candidates.measure, window, live_search, state, step, evaluations

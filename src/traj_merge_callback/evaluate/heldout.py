@@ -133,7 +133,7 @@ class HeldOutLoss:
                     f"(and more for a useful standard error), or raise heldout_batches={batches}"
                 )
         self._parts = self._divide()
-        #: Sequences left out because their loss is not finite, since someone set this to 0.
+        #: Number of sequences left out so far, because their loss is not finite.
         self.left_out = 0
 
     def _say(self, sentence: str) -> None:
@@ -231,14 +231,13 @@ class HeldOutLoss:
         Where at least half of a domain's batches are like that, the model is to blame, and nothing is left out.
         """
         found = yield from self.evaluate_pieces(model, split, ready)
-        if not self._has_odd(found):
+        if not (odd := _odd(found)):
             return found
         # In batches of one sequence each it shows which ones they are.
-        self._put(split, set(np.flatnonzero(~np.isfinite(found.nll))), lambda odd: count_sequences(odd.data))
+        self._put(split, odd, lambda batch: count_sequences(batch.data))
         found = yield from self.evaluate_pieces(model, split, ready)
-        if not self._has_odd(found):
+        if not (odd := _odd(found)):
             return found
-        odd = set(np.flatnonzero(~np.isfinite(found.nll)))
         self._put(split, odd, lambda _: 0)
         self.left_out += len(odd)
         if self._processes.is_rank_zero:
@@ -248,13 +247,6 @@ class HeldOutLoss:
                 split,
             )
         return (yield from self.evaluate_pieces(model, split, ready))
-
-    @staticmethod
-    def _has_odd(found: Evaluation) -> bool:
-        """Whether some batches have a loss that is not finite, and in every domain fewer than half."""
-        odd = ~np.isfinite(found.nll)
-        shares = [float(odd[[name == domain for name in found.domains]].mean()) for domain in set(found.domains)]
-        return 0.0 < max(shares) < 0.5
 
     def _put(self, split: Split, chosen: set[int], pieces: Callable[[_Batch], int]) -> None:
         """Put so many smaller batches in the place of each of the chosen ones."""
@@ -352,6 +344,13 @@ class HeldOutLoss:
             yield EXCHANGE
             found = self._processes.all_gather_array(values).swapaxes(0, 1).reshape(-1, 2)[: len(batches)]
         return Evaluation(found[:, 0], found[:, 1], tuple(batch.domain for batch in batches), indices)
+
+
+def _odd(found: Evaluation) -> set[int]:
+    """The batches whose loss is not finite, by position; none if in some domain they are half of all or more."""
+    odd = ~np.isfinite(found.nll)
+    shares = [float(odd[[name == domain for name in found.domains]].mean()) for domain in set(found.domains)]
+    return set(np.flatnonzero(odd).tolist()) if max(shares) < 0.5 else set()
 
 
 def _by_domain(option: str, given: Any, domains: Iterable[str]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,6 +96,10 @@ class Gradient:
     sums: np.ndarray
     tokens: np.ndarray
     domains: tuple[str, ...]
+
+    def on_rows(self, rows: Sequence[int]) -> Gradient:
+        """The gradients with respect to the weights of some rows, by index."""
+        return Gradient(self.sums[..., list(rows)], self.tokens, self.domains)
 
     def of(self, names: Set[str]) -> np.ndarray:
         """Gradient of the token-weighted mean loss over some domains, shape ``(k,)`` or ``(groups, k)``."""

@@ -75,7 +75,7 @@ class GroupedSearch(Search):
         if observed.parts is not None:
             self.wants_gradient = False
             self._loss = loss
-            parts = Gradient(observed.parts.sums[..., self._rows], observed.parts.tokens, observed.parts.domains)
+            parts = observed.parts.on_rows(self._rows)
             if not np.isfinite(parts.sums).all():
                 return
             self._direction, self._slope, self._signal = self._aim(parts)

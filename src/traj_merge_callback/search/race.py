@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from .evaluation import Gradient
 from .problem import GRADIENT_COST, Observed, Problem, Search
-from .recipes import ema, perplexity
-from .spans import average
-from .surrogate import SurrogateSearch
+from .recipes import perplexity
+from .spans import Span
+from .surrogate import SurrogateSearch, near_live
 
 # Live's losses at this many merges say what is usual.
 _REMEMBERED = 8
@@ -150,7 +149,8 @@ class RacedSearch(Search):
             problem.memory["spoiled"] = [name for at, name in enumerate(problem.names) if at not in self._good]
             if len(self._good) > 1:
                 recipe = self._of_all_rows(perplexity(losses[self._good].tolist()))
-                self._runners = [recipe, self._average()]
+                average = near_live(self._good_spans(), len(self._good))
+                self._runners = [recipe, self._of_all_rows(average)]
                 if (previous := self._previous()) is not None:
                     self._runners.append(previous)
                 return
@@ -172,7 +172,7 @@ class RacedSearch(Search):
         among = replace(
             problem,
             steps=tuple(problem.steps[index] for index in good),
-            spans=tuple(problem.spans[index] for index in good) if problem.spans else (),
+            spans=self._good_spans(),
             gram=gram,
             previous=None if start is None else start[good],
             evaluations=int(self._left),
@@ -188,7 +188,7 @@ class RacedSearch(Search):
         return Observed(
             observed.losses,
             None if gradients is None else gradients[:, self._good],
-            None if parts is None else Gradient(parts.sums[:, self._good], parts.tokens, parts.domains),
+            None if parts is None else parts.on_rows(self._good),
         )
 
     def _of_all_rows(self, weights: np.ndarray) -> np.ndarray:
@@ -208,10 +208,8 @@ class RacedSearch(Search):
             return None
         return self._of_all_rows(again[good] / again[good].sum())
 
-    def _average(self) -> np.ndarray:
-        if self.problem.spans:
-            return self._of_all_rows(average([self.problem.spans[index] for index in self._good]))
-        return self._of_all_rows(ema(len(self._good), decay=0.35))
+    def _good_spans(self) -> tuple[Span, ...]:
+        return tuple(self.problem.spans[index] for index in self._good) if self.problem.spans else ()
 
 
 def has_risen(loss: float, recent: Sequence[float]) -> bool:

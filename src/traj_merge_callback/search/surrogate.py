@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from .problem import GRADIENT_COST, Observed, Problem, Search
 from .quadratic import NOISE_PER_TOKEN, Observation, Posterior, Prior, Quadratic, design, posterior, quadratic
 from .recipes import ema
 from .space import PrincipalAxes, best_point, check_space, within_bounds
-from .spans import average
+from .spans import Span, average
 
 # Grids and priors of the two hyperparameters. The scale h of the curvatures, expressed as twice the quadratic term of
 # the loss between the uniform average and the newest row in nats, is log-normal around _SCALE; alpha is normal.
@@ -78,11 +79,8 @@ class SurrogateSearch(Search):
         # The best point evaluated on the whole split.
         self._best, self._best_loss = self._axes.to_point(weights), self._objective.score(losses)
         self._observe(self._best, losses, None, 0.0)
-        if problem.previous is not None:
-            self._next = problem.previous
-        else:
-            self._next = average(problem.spans) if problem.spans else ema(problem.size, decay=0.35)
-        self._next = within_bounds(self._next, self._bounds)
+        first = near_live(problem.spans, problem.size) if problem.previous is None else problem.previous
+        self._next = within_bounds(first, self._bounds)
         self._budget = float(problem.evaluations)
         self._parts = problem.parts
         self.wants_parts = 1
@@ -184,6 +182,16 @@ class SurrogateSearch(Search):
         counts = rng.multinomial(_DRAWS, weights)
         draws = [draw for fit, count in zip(found, counts, strict=True) if count for draw in fit.samples(count, rng)]
         return mean, draws
+
+
+def near_live(spans: Sequence[Span], size: int) -> np.ndarray:
+    """An average close to live, shape ``(size,)``: where a merge begins that knows of none before it.
+
+    Args:
+        spans: of the rows that are means, and live's; empty if all rows are single checkpoints.
+        size: number of rows.
+    """
+    return average(spans) if spans else ema(size, decay=0.35)
 
 
 def _center(seen: list[Observation]) -> np.ndarray:
