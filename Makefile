@@ -22,7 +22,7 @@ lint: $(VENV)/.installed
 	$(RUN) -m mypy
 
 bench: $(VENV)/.installed
-	$(RUN) benchmarks/bandwidth.py --quick
+	$(RUN) benchmarks/machine/bandwidth.py --quick
 	$(RUN) benchmarks/overhead.py --quick
 	$(RUN) benchmarks/search_quality.py --quick
 

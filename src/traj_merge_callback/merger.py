@@ -248,7 +248,10 @@ class TrajectoryMerger:
             The record of the last merge made here, if one was.
         """
         step = self._state.last_step
-        if self.window is not None and step is not None:
+        if self.window is None:
+            return None
+        self._store.begin_in(self._writer, self.processes)  # no step may have been taken since a killed run was resumed
+        if step is not None:
             with self._timeout_ends_merging(step):
                 return self._merge_at_end(model, step)
         return None

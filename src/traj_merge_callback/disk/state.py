@@ -254,8 +254,11 @@ def _remove_leftovers_beside(folder: Path) -> None:
 
 
 def remove_other_states(folder: Path | None) -> None:
-    """Remove the states that stand beside one, if there is one."""
-    for old in folder.parent.glob("step-*") if folder is not None else []:
+    """Remove the other states beside one that is whole, if there is one, and what killed processes left of some."""
+    if folder is None:
+        return
+    remove_leftovers(folder.parent, "step-*")
+    for old in folder.parent.glob("step-*"):
         if old != folder and is_folder_of_step(old, "state.json"):
             remove_tree(old)
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..config import DEFAULT_NAME, MergeConfig, check_side_by_side
-from ..disk.atomic import remove_tree
+from ..disk.atomic import remove_leftovers, remove_tree
 from ..disk.model_files import collect_checkpoint
 from ..disk.state import remove_other_states
 from ..disk.untrusted import folder_name_of_step
@@ -93,6 +93,7 @@ class TrajMergeCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let the merging state be written and removed together with the trainer's checkpoints."""
         self.teardown(trainer, pl_module, stage)  # which a fit that failed has not come to
+        self._resumed = False
         ours = [callback for callback in trainer.callbacks if isinstance(callback, TrajMergeCallback)]
         check_side_by_side(callback.config for callback in ours)
         if stage == "fit":
@@ -103,6 +104,7 @@ class TrajMergeCallback(pl.Callback):
             replaced["remove_checkpoint"] = functools.partial(_remove_checkpoint, ours, strategy.remove_checkpoint)
             loop = trainer.fit_loop
             vars(loop)["on_run_end"] = functools.partial(_merge_before, ours, loop.on_run_end)
+            vars(loop)["run"] = functools.partial(_run, ours, trainer, loop.run)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Build the engine, read the held-out data, and take over the window of a resumed run."""
@@ -175,7 +177,8 @@ class TrajMergeCallback(pl.Callback):
         """Give the trainer's strategy, loop and callbacks their own methods back."""
         for name in ("save_checkpoint", "remove_checkpoint"):
             vars(trainer.strategy).pop(name, None)
-        vars(trainer.fit_loop).pop("on_run_end", None)
+        for name in ("run", "on_run_end"):
+            vars(trainer.fit_loop).pop(name, None)
         stop_waiting(trainer)
 
     # The trainer's checkpoints
@@ -185,10 +188,15 @@ class TrajMergeCallback(pl.Callback):
         return None if "://" in str(path) else Path(self.config.named(f"{path}.merge"))
 
     def _saved_window(self, trainer: pl.Trainer) -> Path | None:
-        """The state beside the checkpoint that training resumes from, also where that is a link (save_last="link")."""
+        """The state beside the checkpoint that training resumes from, also where that is a link (save_last="link").
+
+        What a killed process has left half-written there is removed.
+        """
         for path in (trainer.ckpt_path, Path(trainer.ckpt_path or "").resolve()):
-            base = self._beside(path)
-            if base is not None and (folder := base / folder_name_of_step(trainer.global_step)).is_dir():
+            if (base := self._beside(path)) is None:
+                continue
+            remove_leftovers(base, "step-*")
+            if (folder := base / folder_name_of_step(trainer.global_step)).is_dir():
                 return folder
         return None
 
@@ -231,6 +239,18 @@ def _merge_before(ours: list[TrajMergeCallback], end: Callable[[], None]) -> Non
         if callback.merger is not None:
             callback.merger.merge_at_end(callback._model)
     end()
+
+
+def _run(ours: list[TrajMergeCallback], trainer: pl.Trainer, run: Callable[[], None]) -> None:
+    """Train; where a checkpoint of the last step was resumed, there is nothing left to train but the merge at the end.
+
+    Lightning calls no hook then while its loggers are open and the model is on its device.
+    """
+    run()
+    for callback in ours if trainer.fit_loop.done else []:
+        if callback._resumed:
+            callback.on_train_start(trainer, trainer.lightning_module)
+            callback.merger.merge_at_end(callback._model)
 
 
 def _others_may_write(trainer: pl.Trainer) -> bool:

@@ -1,4 +1,4 @@
-"""The training runs that ``gpu_pretrain.py`` measures: their text, their model, and a step of them."""
+"""The training runs that ``pretrain.py`` measures: their text, their model, and a step of them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from realtext import cpp_headers, python_source
 from traj_merge_callback import TrajectoryMerger
 

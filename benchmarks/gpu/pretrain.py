@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
-from gpu_training import Bench, packed, text_of_this_machine, unpacked
+sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
+from training import Bench, packed, text_of_this_machine, unpacked
 
 from traj_merge_callback import CheckpointWindow, HeldOutLoss
 from traj_merge_callback.engine.budget import Stopwatch

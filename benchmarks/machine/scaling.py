@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=16, help="of each split")
     parser.add_argument("--batch-tokens", type=int, default=8192)
     parser.add_argument("--merge-every", type=int, default=500)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results")
     args = parser.parse_args()
     machine = Machine(**{name: getattr(args, name) for name in Machine.__dataclass_fields__})
     merge = Merge(**{name: getattr(args, name) for name in Merge.__dataclass_fields__})

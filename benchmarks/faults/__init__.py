@@ -1,0 +1,1 @@
+"""Runs that faults are injected into."""
