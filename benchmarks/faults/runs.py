@@ -199,4 +199,7 @@ def run(folder: Path, strategy: str, options: dict[str, Any] | None) -> dict[str
     model = trainers[strategy](folder, options) if strategy in trainers else loop(folder, strategy, options)
     if strategy not in RANKS:
         return model.state_dict()
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights: dict[str, Any] = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    return weights

@@ -449,6 +449,7 @@ class TrajectoryMerger:
         """:meth:`load_state` for a trainer's resume: if nothing usable is found, say so and start an empty window."""
         with self._timeout_ends_merging(step), self._failures.contained("restoring the window", step):
             if (found := self.processes.from_rank0(find)) is None:
+                self.prepare(model)
                 raise FileNotFoundError("the checkpoint has no saved window beside it; the window starts empty")
             self.load_state(found, model, step)
 

@@ -250,7 +250,8 @@ def _run(ours: list[TrajMergeCallback], trainer: pl.Trainer, run: Callable[[], N
     for callback in ours if trainer.fit_loop.done else []:
         if callback._resumed:
             callback.on_train_start(trainer, trainer.lightning_module)
-            callback.merger.merge_at_end(callback._model)
+            if callback.merger is not None:
+                callback.merger.merge_at_end(callback._model)
 
 
 def _others_may_write(trainer: pl.Trainer) -> bool:
