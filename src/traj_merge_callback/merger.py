@@ -29,6 +29,7 @@ from .engine.making import make_merging
 from .engine.publish import Extra
 from .engine.schedule import Schedule
 from .evaluate.heldout import HeldOutLoss, Nll, ToDevice
+from .evaluate.isolation import delayed_signals
 from .metrics import MergeRecord
 from .search.problem import SearchState
 from .window.window import CheckpointWindow
@@ -195,7 +196,9 @@ class TrajectoryMerger:
             is_due = passed(self.config.merge_every, self._previous(step), step)
             record = self._record(self._schedule.advance(next_is_due=is_due), step)
         with self._failures.contained("trajectory merging", step):
-            if self._capture(model, step, skipped) and not self._schedule.under_way:
+            with delayed_signals():
+                has_new_row = self._capture(model, step, skipped)
+            if has_new_row and not self._schedule.under_way:
                 self._begin(model, step)
                 if self.config.schedule == "blocking":
                     record = self._record(self._schedule.complete(), step) or record
@@ -267,6 +270,7 @@ class TrajectoryMerger:
         with self._failures.contained("trajectory merging", step):
             record = self._record(self._schedule.complete(), step)
         wanted = self.config.merge_at_end and step >= self.config.start_step
+        wanted &= not self._schedule.under_way  # it is, if the process was told to end
         if wanted and step > self._state.last_merge_step:
             with self._failures.contained("the merge at the end", step):
                 self._writer.wait()  # for the rows, which may be on their way to a checkpoint
@@ -413,7 +417,7 @@ class TrajectoryMerger:
             return
         started, step = time.perf_counter(), self._state.last_step
         window = self.window
-        with self._timeout_ends_merging(step), self._failures.contained("saving the window", step):
+        with delayed_signals(), self._timeout_ends_merging(step), self._failures.contained("saving the window", step):
             target = self.processes.from_rank0(lambda: None if folder is None else Path(folder).absolute())
             if target is None:
                 return

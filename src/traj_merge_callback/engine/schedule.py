@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..config import MergeConfig
 from ..distributed import ENDS, CollectiveTimeout, Processes
 from ..evaluate.heldout import HeldOutLoss, device_of
-from ..evaluate.isolation import preserved_rng
+from ..evaluate.isolation import delayed_signals, preserved_rng, terminations
 from ..evaluate.parking import Parking
 from ..metrics import MergeRecord
 from ..pieces import BACKWARD, FORWARD, WAIT, Pieces
@@ -66,6 +66,8 @@ class Run(Generic[T]):
         self.longest_pause = 0.0
         self.result: T | None = None
         self.done = False
+        # Whether, in the last piece, some rank was told to end: no more pieces then while training waits.
+        self.ends = False
 
     @property
     def next_piece(self) -> float:
@@ -114,11 +116,14 @@ class Run(Generic[T]):
         self.longest_pause = max(self.longest_pause, spent)
 
     def complete(self, on_piece: Callable[[str | None], None] = lambda kind: None) -> None:
-        """Do all pieces that are left, waiting for what must be waited for."""
+        """Do all pieces that are left, waiting for what must be waited for; after a SIGTERM, which comes when a cluster
+        takes a machine away, as few as may be.
+        """
         before = self.seconds
         watch = Stopwatch(self._device)
         self.seconds += self._bring_back(watch)
-        while not self.done:
+        self.ends = False
+        while not (self.done or self.ends):
             if self._next == WAIT:
                 began = time.perf_counter()
                 self._wait()
@@ -138,18 +143,22 @@ class Run(Generic[T]):
     def _do(self, watch: Stopwatch) -> float:
         """Do one piece, which fails on all ranks if it fails on one; the longest of their durations."""
         error: BaseException | None = None
+        before = terminations()
         try:
-            self._next = next(self._pieces)
+            with delayed_signals():
+                self._next = next(self._pieces)
         except StopIteration as stop:
             self.result, self.done = stop.value, True
             self._parking.release()
         except BaseException as raised:
             error = raised
         try:
-            return self._processes.all_reduce_error(error, watch.lap())[0]
+            took, ends = self._processes.all_reduce_error(error, watch.lap(), float(terminations() > before))
         except BaseException:
             self.abandon()
             raise
+        self.ends |= ends > 0
+        return took
 
 
 class Schedule:
@@ -263,7 +272,10 @@ class Schedule:
             )
 
     def complete(self) -> MergeRecord | None:
-        """Do all pieces that are left, while training waits; the record, if a merge is done with them."""
+        """Do all pieces that are left, while training waits; the record, if a merge is done with them.
+
+        After a SIGTERM that was only noted, for the end of the step, the merge stays under way.
+        """
         if self._run is None:
             return None
         heldout, evaluations = self._heldout, self._config.evaluations

@@ -29,7 +29,6 @@ from .writes import Undone
 logger = logging.getLogger("traj_merge_callback")
 Watch: TypeAlias = Literal["always", "first", "never"]
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 #: The attributes that every module has.
 MODULE_INTERNALS = frozenset(vars(nn.Module()))
 _CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)
@@ -42,17 +41,20 @@ class _Delay:
     def __init__(self) -> None:
         self.depth = 0
         self.handlers: dict[int, Any] = {}
-        self.pending: list[tuple[int, FrameType | None]] = []
+        self.pending: dict[int, FrameType | None] = {}
+        self.terminations = 0
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        if any(number == waiting for waiting, _ in self.pending):
+        if number == signal.SIGINT and number in self.pending:
             # A second Ctrl-C is delivered at once: the forward pass may hang.
             self.handlers[number](number, frame)
-        self.pending.append((number, frame))
+        self.pending[number] = frame
 
     def deliver(self) -> None:
         while self.pending:
-            number, frame = self.pending.pop(0)
+            number = next(iter(self.pending))
+            frame = self.pending.pop(number)
+            self.terminations += number == signal.SIGTERM
             self.handlers[number](number, frame)
 
 
@@ -60,18 +62,18 @@ _delay = _Delay()
 
 
 @contextmanager
-def delayed_interrupts() -> Iterator[None]:
-    """Hold back SIGINT and SIGTERM while the block runs, and deliver them after the outermost such block.
+def delayed_signals() -> Iterator[None]:
+    """Hold back signals while the block runs, and deliver them after the outermost such block.
 
-    Their handlers may raise between any two operations, also inside a ``finally`` that restores live weights. Only
-    handlers written in Python are held back, and only in the main thread (the only one that runs handlers). A second
-    signal of the same number is delivered at once.
+    Their handlers may run between any two operations: they may raise inside a ``finally`` that restores live weights,
+    or save a checkpoint (as on Slurm) while the model holds other ones. Only handlers written in Python are held back,
+    and only in the main thread (the only one that runs handlers). A second Ctrl-C is delivered at once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     if _delay.depth == 0:
-        handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+        handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
         _delay.handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
         for number in _delay.handlers:
             signal.signal(number, _delay.receive)
@@ -84,6 +86,11 @@ def delayed_interrupts() -> Iterator[None]:
             for number, handler in _delay.handlers.items():
                 signal.signal(number, handler)
             _delay.deliver()
+
+
+def terminations() -> int:
+    """How many SIGTERMs have been held back and delivered so far: whether this process is about to be ended."""
+    return _delay.terminations
 
 
 @contextmanager
@@ -148,7 +155,7 @@ def isolated(
     buffer; and every attribute of every submodule that is a tensor, a random generator, a plain container or an object
     of a class of the user's (see :class:`_Copies`), which covers caches, meters and torchmetrics states. Inside,
     buffers and such attributes are copies. Signals are held back until the end of the block
-    (:func:`delayed_interrupts`).
+    (:func:`delayed_signals`).
 
     Flags are set, and ``train`` and ``eval`` are not called: modules that override them change weights there.
 
@@ -165,7 +172,7 @@ def isolated(
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
     parameters = [_SavedParameter(parameter) for parameter in model.parameters()]
-    with delayed_interrupts(), ExitStack() as stack:
+    with delayed_signals(), ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(gradients))
         stack.enter_context(preserved_rng(seed))
         # A compiled model would otherwise recompile for eval mode, which counts against training's recompile limit.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..window.names import clean_name, unwrap
-from .isolation import MODULE_INTERNALS, delayed_interrupts
+from .isolation import MODULE_INTERNALS, delayed_signals
 
 # Larger tensors are kept only if they have been seen to change: frozen weights can be as large as the model.
 _ALWAYS_KEPT = 2**16
@@ -64,7 +64,7 @@ class Kept:
         held: list[tuple[_Place, Any]] = []
         frozen: list[tuple[nn.Parameter, Tensor]] = []
         moved: dict[tuple[int, torch.device], Tensor] = {}
-        with delayed_interrupts():
+        with delayed_signals():
             try:
                 for place, value in self._held:
                     now = place.holder.get(place.key)

@@ -15,7 +15,7 @@ from ..pieces import EXCHANGE, Pieces
 from ..window.layout import BufferPlace, ParameterLayout, Slot, persistent_buffers
 from ..window.names import clean_name, unwrap
 from ..window.sharding import EqualShares
-from .isolation import Watch, delayed_interrupts, isolated
+from .isolation import Watch, delayed_signals, isolated
 from .kept import Kept
 from .parking import Parking
 
@@ -157,7 +157,7 @@ def installed(layout: ParameterLayout, model: nn.Module, row: Tensor, kept: Kept
     views = layout.views(row)
     live: list[tuple[Tensor, Tensor]] = []
     replaced: list[tuple[BufferPlace, Tensor]] = []
-    with delayed_interrupts(), (kept or Kept()).installed():
+    with delayed_signals(), (kept or Kept()).installed():
         try:
             for slot, tensor in zip(layout.slots, tensors, strict=True):
                 if slot.is_parameter and slot.shard.unit is None:
