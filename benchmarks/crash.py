@@ -102,6 +102,14 @@ class Death:
     rank: int
 
 
+def drawn(rng: random.Random, strategy: str, lasts: float) -> Death:
+    """A death at random, in a run that lasts so many seconds."""
+    place = rng.choice(["anywhere", "anywhere", *PLACES])
+    nth = 1 if place in ("resuming", "the merge at the end") else rng.choice([1, 1, 1, 2, 3, 5, 8])
+    longest = lasts if place == "anywhere" else PLACES[place][2]
+    return Death(place, nth, rng.uniform(0.0, longest), rng.randrange(RANKS.get(strategy, 1)))
+
+
 def kill_there(death: Death) -> None:
     """Let this process kill itself at the place where it is to die."""
     owner, name, _ = PLACES[death.place]
@@ -282,6 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="30 kills")
     parser.add_argument("--kills", type=int, help="how many; 1000, or 30 with --quick")
+    parser.add_argument("--attempts", type=int, default=8, help="how many of one run may be killed")
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES)
     parser.add_argument("--seed", type=int, default=0, help="of options and moments")
     parser.add_argument("--keep", type=Path, help="keep the folders of runs with faults here")
@@ -310,19 +319,12 @@ def main() -> None:
         found: Counter[str] = Counter()
         ended, state_was_there = "", True
         while ended != "done":
-            death = None
-            if kills_left := 8 - life.attempts:
-                place = rng.choice(["anywhere", "anywhere", *PLACES]) if kills_left > 0 else ""
-                delay = lasts[strategy] if place == "anywhere" else PLACES[place][2] if place else 0.0
-                nth = rng.choice([1, 1, 1, 2, 3, 5, 8])
-                nth = 1 if place in ("resuming", "the merge at the end") else nth
-                if place:
-                    death = Death(place, nth, rng.uniform(0.0, delay), rng.randrange(RANKS.get(strategy, 1)))
+            death = drawn(rng, strategy, lasts[strategy]) if life.attempts < arguments.attempts else None
             state_was_there = has_last_state(life)
             started = time.monotonic()
             ended = attempt(life, death, rng)
             if ended == "killed":
-                kills[strategy][death.place if death else "?"] += 1
+                kills[strategy][death.place if death else "unasked"] += 1
             if ended == "failed":
                 found["failed"] += 1
                 break

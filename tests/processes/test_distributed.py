@@ -313,6 +313,19 @@ def test_a_process_that_does_not_answer_ends_merging_and_not_training(tmp_path):
     assert same_weights(tmp_path / "run", tmp_path / "plain")
 
 
+def test_a_sigterm_in_one_process_pauses_the_merge_in_all(tmp_path):
+    run = {"strategy": "ddp", "happens": "termination", "at": [8]}
+    runs = [{"name": "plain", "strategy": "ddp", "merging": False}, {"name": "run", **run}]
+    output = run_ranks("loop.py", 2, str(tmp_path), json.dumps(runs))
+    assert output.count("NOTED") == 1
+    found = [records(tmp_path, "run", rank) for rank in range(2)]
+    # Training goes on, so the merge does too, between later steps.
+    assert [[(one["step"], one["finished_step"] > one["step"]) for one in mine] for mine in found] == [
+        [(6, True), (12, False)]
+    ] * 2
+    assert same_weights(tmp_path / "run", tmp_path / "plain")
+
+
 @pytest.mark.parametrize("happens", ["kill", "kill while writing"])
 def test_a_killed_process_ends_the_others_and_tears_nothing(tmp_path, happens):
     run = {
