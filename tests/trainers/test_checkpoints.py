@@ -151,6 +151,23 @@ def test_a_window_that_gets_into_a_checkpoint_while_that_is_removed_goes_too(tmp
     assert get_last_checkpoint(tmp_path) is None
 
 
+def test_lightning_started_again_at_the_last_step_makes_the_merge_at_the_end(tmp_path, train, heldout):
+    """As after a kill in that merge: nothing is left to train, and Lightning calls no hook of training."""
+    checkpoints = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=5)
+    first = merging(tmp_path, merge_at_end=False)
+    fit(tmp_path, train, heldout, first, checkpoints, max_steps=10)
+    (last,) = (tmp_path / "ckpt").glob("*.ckpt")
+    assert [record.step for record in first.merger.records] == [4, 8]
+    (left,) = (tmp_path / "ckpt").glob("*.merge")
+    half_written = left / f".tmp-step-00000010-{'0' * 32}"
+    half_written.mkdir()
+    again = merging(tmp_path)
+    trainer, _ = fit(tmp_path, train, heldout, again, max_steps=10, ckpt_path=last)
+    assert [record.step for record in again.merger.records] == [10]
+    assert trainer.callback_metrics["merge/loss"] == again.merger.records[-1].merged_loss
+    assert not half_written.exists()
+
+
 def test_rotated_checkpoints_leave_nothing_behind(tmp_path, train, heldout, monkeypatch):
     """Each checkpoint is removed at the next save, while its window is still on its way."""
     fsync = os.fsync
