@@ -6,11 +6,13 @@ import functools
 import math
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from .search import resolve_search
+from .search.checks import LARGEST_SEED, choice, did_you_mean, integer, number
 from .search.grouped import GroupedSearch
 from .search.objective import KINDS
 from .window.layout import check_groups
@@ -25,9 +27,10 @@ _ROWS = {"last": 8, "mean": 6, "multiscale": 6}
 DEFAULT_NAME = "merge"
 
 
-def _refusing_removed_options(cls: type[T]) -> type[T]:
-    """Say what to use instead of an option that earlier versions had."""
+def _knowing_its_options(cls: type[T]) -> type[T]:
+    """Say what to use instead of an option that earlier versions had, or that is misspelt."""
     init = cls.__init__
+    known = {one.name for one in fields(cls)}  # type: ignore[arg-type]
 
     @functools.wraps(init)
     def checked(self: T, *args: Any, **options: Any) -> None:
@@ -36,13 +39,16 @@ def _refusing_removed_options(cls: type[T]) -> type[T]:
                 f"eval_device={options['eval_device']!r}: this option was removed with schedule='background'; "
                 "merges are made on the training device, with schedule='interleaved' or 'blocking'"
             )
+        for name in options.keys() - known:
+            meant = did_you_mean(name, [*known, "heldout", "nll"]) or "; help(MergeConfig) lists the options"
+            raise TypeError(f"{name}={options[name]!r}: there is no such option{meant}")
         init(self, *args, **options)
 
     cls.__init__ = checked  # type: ignore[assignment]
     return cls
 
 
-@_refusing_removed_options
+@_knowing_its_options
 @dataclass(frozen=True)
 class MergeConfig:
     """Options of :class:`TrajectoryMerger` and of both callbacks, which take exactly these names.
@@ -146,24 +152,7 @@ class MergeConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        minimums = {
-            "window_size": 2,
-            "capture_every": 1,
-            "merge_every": 1,
-            "start_step": 0,
-            "evaluations": 2,
-            "heldout_batches": 1,
-            "keep_last": 0,
-            "seed": 0,
-        }
-        for name, minimum in minimums.items():
-            value = getattr(self, name)
-            if value is None and name in ("window_size", "capture_every"):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name}={value!r}: must be an integer")
-            if value < minimum:
-                raise ValueError(f"{name}={value}: must be at least {minimum}")
+        self._check_integers()
         for name in ("keep_best", "trainable_only", "merge_at_end", "load_merged_at_end", "progress"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}: must be True or False")
@@ -177,8 +166,8 @@ class MergeConfig:
             raise ValueError(
                 f"name={self.name!r}: must be up to 64 letters, digits or any of '-_.', and begin with no sign"
             )
-        if not isinstance(self.search_fraction, float) or not 0.0 < self.search_fraction < 1.0:
-            raise ValueError(f"search_fraction={self.search_fraction!r}: must be a float strictly between 0 and 1")
+        if self.schedule == "background":
+            raise ValueError("schedule='background' was removed; take 'interleaved' (the default) or 'blocking'")
         choices = {
             "dtype": ["auto", *DTYPES],
             "snapshot_files": ["auto", "whole", "sharded"],
@@ -188,19 +177,21 @@ class MergeConfig:
             "objective": [*KINDS],
             "on_error": ["warn", "raise"],
         }
-        if self.schedule == "background":
-            raise ValueError("schedule='background' was removed; take 'interleaved' (the default) or 'blocking'")
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {allowed}")
-        self._check_schedule()
-        if isinstance(self.report_only, str):
-            raise TypeError(f"report_only={self.report_only!r}: must be a list of domain names")
+            choice(name, getattr(self, name), allowed)
+        self._check_numbers()
+        self._check_output_dir()
+        names = self.report_only
+        if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"report_only={names!r}: must be a list of domain names")
         if self.load_merged_at_end and not self.publishes:
             raise ValueError("load_merged_at_end=True needs snapshots: set keep_best=True or keep_last of at least 1")
         if not isinstance(self.search, str):
             raise TypeError(f"search={self.search!r}: must be a name; register_search gives your own class one")
-        search = resolve_search(self.search, self.search_options)
+        options = self.search_options
+        if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+            raise TypeError(f"search_options={options!r}: must be a dict from names of options to values")
+        search = resolve_search(self.search, options)
         self._check_rows(search.average_rate is not None)
         check_groups(self.groups)
         if self.groups is not None and self.evaluations < GroupedSearch.cost + 2:
@@ -210,22 +201,60 @@ class MergeConfig:
             )
         self._check_objective()
 
-    def _check_schedule(self) -> None:
-        if self.max_pause is not None and not 0 < self.max_pause < float("inf"):
-            raise ValueError(f"max_pause={self.max_pause}: must be a positive number of seconds, or None")
-        if self.max_overhead is not None and not 0 < self.max_overhead <= 1:
-            raise ValueError(
-                f"max_overhead={self.max_overhead}: must be a share of wall time above 0, at most 1, or None"
-            )
-        if not 0 < self.process_timeout < float("inf"):
-            raise ValueError(f"process_timeout={self.process_timeout}: must be a positive number of seconds")
+    def _check_integers(self) -> None:
+        minimums = {
+            "window_size": 2,
+            "capture_every": 1,
+            "samples_per_row": -math.inf,  # see _check_rows
+            "merge_every": 1,
+            "start_step": 0,
+            "evaluations": 2,
+            "heldout_batches": 1,
+            "keep_last": 0,
+            "seed": 0,
+        }
+        for name, least in minimums.items():
+            if (value := getattr(self, name)) is None and name in ("window_size", "capture_every", "samples_per_row"):
+                continue
+            # Integers of numpy become Python's, which JSON can hold.
+            object.__setattr__(self, name, integer(name, value, least, LARGEST_SEED if name == "seed" else math.inf))
+
+    def _check_numbers(self) -> None:
+        fraction = number("search_fraction", self.search_fraction, right := "a share strictly between 0 and 1, as 0.5")
+        if not 0.0 < fraction < 1.0:
+            raise ValueError(f"search_fraction={self.search_fraction}: must be {right}")
+        right = "a positive number of seconds"
+        if not number("process_timeout", self.process_timeout, right) > 0:
+            raise ValueError(f"process_timeout={self.process_timeout}: must be {right}")
+        if self.max_pause is not None and not number("max_pause", self.max_pause, right := f"{right}, or None") > 0:
+            raise ValueError(f"max_pause={self.max_pause}: must be {right}")
+        right = "a share of wall time above 0, at most 1, as 0.02 for 2 %, or None"
+        if self.max_overhead is not None and not 0 < number("max_overhead", self.max_overhead, right) <= 1:
+            raise ValueError(f"max_overhead={self.max_overhead}: must be {right}")
+        right = "at least 0 nats per token, or None"
+        if self.tolerance is not None and not number("tolerance", self.tolerance, right) >= 0:
+            raise ValueError(f"tolerance={self.tolerance}: must be {right}")
+
+    def _check_output_dir(self) -> None:
+        if self.output_dir is None:
+            return
+        if not isinstance(self.output_dir, (str, os.PathLike)):
+            raise TypeError(f"output_dir={self.output_dir!r}: must be the path of a folder, or None")
+        if not os.fspath(self.output_dir):
+            raise ValueError("output_dir='': must be the path of a folder; leave it out for the default")
+        for path in (folder := Path(self.output_dir).absolute(), *folder.parents):
+            if os.path.exists(path) and not os.path.isdir(path):
+                raise ValueError(f"output_dir={str(self.output_dir)!r}: {path} is a file; name a folder")
 
     def _check_rows(self, has_running_sums: bool) -> None:
         samples = self.samples_per_row
-        if samples is not None and (not isinstance(samples, int) or isinstance(samples, bool)):
-            raise TypeError(f"samples_per_row={samples!r}: must be an integer, or None")
         if samples is not None and not 1 <= samples <= self.capture_interval:
             raise ValueError(f"samples_per_row={samples}: must be from 1 to capture_every={self.capture_interval}")
+        if samples is not None and samples > 1 and self.row_kind == "last":
+            raise ValueError(
+                f"samples_per_row={samples} is for rows that are means, and with search={self.search!r} and "
+                f"row={self.row!r} rows are single checkpoints: set row='mean' or 'multiscale', or leave it out"
+            )
         if self.row == "mean" and self.capture_interval % self.samples:
             raise ValueError(
                 f"samples_per_row={samples} does not divide capture_every={self.capture_interval}: samples must be "
@@ -237,14 +266,19 @@ class MergeConfig:
             )
 
     def _check_objective(self) -> None:
-        if self.domain_weights is not None:
-            if self.objective != "mean":
-                raise ValueError(f"domain_weights={self.domain_weights} are for objective='mean'")
-            weights = self.domain_weights.values()
-            if not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
-                raise ValueError(f"domain_weights={self.domain_weights}: must be at least 0, and one of them positive")
-        if self.tolerance is not None and not 0 <= self.tolerance < float("inf"):
-            raise ValueError(f"tolerance={self.tolerance}: must be at least 0 nats per token, or None")
+        given = self.domain_weights
+        if given is None:
+            return
+        if not isinstance(given, Mapping):
+            raise TypeError(f"domain_weights={given!r}: must be a mapping from domain names to weights, or None")
+        if self.objective != "mean":
+            raise ValueError(f"domain_weights={given} are for objective='mean'")
+        right = "at least 0, and one of them positive"
+        weights = [
+            number(f"domain_weights[{name!r}]", weight, "a weight of " + right) for name, weight in given.items()
+        ]
+        if not all(weight >= 0 for weight in weights) or not any(weights):
+            raise ValueError(f"domain_weights={given}: must be {right}")
 
     def named(self, path: str) -> str:
         """A path of these merges only: ``path``, with the name behind it unless that is the default."""

@@ -24,6 +24,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from .checks import did_you_mean
 from .problem import Observed, Problem, Search
 
 __all__ = ["Observed", "Problem", "Search", "available_searches", "register_search", "resolve_search"]
@@ -56,8 +57,10 @@ def register_search(name: str) -> Callable[[_SearchClass], _SearchClass]:
 
     Raises:
         ValueError: the name belongs to a built-in search or recipe.
-        TypeError: what is decorated is no subclass of :class:`Search`, or one without ``ask``.
+        TypeError: no name, or what is decorated is no subclass of :class:`Search`, or one without ``ask``.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"register_search({name!r}): needs a name, as in @register_search('mine')")
     if name in _BUILT_IN:
         raise ValueError(f"name={name!r} is a built-in search; choose another name")
 
@@ -79,17 +82,28 @@ def resolve_search(name: str, options: dict[str, Any] | None = None) -> type[Sea
     """The class behind a name or a ``"package.module:Class"`` path, with ``options`` checked against it.
 
     Raises:
-        ValueError: no such search, something that is no :class:`Search`, or options that it does not accept.
+        ValueError, TypeError: no such search, something that is no :class:`Search`, or options that it does not accept.
     """
     search = _load(name)
     if not _is_search(search):
         raise ValueError(f"search={name!r} is {search!r}; it must be {_REQUIRED}")
     options = options or {}
+    accepted = list(inspect.signature(search).parameters.values())[1:]
     try:
         inspect.signature(search).bind(None, **options)
     except TypeError as error:
-        raise ValueError(f"search_options={options} do not fit search={name!r}: {error}") from error
-    search.check_options(**options)
+        names = [one.name for one in accepted if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+        unknown = next((option for option in options if option not in names), "")
+        raise ValueError(
+            f"search_options={options} do not fit search={name!r}: {error}; it takes {names}"
+            f"{did_you_mean(unknown, names) if unknown else ''}"
+        ) from error
+    try:
+        search.check_options(**options)
+    except TypeError as error:  # of a comparison with a value of another type
+        raise TypeError(f"search_options={options} do not fit search={name!r}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"search_options={options}: {error}") from error
     return search
 
 
@@ -107,6 +121,10 @@ def _load(name: str) -> Any:
         module_name, _, attribute = name.partition(":")
         try:
             return getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"search={name!r} cannot be imported: {error}") from error
-    raise ValueError(f"search={name!r} is not one of {available_searches()}, nor a 'package.module:Class' path")
+        except Exception as error:  # whatever the module raises while it is imported
+            described = f"{type(error).__name__}: {error}"
+            raise ValueError(f"search={name!r} cannot be imported as 'package.module:Class': {described}") from error
+    known = available_searches()
+    raise ValueError(
+        f"search={name!r} is not one of {known}, nor a 'package.module:Class' path{did_you_mean(name, known)}"
+    )

@@ -31,7 +31,12 @@ class _BayesianSearch(Search):
         self._box = box
         self._told = 0
         self._optimizer = Optimizer(
-            box, "GP", n_initial_points=0, acq_func="gp_hedge", acq_optimizer="sampling", random_state=problem.seed
+            box,
+            "GP",
+            n_initial_points=0,
+            acq_func="gp_hedge",
+            acq_optimizer="sampling",
+            random_state=problem.seed % 2**32,
         )
         self._live_loss = problem.live_loss
         self._observe(problem.live, problem.live_loss)

@@ -299,7 +299,13 @@ def check_groups(groups: str | Mapping[str, list[str]] | None) -> None:
         raise ValueError(f"groups={groups!r}: must be None, 'blocks', or a dict of name patterns")
     if not isinstance(groups, Mapping):
         raise TypeError(f"groups={groups!r}: must be None, 'blocks', or a dict of name patterns")
+    if not groups:
+        raise ValueError(
+            "groups={}: a dict must have a group, as {'first': ['model.layers.0.*']}; None is without groups"
+        )
     for name, patterns in groups.items():
+        if not isinstance(name, str):
+            raise TypeError(f"groups={groups!r}: the name {name!r} must be a string")
         if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns) or not patterns:
             raise TypeError(f"groups[{name!r}]={patterns!r}: must be a list of patterns such as ['model.layers.0.*']")
 
