@@ -5,6 +5,8 @@ Use :class:`traj_merge_callback.lightning.TrajMergeCallback` with Lightning,
 of your own. :func:`load_merged` puts a published snapshot into a model.
 """
 
+from typing import NoReturn
+
 from .config import MergeConfig
 from .disk.model_files import load_merged
 from .disk.snapshots import find_snapshot, read_merge
@@ -30,3 +32,13 @@ __all__ = [
     "read_merge",
     "register_search",
 ]
+
+
+def __getattr__(name: str) -> NoReturn:
+    if name == "TrajMergeCallback":
+        # Of an AttributeError ``from ... import`` would drop the text.
+        raise ImportError(
+            "TrajMergeCallback is in traj_merge_callback.lightning (for Lightning) and in "
+            "traj_merge_callback.transformers (for transformers.Trainer); a loop of your own takes TrajectoryMerger"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -243,7 +243,7 @@ class MergeConfig:
         if not os.fspath(self.output_dir):
             raise ValueError("output_dir='': must be the path of a folder; leave it out for the default")
         for path in (folder := Path(self.output_dir).absolute(), *folder.parents):
-            if os.path.exists(path) and not os.path.isdir(path):
+            if path.exists() and not path.is_dir():
                 raise ValueError(f"output_dir={str(self.output_dir)!r}: {path} is a file; name a folder")
 
     def _check_rows(self, has_running_sums: bool) -> None:
@@ -274,9 +274,7 @@ class MergeConfig:
         if self.objective != "mean":
             raise ValueError(f"domain_weights={given} are for objective='mean'")
         right = "at least 0, and one of them positive"
-        weights = [
-            number(f"domain_weights[{name!r}]", weight, "a weight of " + right) for name, weight in given.items()
-        ]
+        weights = [number(f"domain_weights[{name!r}]", one, f"a weight of {right}") for name, one in given.items()]
         if not all(weight >= 0 for weight in weights) or not any(weights):
             raise ValueError(f"domain_weights={given}: must be {right}")
 

@@ -24,13 +24,14 @@ from .disk.state import RunState, Saved, load_state
 from .distributed import CollectiveTimeout, Processes, several_ranks
 from .engine.budget import Overhead
 from .engine.capturing import Capturing, passed
-from .engine.failures import Failures
+from .engine.failures import TOLD, Failures
 from .engine.making import make_merging
 from .engine.publish import Extra
 from .engine.schedule import Schedule
 from .evaluate.heldout import HeldOutLoss, Nll, ToDevice
 from .evaluate.isolation import delayed_signals
 from .metrics import MergeRecord
+from .search.checks import function, integer, names, shown, whole
 from .search.problem import SearchState
 from .window.window import CheckpointWindow
 
@@ -82,6 +83,8 @@ class TrajectoryMerger:
         **config: Any,
     ) -> None:
         self.config = MergeConfig(**config)
+        function("log", log or print, "called with the MergeRecord of each merge, or None")
+        function("extra", extra or print, "returning one that is called with a snapshot's folder, or None")
         #: The folder of snapshots and metrics; if a live run writes to the one that was asked for, another one.
         self.output_dir = Path(self.config.output_dir or self.config.named("merged"))
         self._output = OutputFolder(self.output_dir)
@@ -114,11 +117,7 @@ class TrajectoryMerger:
             seed=self.config.seed,
             processes=self.processes,
         )
-        if unknown := set(self.config.domain_weights or {}) - self.heldout.searched:
-            raise ValueError(
-                f"domain_weights={self.config.domain_weights}: {sorted(unknown)} are not among the domains "
-                f"searched on, {sorted(self.heldout.searched)}"
-            )
+        names("domain_weights", self.config.domain_weights or {}, self.heldout.searched, "domains searched on")
         self._store.heldout = self.heldout.digest
         self._state = RunState()
         self._overhead = Overhead(self.config.max_overhead, self.config.max_pause)
@@ -131,11 +130,14 @@ class TrajectoryMerger:
 
         Raises:
             ValueError: the model cannot be merged (nothing trainable, or parameters sharded in a way that is not
-                supported).
+                supported). With ``on_error="raise"`` also if it does not take the held-out batches, of which one is
+                evaluated; otherwise a warning says so, and nothing is merged.
             OSError: with ``window_storage="disk"``, there is too little space for the rows.
         """
         if not self._active or self.window is not None:
             return
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model={shown(model)}: must be the torch module that is trained")
         if self.processes.size == 1 and several_ranks():
             raise RuntimeError("construct TrajectoryMerger after torch.distributed is initialized, on every rank")
         if not self._renewing:
@@ -149,7 +151,20 @@ class TrajectoryMerger:
         wait, ranks = made.writer.wait, self.processes
         self._schedule = Schedule(self.config, self.heldout, made.merge, self._overhead, wait, ranks)
         self.window = made.window
-        self._waited_s, self._renewing = 0.0, False
+        is_first, self._waited_s, self._renewing = not self._renewing, 0.0, False
+        if is_first:
+            self._first_pass(model)
+
+    def _first_pass(self, model: nn.Module) -> None:
+        """Evaluate a held-out batch; if the model does not take it, there is no merging in this run."""
+        step = self._state.last_step or 0
+        with self._timeout_ends_merging(step), self._failures.contained("the first forward pass", step, TOLD):
+            try:
+                self._merging.merge.first_pass(model)
+            except BaseException:
+                self._active = False
+                self.close()
+                raise
 
     def step(self, model: nn.Module, step: int, *, skipped: Callable[[], bool] = lambda: False) -> MergeRecord | None:
         """Capture a checkpoint, and begin or advance a merge, if due. Call after each optimizer step.
@@ -175,14 +190,15 @@ class TrajectoryMerger:
 
     def _step(self, model: nn.Module, step: int, skipped: Callable[[], bool]) -> MergeRecord | None:
         started = time.perf_counter()
-        record = None
+        record, step = None, step if (number := whole(step)) is None else number
         if self.window is not None and (self._schedule.under_way or self._capturing.is_due(self._previous(step), step)):
             with self._failures.contained("preparing a new window", step):
                 self._renew_if_changed(model, step)
         if self.window is None:
             if self._renewing and not self._capturing.is_due(self._previous(step), step):
                 return None
-            with self._failures.contained("preparing the window", step), self.processes.raise_on_all():
+            with self._failures.contained("preparing the window", step, TOLD), self.processes.raise_on_all():
+                integer("step", step, 0)
                 self.prepare(model)
             if self.window is None:
                 self._active = self._renewing

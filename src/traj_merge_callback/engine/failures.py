@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from ..distributed import ENDS, CollectiveTimeout, FailedOnAllRanks, described
 
 logger = logging.getLogger("traj_merge_callback")
+#: What is raised where model, arguments and files do not go together: the text says what to mend.
+TOLD = (ValueError, TypeError, OSError, RuntimeError)
 
 
 class Failures:
@@ -26,8 +28,14 @@ class Failures:
         self.counts: Counter[str] = Counter()
 
     @contextmanager
-    def contained(self, what: str, step: int) -> Iterator[None]:
-        """Contain any failure of the block but :class:`CollectiveTimeout`; Ctrl-C and exits always pass."""
+    def contained(self, what: str, step: int, told: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+        """Contain any failure of the block but :class:`CollectiveTimeout`; Ctrl-C and exits always pass.
+
+        Args:
+            what: the block does, for the message.
+            step: the optimizer step.
+            told: exceptions whose text tells the user what to mend: their traceback is for debug level only.
+        """
         try:
             yield
         except ENDS:
@@ -38,8 +46,12 @@ class Failures:
             kind = f"{what} failed: {described(error)}"
             first = not any(known.startswith(f"{what} failed: {type(error).__name__}") for known in self.counts)
             self.counts[kind] += 1
-            if first and (self._is_first or not isinstance(error, FailedOnAllRanks)):
-                message = "%s (step %d). Training goes on; further failures of this kind are only counted."
+            if isinstance(error, told):
+                if first and self._is_first:
+                    logger.warning("%s (step %s): nothing is merged, training goes on.", error, step)
+                    logger.debug("%s", kind, exc_info=True)
+            elif first and (self._is_first or not isinstance(error, FailedOnAllRanks)):
+                message = "%s (step %s). Training goes on; further failures of this kind are only counted."
                 logger.warning(message, kind, step, exc_info=True)
 
     def summarise(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from contextlib import ExitStack
@@ -11,14 +12,17 @@ from torch import nn
 from ..config import MergeConfig
 from ..evaluate.candidate import Candidates, weights_in
 from ..evaluate.fsdp import Units
-from ..evaluate.heldout import HeldOutLoss, device_of
+from ..evaluate.heldout import HeldOutLoss, Ready, device_of
+from ..evaluate.isolation import isolated
 from ..evaluate.kept import Keeper, Kept
 from ..evaluate.parking import Parking
 from ..metrics import MergeRecord, report_losses
 from ..pieces import Pieces
 from ..search.problem import SearchState
+from ..window.names import unwrap
 from ..window.window import CheckpointWindow
 from .choose import Chooser
+from .first_pass import first_pass
 from .publish import Publisher
 
 logger = logging.getLogger("traj_merge_callback")
@@ -53,6 +57,23 @@ class Merge:
         self.parking = Parking(device_of(model), window.processes)
         self._keeper = Keeper(model, {slot.name for slot in window.layout.slots if slot.is_parameter})
         self._units = Units(model, window.layout, window.processes) if window.layout.sharding.units else None
+
+    def first_pass(self, model: nn.Module) -> None:
+        """Evaluate live on one held-out batch of each domain, before there are rows; see :func:`first_pass`."""
+        isolate = functools.partial(isolated, unwrap(model), self._heldout.seed)
+        ready: Ready = lambda gradients: isolate(gradients=gradients)  # noqa: E731
+        if self._units is not None:
+            # FSDP itself begins with the first forward pass of training.
+            layout, weights = self.window.layout, self._candidates(model, Kept()).weights
+            tensors = layout.locals(layout.tensors(model))
+            for columns, tensor in layout.pairs(weights.row, tensors, [True] * len(tensors)):
+                columns.copy_(tensor)
+            ready = weights.ready
+        try:
+            with self.window.processes.raise_on_all():
+                first_pass(model, self._heldout, ready)
+        finally:
+            self.parking.release()
 
     def probe(self, model: nn.Module) -> Pieces[None]:
         """Do pieces of the commonest kinds, to learn how long they take."""

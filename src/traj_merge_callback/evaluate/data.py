@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from ..distributed import Processes
+from ..search.checks import shown
 from .indices import Indices
 from .isolation import preserved_rng
 from .reachable import preserved
@@ -26,6 +29,9 @@ from .sample import Laid, Split, evenly, lay_together
 
 # The label of a position that is no target.
 IGNORED = -100
+#: The name of a single domain that was given none.
+NAMELESS = "heldout"
+logger = logging.getLogger("traj_merge_callback")
 _TAGS: tuple[Split | None, ...] = (None, "search", "report")
 
 
@@ -72,10 +78,8 @@ def read_domains(
 
 def _indices(name: str, loader: Any, seed: int, processes: Processes) -> Indices | None:
     """What all ranks draw of a loader, if it can be asked for by index."""
-    with processes.raise_on_all():
-        _check(name, loader)
-        with _undisturbed(loader, seed, name):
-            mine = Indices.of(loader)
+    with processes.raise_on_all(), _undisturbed(loader, seed, name):
+        mine = Indices.of(loader)
     return Indices.of_all(processes.all_gather_object(mine), processes.rank)
 
 
@@ -250,11 +254,64 @@ def _check_first_dimension(name: str, batch: Any, asked: int | None) -> None:
         )
 
 
-def _check(name: str, loader: Any) -> None:
-    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
-        raise TypeError(f"heldout loader {name!r} is a {type(loader).__name__}, a Dataset: wrap it in a DataLoader")
-    if not isinstance(loader, Iterable):
-        raise TypeError(f"heldout loader {name!r} is a {type(loader).__name__}: give an iterable of batches")
+def check_heldout(heldout: Any, nll: Any) -> dict[str, Any]:
+    """The held-out loaders by domain, if these arguments can be right; nothing is read.
+
+    Raises:
+        ValueError, TypeError: see ``HeldOutLoss``.
+    """
+    for one in nll.values() if isinstance(nll, Mapping) else [] if nll is None else [nll]:
+        right = "must be a function (model, batch) -> (summed NLL, tokens)"
+        if not callable(one):
+            raise TypeError(f"nll={shown(one)}: {right}")
+        try:
+            signature = inspect.signature(one)
+        except ValueError:  # of a builtin, which does not tell
+            continue
+        try:
+            signature.bind(None, None)
+        except TypeError as error:
+            raise TypeError(f"nll={shown(one)}: {right}, and takes {signature}: {error}") from None
+    if not isinstance(heldout, Mapping):
+        _check("heldout", heldout)
+        return {NAMELESS: heldout}
+    for name, loader in heldout.items():
+        _check(f"heldout[{name!r}]", loader)
+    loaders = {str(name): loader for name, loader in heldout.items()}
+    if len(loaders) < max(1, len(heldout)):
+        raise ValueError(f"heldout has the domains {[*heldout]}: give at least one, with names that differ as text")
+    return loaders
+
+
+def _check(which: str, loader: Any) -> None:
+    kind = type(loader).__name__
+    is_dataset = isinstance(loader, Dataset) and not isinstance(loader, IterableDataset)
+    # Datasets of Hugging Face are none of torch's.
+    if is_dataset or (type(loader).__module__.startswith("datasets.") and hasattr(loader, "__getitem__")):
+        raise TypeError(f"{which} is a {kind}, a Dataset: wrap it in a DataLoader")
+    if isinstance(loader, Tensor):
+        raise TypeError(
+            f"{which} is a Tensor: give an iterable of batches, such as a DataLoader; a single batch goes into a list"
+        )
+    if not isinstance(loader, Iterable) or isinstance(loader, (str, bytes, Mapping, nn.Module)):
+        raise TypeError(f"{which}={shown(loader)} is a {kind}: give an iterable of batches, such as a DataLoader")
+
+
+def say_if_trained_on(heldout: Mapping[str, Any], trained: Any) -> None:
+    """Warn where held-out sequences are those that the run trains on.
+
+    Args:
+        heldout: loaders or datasets by domain.
+        trained: the loader or the dataset that the run trains on.
+    """
+    trained = getattr(trained, "dataset", trained)
+    found = [name for name, one in heldout.items() if trained is not None and getattr(one, "dataset", one) is trained]
+    if found:
+        logger.warning(
+            "heldout%s is the training dataset itself: merge weights are chosen, and losses reported, on what the "
+            "model trains on; give a dataset that it does not train on",
+            "" if found == [NAMELESS] else f" {found}",
+        )
 
 
 @contextmanager
@@ -341,6 +398,17 @@ def _tokens(sequence: Mapping[str, Any]) -> Tensor:
     if isinstance(mask, Tensor) and mask.shape == tokens.shape:
         tokens = tokens[mask.bool()]
     return tokens.flatten().long()
+
+
+def describe(value: Any) -> str:
+    """What a batch, or another value, is made of, in words."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} ({str(value.dtype).removeprefix('torch.')})"
+    if isinstance(value, Mapping):
+        return "a mapping with " + (", ".join(f"{key!r}: {describe(one)}" for key, one in value.items()) or "nothing")
+    if isinstance(value, (list, tuple)) and len(value) < 5:
+        return f"a {type(value).__name__} of " + (" and ".join(map(describe, value)) or "nothing")
+    return f"{value!r}" if isinstance(value, (int, float, str, type(None))) else f"a {type(value).__name__}"
 
 
 def as_tensors(values: Mapping[str, float]) -> dict[str, Tensor]:

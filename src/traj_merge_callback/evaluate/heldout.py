@@ -17,9 +17,20 @@ from torch import Tensor, nn
 
 from ..distributed import Processes
 from ..pieces import BACKWARD, EXCHANGE, FORWARD, Pieces, finish
+from ..search.checks import LARGEST_SEED, function, integer, names, number, shown
 from ..search.evaluation import PARTS, Evaluation, Gradient
 from ..window.names import unwrap
-from .data import Held, count_sequences, fingerprint, map_tensors, read_domains, select_sequences
+from .data import (
+    NAMELESS,
+    Held,
+    check_heldout,
+    count_sequences,
+    fingerprint,
+    map_tensors,
+    read_domains,
+    select_sequences,
+    tensors_of,
+)
 from .isolation import isolated, uncached_casts
 from .language_model import LanguageModelNll
 from .reachable import Owned
@@ -36,8 +47,6 @@ Ready = Callable[[bool], AbstractContextManager[Any]]
 _MIN_BATCHES = 8
 # Of the share that a split is to have of a domain's sequences it gets at least this part.
 _MOST_UNEVEN = 0.5
-# The name of a single domain that was given none.
-_NAMELESS = "heldout"
 
 
 class MergeGradient(Protocol):
@@ -83,7 +92,8 @@ class HeldOutLoss:
     Raises:
         ValueError: a loader without batches, fewer than two different sequences, unknown ``report_only`` names, or no
             domain left to search on.
-        TypeError: a loader that is not an iterable of batches (a Dataset, say), or an ``nll`` that cannot be called.
+        TypeError: a loader that is not an iterable of batches (a Dataset, say), or an argument that is no function of
+            the kind that is meant.
     """
 
     def __init__(
@@ -100,19 +110,22 @@ class HeldOutLoss:
         processes: Processes | None = None,
     ) -> None:
         self._processes = Processes(alone=True) if processes is None else processes
-        named = heldout if isinstance(heldout, Mapping) else {_NAMELESS: heldout}
-        loaders = {str(name): loader for name, loader in named.items()}
-        nlls = _by_domain("nll", LanguageModelNll(self._say) if nll is None else nll, loaders)
-        if wrong := [one for one in nlls.values() if not callable(one)]:
-            raise TypeError(f"nll={wrong[0]!r}: must be a function (model, batch) -> (summed NLL, tokens)")
+        with self._processes.raise_on_all():
+            batches = integer("batches", batches, 1)
+            self.seed = integer("seed", seed, 0, LARGEST_SEED)
+            if not 0 < number("search_fraction", search_fraction, right := "a share strictly between 0 and 1") < 1:
+                raise ValueError(f"search_fraction={search_fraction}: must be {right}")
+            loaders = check_heldout(heldout, nll)
+            nlls = _by_domain("nll", LanguageModelNll(self._say) if nll is None else nll, loaders)
+            self._to_device: dict[str, ToDevice | None] = _by_domain("to_device", to_device, loaders)
+            for one in filter(None, self._to_device.values()):
+                function("to_device", one, "from a batch to that batch on the training device")
+            function("precision", precision, 'such as lambda: torch.autocast("cuda", torch.bfloat16)')
         self._nlls: dict[str, Nll] = nlls
         self._owned: Owned | None = None
         self._precision = precision
-        self._to_device: dict[str, ToDevice | None] = _by_domain("to_device", to_device, loaders)
-        self.seed = seed
         self.report_only = frozenset(report_only)
-        if unknown := self.report_only - loaders.keys():
-            raise ValueError(f"report_only={sorted(unknown)} are not among the held-out domains {sorted(loaders)}")
+        names("report_only", sorted(self.report_only), loaders, "held-out domains")
         self.searched = frozenset(loaders) - self.report_only
         if not self.searched:
             raise ValueError(f"report_only={sorted(self.report_only)} leaves no domain to search on")
@@ -132,9 +145,20 @@ class HeldOutLoss:
                     f"heldout leaves no sequence for the {split} split: give at least 2 different sequences "
                     f"(and more for a useful standard error), or raise heldout_batches={batches}"
                 )
+        self._warn_of_few()
         self._parts = self._divide()
         #: Number of sequences left out so far, because their loss is not finite.
         self.left_out = 0
+
+    def _warn_of_few(self) -> None:
+        for split, kept in self._batches.items():
+            count = sum(count_sequences(batch.data) for batch in kept if batch.domain in self.searched)
+            if count == 1 and self._processes.is_rank_zero:
+                logger.warning(
+                    "heldout leaves one sequence for the %s split: give more, as one says little of a merge and has "
+                    "no standard error",
+                    split,
+                )
 
     def _say(self, sentence: str) -> None:
         if self._processes.is_rank_zero:
@@ -163,7 +187,7 @@ class HeldOutLoss:
         if held.packed is not None:
             kept = f"{held.packed} {of} sequences, packed into {sum(counts.values())}"
         self._say(
-            f"held-out{'' if domain == _NAMELESS else f' {domain!r}'}: {kept}, "
+            f"held-out{'' if domain == NAMELESS else f' {domain!r}'}: {kept}, "
             f"{counts['search']} to search, {counts['report']} to report"
         )
 
@@ -217,6 +241,8 @@ class HeldOutLoss:
             Summed NLL (nats) and target tokens of each batch, float64 of shape ``(batches,)``. Losses that are not
             finite are returned as they are.
         """
+        if not isinstance(model, nn.Module) or split not in self._batches:
+            raise ValueError(f"evaluate({shown(model)}, {split!r}): takes a torch module, and 'search' or 'report'")
         ready = functools.partial(isolated, unwrap(model), self.seed)
         return finish(self.evaluate_pieces(model, split, lambda gradients: ready(gradients=gradients)))
 
@@ -327,14 +353,9 @@ class HeldOutLoss:
             # ranks; its loss counts zero times.
             counts = float(mine < len(batches))
             of = batches[mine if counts else first]
-            if self._owned is None:
-                self._owned = Owned((self._nlls, self._to_device))
             # The model's own gradients are looked after, and looked at, inside ``ready``.
-            with self._owned.preserved(), ready(gradient is not None):
-                transfer = self._to_device[of.domain] or functools.partial(_to_device_of, model)
-                batch = transfer(of.data)
-                with self._precision(), uncached_casts():
-                    nll, tokens = self._nlls[of.domain](model, batch)
+            with self.undisturbed(), ready(gradient is not None):
+                nll, tokens = self.returned(model, of.domain, self.moved(model, of.domain, of.data))
                 if gradient is not None and float(tokens):
                     (counts * torch.as_tensor(nll)).backward()
                     gradient.add_gradient()
@@ -345,12 +366,46 @@ class HeldOutLoss:
             found = self._processes.all_gather_array(values).swapaxes(0, 1).reshape(-1, 2)[: len(batches)]
         return Evaluation(found[:, 0], found[:, 1], tuple(batch.domain for batch in batches), indices)
 
+    # One batch
+
+    def by_domain(self) -> dict[str, list[Any]]:
+        """All batches of each domain, on the CPU, those with the longest sequences first."""
+        found: dict[str, list[Any]] = {}
+        for batch in itertools.chain(*self._batches.values()):
+            found.setdefault(batch.domain, []).append(batch.data)
+        return {name: sorted(batches, key=_length, reverse=True) for name, batches in found.items()}
+
+    def nll(self, domain: str) -> Nll:
+        """The function that gives the loss of a domain's batches."""
+        return self._nlls[domain]
+
+    def undisturbed(self) -> AbstractContextManager[Any]:
+        """A context after which all that ``nll`` and ``to_device`` hold of their own is as it was."""
+        if self._owned is None:
+            self._owned = Owned((self._nlls, self._to_device))
+        return self._owned.preserved()
+
+    def moved(self, model: nn.Module, domain: str, data: Any) -> Any:
+        """A batch of a domain on the training device."""
+        transfer = self._to_device[domain] or functools.partial(_to_device_of, model)
+        return transfer(data)
+
+    def returned(self, model: nn.Module, domain: str, batch: Any) -> Any:
+        """What ``nll`` returns for a batch on the training device."""
+        with self._precision(), uncached_casts():
+            return self._nlls[domain](model, batch)
+
 
 def _odd(found: Evaluation) -> set[int]:
     """The batches whose loss is not finite, by position; none if in some domain they are half of all or more."""
     odd = ~np.isfinite(found.nll)
     shares = [float(odd[[name == domain for name in found.domains]].mean()) for domain in set(found.domains)]
     return set(np.flatnonzero(odd).tolist()) if max(shares) < 0.5 else set()
+
+
+def _length(batch: Any) -> int:
+    """The length of a batch's sequences."""
+    return max((tensor.shape[1] for tensor in tensors_of(batch) if tensor.dim() > 1), default=0)
 
 
 def _by_domain(option: str, given: Any, domains: Iterable[str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 #: The largest seed that all random generators take.
 LARGEST_SEED = 2**32 - 1
+_SHOWN = 80
 
 
 def did_you_mean(given: object, known: Collection[str]) -> str:
@@ -19,14 +20,25 @@ def did_you_mean(given: object, known: Collection[str]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
-def integer(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> int:
-    """The value as an ``int``, from one of any library; a bool is none."""
+def shown(value: object) -> str:
+    """A value in one short line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def whole(value: Any) -> int | None:
+    """An integer of any library as an ``int``; None for everything else, also for a bool."""
     try:
-        found = operator.index(value) if not isinstance(value, bool) else None
+        return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        found = None
+        return None
+
+
+def integer(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> int:
+    """The value as an ``int``; see :func:`whole`."""
+    found = whole(value)
     if found is None:
-        raise TypeError(f"{name}={value!r}: must be an integer; got a {type(value).__name__}")
+        raise TypeError(f"{name}={shown(value)}: must be an integer; got a {type(value).__name__}")
     if found < least:
         raise ValueError(f"{name}={value}: must be at least {least}")
     if found > most:
@@ -43,7 +55,7 @@ def number(name: str, value: Any, right: str) -> float:
         right: what would be right, for the message.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}={value!r}: must be {right}; got a {type(value).__name__}")
+        raise TypeError(f"{name}={shown(value)}: must be {right}; got a {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{name}={value}: must be {right}")
     return float(value)
@@ -52,4 +64,24 @@ def number(name: str, value: Any, right: str) -> float:
 def choice(name: str, value: Any, allowed: Collection[str]) -> None:
     """Raise a ValueError if the value is none of the allowed ones."""
     if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name}={value!r} is not one of {[*allowed]}{did_you_mean(value, allowed)}")
+        raise ValueError(f"{name}={shown(value)} is not one of {[*allowed]}{did_you_mean(value, allowed)}")
+
+
+def names(name: str, given: Collection[str], known: Collection[str], what: str) -> None:
+    """Raise a ValueError if some of the given names are not known.
+
+    Args:
+        name: of the option.
+        given: the names, or a mapping from them.
+        known: those that there are.
+        what: they are names of.
+    """
+    if unknown := sorted(set(given) - set(known)):
+        meant = did_you_mean(unknown[0], known)
+        raise ValueError(f"{name}={given}: {unknown} are not among the {what}, {sorted(known)}{meant}")
+
+
+def function(name: str, value: Any, right: str) -> None:
+    """Raise a TypeError if the value is no function; a context is none, although some can be called."""
+    if not callable(value) or hasattr(type(value), "__enter__"):
+        raise TypeError(f"{name}={shown(value)}: must be a function, {right}")

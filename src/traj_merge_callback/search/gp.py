@@ -30,13 +30,9 @@ class _BayesianSearch(Search):
         self._losses: list[float] = []
         self._box = box
         self._told = 0
+        seed = problem.seed % 2**32  # the largest that scikit-learn takes is one less
         self._optimizer = Optimizer(
-            box,
-            "GP",
-            n_initial_points=0,
-            acq_func="gp_hedge",
-            acq_optimizer="sampling",
-            random_state=problem.seed % 2**32,
+            box, "GP", n_initial_points=0, acq_func="gp_hedge", acq_optimizer="sampling", random_state=seed
         )
         self._live_loss = problem.live_loss
         self._observe(problem.live, problem.live_loss)

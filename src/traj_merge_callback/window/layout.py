@@ -19,6 +19,7 @@ from itertools import groupby
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..distributed import Processes
 from .names import clean_name, unwrap
@@ -138,6 +139,8 @@ class ParameterLayout:
                 frozen and sharded.
         """
         model = unwrap(model)
+        with processes.raise_on_all():
+            _check_parameters(model, trainable_only)
         numel = sum(p.numel() for p in model.parameters() if _is_merged(p, trainable_only))
         # A rank whose own buffers are finite skips those of the others too: all have the same columns.
         skipped = frozenset[str]().union(*processes.all_gather_object(_not_finite(model)))
@@ -254,11 +257,32 @@ def persistent_buffers(model: nn.Module) -> dict[str, list[BufferPlace]]:
     return places
 
 
+def _check_parameters(model: nn.Module, trainable_only: bool) -> None:
+    """Raise a ValueError if a merged parameter holds no numbers yet, or none that can be averaged."""
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"parameter {name!r} is lazy: run one forward pass of the model first, which gives it a shape"
+            )
+        if _is_merged(parameter, trainable_only) and parameter.is_meta:
+            raise ValueError(
+                f"parameter {name!r} is on the meta device, without numbers: load or initialize the weights first "
+                "(model.to_empty, from_pretrained without device_map)"
+            )
+        if _is_merged(parameter, trainable_only) and parameter.dtype.itemsize == 1:
+            raise ValueError(
+                f"parameter {name!r} is quantised ({parameter.dtype}): freeze it (requires_grad_(False)) and train an "
+                "adapter, or train in bfloat16 or float32"
+            )
+
+
 def _not_finite(model: nn.Module) -> frozenset[str]:
     """The names of the floating-point buffers of the ``state_dict`` that hold a number that is not finite."""
     found = {clean_name(name): places[0].tensor for name, places in persistent_buffers(model).items()}
     return frozenset(
-        name for name, buffer in found.items() if buffer.is_floating_point() and not buffer.float().isfinite().all()
+        name
+        for name, buffer in found.items()
+        if buffer.is_floating_point() and (buffer.is_meta or not buffer.float().isfinite().all())
     )
 
 
@@ -300,9 +324,7 @@ def check_groups(groups: str | Mapping[str, list[str]] | None) -> None:
     if not isinstance(groups, Mapping):
         raise TypeError(f"groups={groups!r}: must be None, 'blocks', or a dict of name patterns")
     if not groups:
-        raise ValueError(
-            "groups={}: a dict must have a group, as {'first': ['model.layers.0.*']}; None is without groups"
-        )
+        raise ValueError("groups={}: give a group, as {'first': ['model.layers.0.*']}; None is without groups")
     for name, patterns in groups.items():
         if not isinstance(name, str):
             raise TypeError(f"groups={groups!r}: the name {name!r} must be a string")
