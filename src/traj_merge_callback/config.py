@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, TypeVar
 
 from .search import resolve_search
@@ -242,9 +241,6 @@ class MergeConfig:
             raise TypeError(f"output_dir={self.output_dir!r}: must be the path of a folder, or None")
         if not os.fspath(self.output_dir):
             raise ValueError("output_dir='': must be the path of a folder; leave it out for the default")
-        for path in (folder := Path(self.output_dir).absolute(), *folder.parents):
-            if path.exists() and not path.is_dir():
-                raise ValueError(f"output_dir={str(self.output_dir)!r}: {path} is a file; name a folder")
 
     def _check_rows(self, has_running_sums: bool) -> None:
         samples = self.samples_per_row

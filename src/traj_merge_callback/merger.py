@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from torch import nn
@@ -146,7 +145,11 @@ class TrajectoryMerger:
             self._metrics.path = self.output_dir / "metrics.jsonl"
             self._overhead.begin()
         run = (self.config, self.heldout, self._store, self._failures, self._extra)
-        made = make_merging(model, *run, processes=(self.processes, self._writer_processes))
+        try:
+            made = make_merging(model, *run, processes=(self.processes, self._writer_processes))
+        except BaseException:
+            self._output.release()
+            raise
         self._merging, self._writer, self._saver = made, made.writer, made.saver
         wait, ranks = made.writer.wait, self.processes
         self._schedule = Schedule(self.config, self.heldout, made.merge, self._overhead, wait, ranks)
@@ -345,9 +348,7 @@ class TrajectoryMerger:
     def __enter__(self) -> TrajectoryMerger:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     @property

@@ -243,12 +243,14 @@ class Broken(Search):
 )
 def test_failures_are_logged_once_and_leave_training_alone(loader, train, tmp_path, caplog, trouble, message):
     options: dict = {}
+    now = {"step": 0}
     if trouble == "search":
         options["search"] = f"{__name__}:Broken"
     elif trouble == "nan":
         options["nll"] = lambda model, batch: (torch.tensor(math.nan), 8)
     elif trouble == "nll":
-        options["nll"] = lambda model, batch: (1 / 0, 8)
+        # Not before training, where it would end merging.
+        options["nll"] = lambda model, batch: (1 / 0, 8) if now["step"] > 1 else (model(**batch).loss, 8)
     elif trouble == "log":
 
         def log(record):
@@ -262,6 +264,7 @@ def test_failures_are_logged_once_and_leave_training_alone(loader, train, tmp_pa
     merger = engine(loader, tmp_path, **options)
 
     def each(step):
+        now["step"] = step
         merger.step(model, step)
 
     with caplog.at_level(logging.WARNING, "traj_merge_callback"):

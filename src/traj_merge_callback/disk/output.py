@@ -65,7 +65,15 @@ class OutputFolder:
             try:
                 holder = self._take(path)
             except OSError as error:
-                logger.info("%s cannot be locked: %s", path, error)
+                if path.is_dir():
+                    logger.info("%s cannot be locked: %s", path, error)
+                else:
+                    logger.warning(
+                        "output_dir=%r cannot be made (%s): neither snapshots nor metrics.jsonl are written; name a "
+                        "folder that can be",
+                        str(path),
+                        error,
+                    )
                 return self.path
             if holder is None:
                 self.path = path

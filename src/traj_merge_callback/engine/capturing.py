@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection
 from typing import Literal
 
@@ -19,6 +20,28 @@ Action = Literal["row", "sample", "nothing"]
 def passed(every: int, previous: int, step: int) -> bool:
     """Whether a multiple of ``every`` lies in ``(previous, step]``: also true if the exact step was skipped."""
     return step // every > previous // every
+
+
+def say_if_too_short(config: MergeConfig, steps: float) -> None:
+    """Warn if a run is over before its first merge is due.
+
+    Args:
+        config: the options.
+        steps: that the run takes in all; not positive or infinite if nobody knows.
+    """
+    first = math.ceil(max(config.start_step, 1) / config.merge_every) * config.merge_every
+    if not 0 < steps < first:
+        return
+    at_end = config.merge_at_end and steps >= config.start_step + config.capture_interval
+    logger.warning(
+        "merge_every=%d, start_step=%d: the first merge is due at step %d, and this run ends at step %d%s; for more "
+        "merges lower merge_every or start_step",
+        config.merge_every,
+        config.start_step,
+        first,
+        steps,
+        ", where the only merge is made" if at_end else " without any merge",
+    )
 
 
 class Capturing:

@@ -48,7 +48,7 @@ class Failures:
             self.counts[kind] += 1
             if isinstance(error, told):
                 if first and self._is_first:
-                    logger.warning("%s (step %s): nothing is merged, training goes on.", error, step)
+                    logger.warning("%s (step %s). Nothing is merged. Training goes on.", error, step)
                     logger.debug("%s", kind, exc_info=True)
             elif first and (self._is_first or not isinstance(error, FailedOnAllRanks)):
                 message = "%s (step %s). Training goes on; further failures of this kind are only counted."

@@ -19,6 +19,7 @@ from ..evaluate.heldout import HeldOutLoss, Ready
 from ..evaluate.language_model import LanguageModelNll
 from ..window.names import unwrap
 
+_TOKENIZER = "make the batches with the model's own tokenizer, or call model.resize_token_embeddings"
 _RETURNS = "nll must return (summed NLL in nats, number of target tokens), two numbers"
 
 
@@ -35,6 +36,10 @@ def first_pass(model: nn.Module, heldout: HeldOutLoss, ready: Ready) -> None:
     """
     for domain, batches in heldout.by_domain().items():
         _Domain(unwrap(model), heldout, domain, batches).check(ready)
+
+
+class _BeyondError(ValueError):
+    """Ids that have no row."""
 
 
 class _Domain:
@@ -55,19 +60,19 @@ class _Domain:
         self._of = "heldout" if domain == NAMELESS else f"heldout[{domain!r}]"
         nll = heldout.nll(domain)
         self._by_labels = isinstance(nll, LanguageModelNll)
-        self._nll = getattr(nll, "__qualname__", type(nll).__name__)
+        self._nll = getattr(nll, "__name__", type(nll).__name__)
         # Rows of the embedding that the batches' own ids go to, if there is one.
         self._vocabulary: int | None = None
 
     def check(self, ready: Ready) -> None:
         """See :func:`first_pass`."""
         if self._by_labels:
-            self._check_ids("labels", self._output_rows(), "the model's output has")
+            self._check_ids("labels", self._output_rows(), "the model's output layer")
         # A batch without targets says nothing.
         if not any(self._passes(batch, ready) for batch in self._batches):
             none = f"all labels are {IGNORED}" if self._by_labels else f"nll={self._nll} returns 0 for each batch"
             raise ValueError(f"{self._of} has no target tokens: {none}; give sequences with targets")
-        self._check_ids("input_ids", self._vocabulary, "the model's embedding has")
+        self._check_ids("input_ids", self._vocabulary, "the model's embedding")
 
     def _passes(self, batch: Any, ready: Ready) -> bool:
         """Evaluate a batch; whether it has target tokens."""
@@ -84,6 +89,8 @@ class _Domain:
                 return _tokens(returned) > 0
         except (*ENDS, CollectiveTimeout):
             raise
+        except _BeyondError as error:
+            raise ValueError(f"{self._of}: {error}") from error
         except BaseException as error:
             raise ValueError(self._sentence(stage, batch, error)) from error
 
@@ -107,10 +114,9 @@ class _Domain:
             given = batch.get("input_ids") if isinstance(batch, Mapping) else None
             if isinstance(given, Tensor) and given.shape == ids.shape and bool((given == ids).all()):
                 self._vocabulary = rows
-                remedy = "the tokenizer of the batches is not the model's: take its own, or resize_token_embeddings"
+                _refuse_beyond("input_ids", ids, rows, name, _TOKENIZER)
             else:
-                remedy = "give shorter sequences if these are positions"
-            _refuse_beyond(ids, rows, f"{name} has", remedy)
+                _refuse_beyond("what it looks up", ids, rows, name, "give shorter sequences if these are positions")
 
         return look
 
@@ -125,17 +131,14 @@ class _Domain:
         for batch in self._batches if rows is not None else []:
             ids = batch.get(key) if isinstance(batch, Mapping) else None
             if isinstance(ids, Tensor) and not ids.is_floating_point() and rows is not None:
-                remedy = "the tokenizer of the batches is not the model's"
                 ids = ids[ids != IGNORED] if key == "labels" else ids
-                _refuse_beyond(ids, rows, f"{self._of} has {key} that do not fit: {where}", remedy)
+                _refuse_beyond(f"{self._of}: {key}", ids, rows, where, _TOKENIZER)
 
 
-def _refuse_beyond(ids: Tensor, rows: int, where: str, remedy: str) -> None:
-    if not ids.numel():
-        return
-    low, high = int(ids.min()), int(ids.max())
+def _refuse_beyond(what: str, ids: Tensor, rows: int, where: str, remedy: str) -> None:
+    low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
     if low < 0 or high >= rows:
-        raise ValueError(f"{where} {rows} rows, and ids go from {low} to {high}; {remedy}")
+        raise _BeyondError(f"{what} go from {low} to {high}, and {where} has {rows} rows; {remedy}")
 
 
 def _tokens(returned: Any) -> float:

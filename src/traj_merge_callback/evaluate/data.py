@@ -297,20 +297,19 @@ def _check(which: str, loader: Any) -> None:
         raise TypeError(f"{which}={shown(loader)} is a {kind}: give an iterable of batches, such as a DataLoader")
 
 
-def say_if_trained_on(heldout: Mapping[str, Any], trained: Any) -> None:
+def say_if_trained_on(heldout: Any, trained: Any) -> None:
     """Warn where held-out sequences are those that the run trains on.
 
     Args:
-        heldout: loaders or datasets by domain.
-        trained: the loader or the dataset that the run trains on.
+        heldout: a loader or a dataset, or a mapping from domain names to such.
+        trained: the loader or the dataset that the run trains on, if it is known.
     """
+    loaders = heldout.values() if isinstance(heldout, Mapping) else [heldout]
     trained = getattr(trained, "dataset", trained)
-    found = [name for name, one in heldout.items() if trained is not None and getattr(one, "dataset", one) is trained]
-    if found:
+    if trained is not None and any(getattr(one, "dataset", one) is trained for one in loaders):
         logger.warning(
-            "heldout%s is the training dataset itself: merge weights are chosen, and losses reported, on what the "
-            "model trains on; give a dataset that it does not train on",
-            "" if found == [NAMELESS] else f" {found}",
+            "heldout (by default the trainer's eval dataset) is the training dataset: merge weights are chosen, and "
+            "losses reported, on what the model trains on; give a dataset that it does not train on"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -17,13 +17,14 @@ from ..disk.atomic import remove_leftovers, remove_tree
 from ..disk.model_files import collect_checkpoint
 from ..disk.state import remove_other_states
 from ..disk.untrusted import folder_name_of_step
-from ..evaluate.data import as_tensors
+from ..engine.capturing import say_if_too_short
+from ..evaluate.data import as_tensors, check_heldout, say_if_trained_on
 from ..merger import TrajectoryMerger
 from ..metrics import MergeRecord
 from ..window.capture import LossScaleWatch
 from ..window.names import unwrap
 from ..window.sharding import has_fsdp
-from .data import by_loader, by_name, transfer, validation_loaders
+from .data import by_loader, by_name, steps_of, transfer, validation_loaders
 from .monitors import let_wait, stop_waiting
 from .validation_step import ValidationStep
 
@@ -78,6 +79,9 @@ class TrajMergeCallback(pl.Callback):
         **config: Any,
     ) -> None:
         self.config = MergeConfig(**config)
+        check_heldout([] if heldout is None else heldout, nll)
+        if not isinstance(save_ckpt, bool):
+            raise TypeError(f"save_ckpt={save_ckpt!r}: must be True or False")
         self.merger: TrajectoryMerger | None = None
         self._heldout = heldout
         self._nll = nll
@@ -87,6 +91,14 @@ class TrajMergeCallback(pl.Callback):
         self._last_step = 0
         self._resumed = False
         self._loss_scale = LossScaleWatch()
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise AttributeError(
+                f"TrajMergeCallback of Lightning has no {name!r}; with transformers.Trainer take "
+                "traj_merge_callback.transformers.TrajMergeCallback"
+            )
 
     # The life of a run
 
@@ -112,6 +124,9 @@ class TrajMergeCallback(pl.Callback):
         # Both may run collectives, so every rank asks.
         given = self._heldout if self._heldout is not None else validation_loaders(trainer)
         heldout, indices = by_loader(given)
+        if trainer.is_global_zero:
+            say_if_trained_on(heldout, trainer.train_dataloader)
+            say_if_too_short(self.config, steps_of(trainer))
         default_folder = Path(trainer.log_dir or trainer.default_root_dir) / self.config.named("merged")
         self._model = unwrap(trainer.strategy.model or pl_module)
         if self._save_ckpt and has_fsdp(self._model):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import CombinedLoader
 
@@ -39,7 +40,7 @@ def validation_loaders(trainer: pl.Trainer) -> CombinedLoader:
     """The validation dataloaders; a trainer that has not asked for its own yet still will, with its own draws."""
     loop = trainer.fit_loop.epoch_loop.val_loop
     before = dict(vars(loop))
-    if trainer.val_dataloaders is None:
+    if trainer.val_dataloaders is None and loop._data_source.is_defined():
         # Validation is not due in this epoch, so the trainer has not asked for its loaders yet. It still will.
         with preserved_rng():
             loop.setup_data()
@@ -50,6 +51,13 @@ def validation_loaders(trainer: pl.Trainer) -> CombinedLoader:
             "TrajMergeCallback has no held-out data: pass heldout=..., or give the trainer a validation dataloader"
         )
     return combined
+
+
+def steps_of(trainer: pl.Trainer) -> float:
+    """Optimizer steps of the whole run; -1 or infinite if they are not known, as where accumulation changes."""
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
+        return trainer.max_steps
+    return trainer.estimated_stepping_batches
 
 
 def by_loader(heldout: Any) -> tuple[Any, dict[str, int] | None]:

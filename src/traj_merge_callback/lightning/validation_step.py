@@ -44,7 +44,11 @@ class ValidationStep:
 
     def of(self, dataloader_idx: int | None) -> Nll:
         """The loss of batches of one of several validation loaders; None: there are not several."""
-        return lambda model, batch: self(model, batch, dataloader_idx)
+
+        def validation_step(model: nn.Module, batch: Any) -> tuple[Tensor | float, int]:
+            return self(model, batch, dataloader_idx)
+
+        return validation_step
 
     def __call__(self, model: nn.Module, batch: Any, dataloader_idx: int | None = None) -> tuple[Tensor | float, int]:
         """See ``Nll`` and :meth:`of`."""

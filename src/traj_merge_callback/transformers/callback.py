@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -15,9 +15,12 @@ from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerC
 
 from ..config import MergeConfig, check_side_by_side
 from ..disk.model_files import collect_pretrained
+from ..engine.capturing import say_if_too_short
+from ..evaluate.data import check_heldout, say_if_trained_on
 from ..evaluate.isolation import preserved_rng
 from ..merger import TrajectoryMerger
 from ..metrics import MergeRecord
+from ..search.checks import shown
 from ..window.capture import LossScaleWatch
 from .hub import leave_out_of_uploads
 from .trained_loss import say_if_another
@@ -72,6 +75,7 @@ class TrajMergeCallback(TrainerCallback):
         **config: Any,
     ) -> None:
         self.config = MergeConfig(**config)
+        check_heldout([] if heldout is None else heldout, nll)
         self.merger: TrajectoryMerger | None = None
         self._heldout = heldout
         self._nll = nll
@@ -79,6 +83,14 @@ class TrajMergeCallback(TrainerCallback):
         self._trainer: Trainer | None = None
         self._resume_from: Any = None
         self._loss_scale = LossScaleWatch()
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise AttributeError(
+                f"TrajMergeCallback of transformers.Trainer has no {name!r}; with Lightning take "
+                "traj_merge_callback.lightning.TrajMergeCallback"
+            )
 
     def attach(self, trainer: Trainer) -> TrajMergeCallback:
         """Add the callback to a trainer, so that it can use its eval dataset, its ``log`` and its checkpoints.
@@ -88,7 +100,10 @@ class TrajMergeCallback(TrainerCallback):
 
         Raises:
             ValueError: neither the callback nor the trainer has held-out data.
+            TypeError: this is no ``Trainer``.
         """
+        if not isinstance(trainer, Trainer):
+            raise TypeError(f"attach(trainer={shown(trainer)}): must be a transformers.Trainer, or one derived from it")
         if self._heldout is None and trainer.eval_dataset is None:
             raise ValueError("no held-out data: pass heldout= to TrajMergeCallback, or eval_dataset= to the trainer")
         others = [one for one in trainer.callback_handler.callbacks if isinstance(one, TrajMergeCallback)]
@@ -139,10 +154,17 @@ class TrajMergeCallback(TrainerCallback):
                 "the training loss, and can use the trainer's eval dataset.",
                 args.report_to,
             )
+        heldout = self._heldout if self._heldout is not None else self._eval_loaders()
         if self._trainer is not None and self._nll is None:
             say_if_another(self._trainer)
+        if state.is_world_process_zero:
+            say_if_too_short(self.config, state.max_steps)
+            if self._trainer is not None:
+                say_if_trained_on(
+                    heldout if self._heldout is not None else self._trainer.eval_dataset, self._trainer.train_dataset
+                )
         self.merger = TrajectoryMerger(
-            self._heldout if self._heldout is not None else self._eval_loaders(),
+            heldout,
             nll=self._nll,
             log=lambda record: self._log(args, state, control, record),
             log_everywhere=True,
