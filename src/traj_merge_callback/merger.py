@@ -129,8 +129,7 @@ class TrajectoryMerger:
 
         Raises:
             ValueError: the model cannot be merged (nothing trainable, or parameters sharded in a way that is not
-                supported). With ``on_error="raise"`` also if it does not take the held-out batches, of which one is
-                evaluated; otherwise a warning says so, and nothing is merged.
+                supported). With ``on_error="raise"`` also: it fails on a held-out batch, which is otherwise a warning.
             OSError: with ``window_storage="disk"``, there is too little space for the rows.
         """
         if not self._active or self.window is not None:

@@ -92,6 +92,8 @@ def eventful(what, at):
     def something_happens(*_):
         if what == "failure":
             raise MemoryError("no memory left in this process")
+        if what == "misfit":
+            raise KeyError("targets")
         if what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "termination":

@@ -39,9 +39,9 @@ RUNS_OF_TWO = [
     {"name": "fsdp2-bf16-plain", "strategy": "fsdp2-bf16", "merging": False},
     {"name": "fsdp2-columns", "strategy": "fsdp2-columns", "snapshot_files": "sharded", **SAVED},
     {"name": "fsdp2-groups", "strategy": "fsdp2", "groups": "blocks", "evaluations": 14, "row": "multiscale"},
-    {"name": "fsdp2-fails", "strategy": "fsdp2", "happens": "failure", "at": [3], "on_error": "warn"},
-    {"name": "fsdp2-fails-first", "strategy": "fsdp2", "happens": "failure", "at": [1], "on_error": "warn"},
-    {"name": "fsdp2-fails-backward", "strategy": "fsdp2", "happens": "failure", "at": [15], "evaluations": 5},
+    {"name": "fsdp2-fails", "strategy": "fsdp2", "happens": "failure", "at": [4], "on_error": "warn"},
+    {"name": "fsdp2-fails-first", "strategy": "fsdp2", "happens": "failure", "at": [2], "on_error": "warn"},
+    {"name": "fsdp2-fails-backward", "strategy": "fsdp2", "happens": "failure", "at": [16], "evaluations": 5},
     {"name": "fsdp1", "strategy": "fsdp1", "tied": False, **SAVED},
     {"name": "fsdp1-2-2", "strategy": "fsdp1", "tied": False, "resume": "fsdp1", "snapshot_files": "sharded"},
     {"name": "fsdp1-plain", "strategy": "fsdp1", "tied": False, "merging": False},
@@ -305,7 +305,7 @@ def test_activation_checkpointing_costs_fsdp_no_gain(tmp_path):
 
 
 def test_a_process_that_does_not_answer_ends_merging_and_not_training(tmp_path):
-    run = {"strategy": "fsdp2", "happens": "sleep", "at": [8], "on_error": "warn", "process_timeout": 3}
+    run = {"strategy": "fsdp2", "happens": "sleep", "at": [9], "on_error": "warn", "process_timeout": 3}
     runs = [{"name": "plain", "strategy": "fsdp2", "merging": False}, {"name": "run", **run}]
     output = run_ranks("loop.py", 2, str(tmp_path), json.dumps(runs))
     assert output.count("trajectory merging is off from step 6 on, training goes on") == 2

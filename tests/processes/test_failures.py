@@ -55,3 +55,25 @@ def test_what_is_not_finite_on_one_rank_is_left_out_on_all(tmp_path, row):
     assert not {10, 12} & {last for _, last, _ in one["spans"]["15"]}
     assert output.count("not finite when a checkpoint was taken") == 1
     assert "windows of the ranks differ" not in output
+
+
+MISFITS = [
+    {"name": "plain", "merging": False},
+    {"name": "misfit", "happens": "misfit", "at": [1]},
+    {"name": "short", "happens": "failure", "at": [1]},
+]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_batch_that_fails_on_one_rank_before_training_is_known_on_all(tmp_path, strategy):
+    runs = [{"strategy": strategy, "on_error": "warn", **run} for run in MISFITS]
+    output = run_ranks("loop.py", 2, str(tmp_path), json.dumps(runs))
+    # Nothing is merged on either rank, which rank 0 says, without a traceback.
+    assert output.count("Nothing is merged. Training goes on.") == 1
+    assert "rank 1 failed: ValueError: nll=nll fails on a batch of heldout" in output
+    assert "Traceback" not in output
+    assert [records(tmp_path, "misfit", rank) for rank in (0, 1)] == [[], []]
+    # Memory that was short before training is tried again.
+    assert [[record["step"] for record in records(tmp_path, "short", rank)] for rank in (0, 1)] == [[6, 12]] * 2
+    for run in ("misfit", "short"):
+        assert same_weights(tmp_path / run, tmp_path / "plain")

@@ -6,6 +6,7 @@ an id beyond an embedding would end the whole process, so ids are looked at befo
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed import ENDS, CollectiveTimeout, described
+from ..distributed import ENDS, CollectiveTimeout, FailedOnAllRanks, described
 from ..evaluate.data import IGNORED, NAMELESS, describe
 from ..evaluate.heldout import HeldOutLoss, Ready
 from ..evaluate.language_model import LanguageModelNll
 from ..window.names import unwrap
 
+logger = logging.getLogger("traj_merge_callback")
+_SHORT = (MemoryError, torch.OutOfMemoryError)
 _TOKENIZER = "make the batches with the model's own tokenizer, or call model.resize_token_embeddings"
 _RETURNS = "nll must return (summed NLL in nats, number of target tokens), two numbers"
 
@@ -34,8 +37,12 @@ def first_pass(model: nn.Module, heldout: HeldOutLoss, ready: Ready) -> None:
     Raises:
         ValueError: saying what does not fit, and what would.
     """
-    for domain, batches in heldout.by_domain().items():
-        _Domain(unwrap(model), heldout, domain, batches).check(ready)
+    try:
+        for domain, batches in heldout.by_domain().items():
+            _Domain(unwrap(model), heldout, domain, batches).check(ready)
+    except (FailedOnAllRanks, *_SHORT) as error:
+        # Another rank says itself what failed there; memory that is short now need not be short at a merge.
+        logger.debug("no first forward pass: %s", described(error))
 
 
 class _BeyondError(ValueError):
@@ -87,12 +94,18 @@ class _Domain:
                         module.register_forward_pre_hook(self._looking_at(name, moved))
                 returned = self._heldout.returned(self._model, self._domain, moved)
                 return _tokens(returned) > 0
-        except (*ENDS, CollectiveTimeout):
+        except (*ENDS, *_SHORT, CollectiveTimeout):
             raise
-        except _BeyondError as error:
-            raise ValueError(f"{self._of}: {error}") from error
         except BaseException as error:
-            raise ValueError(self._sentence(stage, batch, error)) from error
+            # Under FSDP all ranks leave a forward pass together, and the cause is what failed on this one.
+            cause = error.__cause__ if isinstance(error, FailedOnAllRanks) else error
+            if cause is None:
+                raise
+            if isinstance(cause, _SHORT):
+                raise cause from None
+            if isinstance(cause, _BeyondError):
+                raise ValueError(f"{self._of}: {cause}") from error
+            raise ValueError(self._sentence(stage, batch, cause)) from error
 
     def _sentence(self, stage: str, batch: Any, error: BaseException) -> str:
         fails = f"fails on a batch of {self._of}, {describe(batch):.300}: {described(error)}"
