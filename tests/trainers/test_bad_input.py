@@ -531,8 +531,11 @@ def test_nothing_to_hold_out_is_an_error_before_training(tmp_path, train, eval_d
     ("eval_dataset", "options", "message"),
     [
         (TRAIN, {}, "heldout .*is the training dataset.*give a dataset that it does not train on"),
-        (EVAL, {"merge_every": 50}, "merge_every=50.* due at step 50.*ends at step 2, where the only merge is made"),
-        (EVAL, {"merge_every": 50, "merge_at_end": False}, "ends at step 2 without any merge"),
+        (
+            EVAL,
+            {"merge_every": 50, "merge_at_end": False},
+            "merge_every=50.*due at step 50.*ends at step 2 without any merge",
+        ),
         (EVAL, {"start_step": 9}, "start_step=9: the first merge is due at step 10.*without any merge"),
     ],
 )
@@ -541,6 +544,14 @@ def test_what_is_legal_and_strange_is_one_warning(tmp_path, caplog, train, eval_
     run()
     (found,) = [one for one in warnings_of(caplog) if "heldout" in one or "merge_every" in one]
     assert re.search(message, found)
+
+
+def test_a_run_whose_only_merge_is_at_its_end_is_told(tmp_path, caplog):
+    _, run = train_with_transformers(tmp_path, EVAL, steps=2, merge_every=50)
+    with caplog.at_level(logging.INFO, "traj_merge_callback"):
+        run()
+    assert "the first merge is due at step 50, and this run ends at step 2, where the only merge is made" in caplog.text
+    assert not [one for one in warnings_of(caplog) if "due at step" in one]
 
 
 def test_the_callback_of_the_other_trainer_is_named(tmp_path):

@@ -23,7 +23,7 @@ def passed(every: int, previous: int, step: int) -> bool:
 
 
 def say_if_too_short(config: MergeConfig, steps: float) -> None:
-    """Warn if a run is over before its first merge is due.
+    """Say if a run is over before its first merge is due; a warning where it has none at its end either.
 
     Args:
         config: the options.
@@ -33,7 +33,8 @@ def say_if_too_short(config: MergeConfig, steps: float) -> None:
     if not 0 < steps < first:
         return
     at_end = config.merge_at_end and steps >= config.start_step + config.capture_interval
-    logger.warning(
+    logger.log(
+        logging.INFO if at_end else logging.WARNING,
         "merge_every=%d, start_step=%d: the first merge is due at step %d, and this run ends at step %d%s; for more "
         "merges lower merge_every or start_step",
         config.merge_every,

@@ -89,7 +89,8 @@ class _Domain:
                 moved = self._heldout.moved(self._model, self._domain, batch)
                 stage = "nll"
                 for name, module in self._model.named_modules():
-                    if type(module).forward is nn.Embedding.forward:
+                    # Others may be given positions to look up in another way, as Bart's are.
+                    if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:
                         # Gone with everything else that is set on modules inside ``ready``.
                         module.register_forward_pre_hook(self._looking_at(name, moved))
                 returned = self._heldout.returned(self._model, self._domain, moved)
@@ -135,8 +136,10 @@ class _Domain:
 
     def _output_rows(self) -> int | None:
         """How many labels the model tells apart, if its output layer says so and is whole."""
-        output = getattr(self._model, "get_output_embeddings", lambda: None)()
-        weight = getattr(output, "weight", None)
+        try:
+            weight = self._model.get_output_embeddings().weight  # type: ignore[operator]
+        except Exception:  # whatever a model raises that has no such layer, or does not say which it is
+            return None
         return len(weight) if isinstance(weight, Tensor) and weight.dim() == 2 else None
 
     def _check_ids(self, key: str, rows: int | None, where: str) -> None:
@@ -161,10 +164,12 @@ def _tokens(returned: Any) -> float:
         TypeError: it is not a pair of numbers.
         ValueError: a number of tokens that is none.
     """
-    if isinstance(returned, Tensor) or not isinstance(returned, Sequence) or len(returned) != 2:
-        raise TypeError(f"it returned {describe(returned)}")
+    try:
+        nll, tokens = [*([] if isinstance(returned, Mapping) else returned)]
+    except (TypeError, ValueError):
+        raise TypeError(f"it returned {describe(returned)}") from None
     numbers = []
-    for what, value in zip(("summed NLL", "number of target tokens"), returned, strict=True):
+    for what, value in {"summed NLL": nll, "number of target tokens": tokens}.items():
         try:
             numbers.append(float(torch.as_tensor(value).detach()))
         except (TypeError, ValueError, RuntimeError):
