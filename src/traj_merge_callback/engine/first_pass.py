@@ -164,8 +164,9 @@ def _tokens(returned: Any) -> float:
         TypeError: it is not a pair of numbers.
         ValueError: a number of tokens that is none.
     """
+    pair: Any = () if isinstance(returned, Mapping) else returned
     try:
-        nll, tokens = [*([] if isinstance(returned, Mapping) else returned)]
+        nll, tokens = pair
     except (TypeError, ValueError):
         raise TypeError(f"it returned {describe(returned)}") from None
     numbers = []
