@@ -5,6 +5,7 @@ Use :class:`traj_merge_callback.lightning.TrajMergeCallback` with Lightning,
 of your own. :func:`load_merged` puts a published snapshot into a model.
 """
 
+import sys
 from typing import NoReturn
 
 from .config import MergeConfig
@@ -35,8 +36,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> NoReturn:
-    if name == "TrajMergeCallback":
-        # Of an AttributeError ``from ... import`` would drop the text.
+    # Of an AttributeError ``from ... import`` would drop the text; whoever looks for an attribute must get one.
+    if name == "TrajMergeCallback" and sys._getframe(1).f_globals.get("__name__") == "importlib._bootstrap":
         raise ImportError(
             "TrajMergeCallback is in traj_merge_callback.lightning (for Lightning) and in "
             "traj_merge_callback.transformers (for transformers.Trainer); a loop of your own takes TrajectoryMerger"
