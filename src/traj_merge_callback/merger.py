@@ -32,6 +32,7 @@ from .evaluate.isolation import delayed_signals
 from .metrics import MergeRecord
 from .search.checks import function, integer, names, shown, whole
 from .search.problem import SearchState
+from .window.memory import NoRoom
 from .window.window import CheckpointWindow
 
 logger = logging.getLogger("traj_merge_callback")
@@ -130,7 +131,8 @@ class TrajectoryMerger:
         Raises:
             ValueError: the model cannot be merged (nothing trainable, or parameters sharded in a way that is not
                 supported). With ``on_error="raise"`` also: it fails on a held-out batch, which is otherwise a warning.
-            OSError: with ``window_storage="disk"``, there is too little space for the rows.
+            NoRoom: an OSError: there is too little memory for the window, or space on the disk; on all ranks, if it is
+                so on one.
         """
         if not self._active or self.window is not None:
             return
@@ -167,6 +169,16 @@ class TrajectoryMerger:
                 self._active = False
                 self.close()
                 raise
+
+    def start(self, model: nn.Module) -> None:
+        """:meth:`prepare` for trainers: where a window has no room, ``on_error`` decides whether training begins."""
+        with self._timeout_ends_merging(0):
+            try:
+                self.prepare(model)
+            except NoRoom:
+                self._active = False
+                with self._failures.contained("preparing the window", 0, TOLD):
+                    raise
 
     def step(self, model: nn.Module, step: int, *, skipped: Callable[[], bool] = lambda: False) -> MergeRecord | None:
         """Capture a checkpoint, and begin or advance a merge, if due. Call after each optimizer step.
@@ -328,7 +340,7 @@ class TrajectoryMerger:
 
     def close(self) -> None:
         """Abandon the merge under way, wait for files being written, release the window, log a summary of failures."""
-        if self.window is not None or self._renewing:
+        if self.window is not None or self._renewing or not self._active:
             self._release_window()
             self._renewing = False
             self._output.release()
@@ -467,6 +479,8 @@ class TrajectoryMerger:
 
     def resume_from(self, find: Callable[[], Path | None], model: nn.Module, step: int) -> None:
         """:meth:`load_state` for a trainer's resume: if nothing usable is found, say so and start an empty window."""
+        if not self._active:
+            return
         with self._timeout_ends_merging(step), self._failures.contained("restoring the window", step):
             if (found := self.processes.from_rank0(find)) is None:
                 self.prepare(model)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import Processes
+from ..window.memory import NoRoom, in_bytes, what_fits
 from ..window.storage import DTYPES, Allocate, rows_nbytes
 
 # What systems answer that cannot reserve space in a file system.
@@ -58,7 +59,7 @@ class _OnDisk:
         """A tensor in a file of its own.
 
         Raises:
-            OSError: there is too little space for all rows, with the numbers.
+            NoRoom: there is too little space for all rows, with the numbers.
         """
         if self._rows is None:  # the first tensor is that of the rows, and others belong to it
             kind = next(kind for kind, known in DTYPES.items() if known is dtype)
@@ -87,22 +88,15 @@ class _OnDisk:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
             os.truncate(descriptor, size)
 
-    def _no_space(self, number: int) -> OSError:
+    def _no_space(self, number: int) -> NoRoom:
         assert self._rows is not None
         (count, numel, dtype), share = self._rows, self._free // self._ranks
-        beside, one = (rows_nbytes(size, numel, dtype) for size in (0, 1))
-        fewer = min((share - beside) // (one - beside), count - 1)
-        fits = ["dtype='int8'"] if rows_nbytes(count, numel, "int8") <= share and dtype != "int8" else []
-        fits += [f"window_size={fewer}"] if fewer >= 2 else []
+        fits = what_fits(lambda rows, kind: rows_nbytes(rows, numel, kind), count, dtype, share)
         ranks = f" for each of {self._ranks} ranks" if self._ranks > 1 else ""
-        return OSError(
+        return NoRoom(
             number,
-            f"{os.strerror(number)}: window_storage='disk' needs {_bytes(rows_nbytes(count, numel, dtype))}{ranks} for "
-            f"{count} rows of {dtype}, and {_bytes(self._free)} are free in {self._folder}; "
+            f"{os.strerror(number)}: window_storage='disk' needs {in_bytes(rows_nbytes(count, numel, dtype))}{ranks} "
+            f"for {count} rows of {dtype}, and {in_bytes(self._free)} are free in {self._folder}; "
             + (f"what would fit: {' or '.join(fits)}, or " if fits else "")
             + "an output_dir with more space",
         )
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

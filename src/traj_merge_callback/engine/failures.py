@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..distributed import ENDS, CollectiveTimeout, FailedOnAllRanks, described
+from ..window.memory import let_go
 
 logger = logging.getLogger("traj_merge_callback")
 #: What is raised where model, arguments and files do not go together: the text says what to mend.
@@ -19,6 +20,7 @@ class Failures:
 
     Args:
         on_error: "warn" logs the first failure of each kind with its traceback and goes on; "raise" lets it through.
+            The message of a window that does not fit needs no traceback.
         is_rank_zero: whether this is rank 0, which alone logs what failed on other ranks.
     """
 
@@ -53,6 +55,7 @@ class Failures:
             elif first and (self._is_first or not isinstance(error, FailedOnAllRanks)):
                 message = "%s (step %s). Training goes on; further failures of this kind are only counted."
                 logger.warning(message, kind, step, exc_info=True)
+            let_go(error)
 
     def summarise(self) -> None:
         """Say once, at the end of a run, how often something failed more than once."""

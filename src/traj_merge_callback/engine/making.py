@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import NamedTuple
 
 from torch import nn
@@ -14,7 +15,6 @@ from ..disk.snapshots import SnapshotStore
 from ..distributed import Processes
 from ..evaluate.heldout import HeldOutLoss, device_of
 from ..search import resolve_search
-from ..window.storage import in_memory
 from ..window.window import CheckpointWindow
 from .choose import Chooser
 from .failures import Failures
@@ -61,14 +61,12 @@ def make_merging(
 
     Raises:
         ValueError: the model cannot be merged.
+        NoRoom: the window does not fit.
     """
     ranks, writer_ranks = processes
     average_rate, options = resolve_search(config.search).average_rate, config.search_options
-    allocate = {
-        "memory": lambda: None,
-        "disk": lambda: on_disk(store.folder, ranks),
-        "device": lambda: in_memory(device=device_of(model)),
-    }[config.window_storage]
+    on_a_disk = config.window_storage == "disk"
+    folder = next(folder for folder in (store.folder, *store.folder.parents) if folder.exists())
     window = CheckpointWindow(
         model,
         config.num_rows,
@@ -78,8 +76,10 @@ def make_merging(
         mean_rows=config.row_kind != "last",
         multiscale=config.row_kind == "multiscale",
         groups=config.groups,
-        allocate=allocate(),
-        buffered=config.window_storage == "disk",
+        allocate=on_disk(store.folder, ranks) if on_a_disk else None,
+        rows_on=device_of(model) if config.window_storage == "device" else None,
+        disk_free=shutil.disk_usage(folder).free,
+        buffered=on_a_disk,
         asynchronous=True,
         processes=ranks,
     )

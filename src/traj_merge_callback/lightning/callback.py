@@ -144,7 +144,7 @@ class TrajMergeCallback(pl.Callback):
             extra=extra if self._save_ckpt else None,
             **{**self._options, "output_dir": self.config.output_dir or str(default_folder)},
         )
-        self.merger.prepare(self._model)
+        self.merger.start(self._model)
         if self._resumed:
             self.merger.resume_from(lambda: self._saved_window(trainer), self._model, trainer.global_step)
             self._resumed = False

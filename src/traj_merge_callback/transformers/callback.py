@@ -176,7 +176,7 @@ class TrajMergeCallback(TrainerCallback):
         )
         if args.push_to_hub:
             leave_out_of_uploads(self.config.named(_STATE_FOLDER))
-        self.merger.prepare(kwargs["model"])
+        self.merger.start(kwargs["model"])
         if state.global_step > 0:
             self.merger.resume_from(lambda: self._saved_window(args, state), kwargs["model"], state.global_step)
 

@@ -20,6 +20,7 @@ from . import products
 from .capture import Capture
 from .in_use import InUse
 from .layout import ParameterGroups, ParameterLayout, parameter_groups
+from .memory import check_room, refused_on_all
 from .modes import evaluated
 from .storage import DTYPES, Allocate, DenseRows, Ring, StoredRow, in_memory
 
@@ -42,6 +43,8 @@ class CheckpointWindow(InUse):
             back; else the oldest row leaves. Needs ``mean_rows``.
         groups: parameter groups that may have merge weights of their own (see :func:`parameter_groups`).
         allocate: where rows are kept; by default in CPU memory, pinned when the model is on a CUDA device.
+        rows_on: the device whose memory rows are kept in instead.
+        disk_free: bytes free on a disk that could have the rows, which a refusal for want of memory then names.
         buffered: copy live weights to a row in memory first, as happens anyway where rows are no exact copies, and from
             there to their row; for rows on disk, which an optimizer step should not wait for.
         asynchronous: :meth:`push` and :meth:`sample` return before the copy is made; the next optimizer step (see
@@ -64,6 +67,7 @@ class CheckpointWindow(InUse):
 
     Raises:
         ValueError: ``size`` below 2, an unknown ``dtype``, or a model that cannot be merged.
+        NoRoom: there is not enough memory, with the numbers and what would fit; on all ranks, if it is so on one.
     """
 
     def __init__(
@@ -78,6 +82,8 @@ class CheckpointWindow(InUse):
         multiscale: bool = False,
         groups: str | Mapping[str, list[str]] | None = None,
         allocate: Allocate | None = None,
+        rows_on: torch.device | None = None,
+        disk_free: float = 0.0,
         buffered: bool = False,
         asynchronous: bool = False,
         processes: Processes | None = None,
@@ -95,20 +101,29 @@ class CheckpointWindow(InUse):
         self.groups: ParameterGroups | None = None if groups is None else parameter_groups(self.layout, groups)
         devices = [tensor.device for tensor in self.layout.tensors(model)]
         self._device = next((device for device in devices if device.type == "cuda"), devices[0])
-        pinned = in_memory(pinned=self._device.type == "cuda")
-        exact = not mean_rows and (dtype == "float32" or (dtype == "bfloat16" and all_bfloat16)) and not buffered
-        with self.processes.raise_on_all():
-            self._ring = Ring(
-                size,
+
+        def ring(count: int, kept_as: str, rows: Allocate, beside: Allocate) -> Ring:
+            exact = (
+                not mean_rows and not buffered and (kept_as == "float32" or (kept_as == "bfloat16" and all_bfloat16))
+            )
+            return Ring(
+                count,
                 self.layout.numel,
-                dtype,
+                kept_as,
                 live=None if exact else torch.bfloat16 if all_bfloat16 else torch.float32,
                 leading=average_rate is not None,
                 mean=mean_rows,
                 multiscale=multiscale,
-                allocate=allocate or pinned,
-                allocate_beside=pinned,
+                allocate=rows,
+                allocate_beside=beside,
             )
+
+        beside = in_memory(pinned=self._device.type == "cuda")
+        rows = allocate or (beside if rows_on is None else in_memory(device=rows_on))
+        room = None if allocate else rows_on or torch.device("cpu")
+        check_room(ring, size, dtype, self.processes, rows_on=room, disk_free=disk_free)
+        with refused_on_all(self.processes, size):
+            self._ring = ring(size, dtype, rows, beside)
         self._columns = products.Columns(self.layout, self.groups, self.processes)
         self._average_rate = average_rate
         self._capture = Capture(asynchronous=asynchronous, device=self._device)
