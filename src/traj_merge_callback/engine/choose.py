@@ -136,6 +136,7 @@ def select(
         if search is not None:
             gradients = None if gradient is None else objective.gradients(gradient)
             search.tell(weights, loss, Observed(losses, gradients, gradient))
+    yield SEARCH  # all ranks know by now if the search has failed
     row_losses |= {name: known[key].tolist() for key, name in single.items() if key in known}
     return replace(best, evaluations=best.evaluations + count, forward_equivalents=best.forward_equivalents + spent)
 

@@ -55,7 +55,8 @@ class Merge:
         self._heldout = heldout
         self._publisher = publisher
         self.parking = Parking(device_of(model), window.processes)
-        self._keeper = Keeper(model, {slot.name for slot in window.layout.slots if slot.is_parameter})
+        with window.processes.raise_on_all():
+            self._keeper = Keeper(model, {slot.name for slot in window.layout.slots if slot.is_parameter})
         self._units = Units(model, window.layout, window.processes) if window.layout.sharding.units else None
 
     def first_pass(self, model: nn.Module) -> None:
@@ -77,10 +78,10 @@ class Merge:
 
     def probe(self, model: nn.Module) -> Pieces[None]:
         """Do pieces of the commonest kinds, to learn how long they take."""
-        candidates = self._candidates(model, Kept())
         self.window.settle_together()
         if not len(self.window):  # the first checkpoint was not finite: another time
             return
+        candidates = self._candidates(model, Kept())
         with self.window.in_use():
             yield from candidates.load(None)
         for _ in range(2):  # the first forward pass of a kind is slow

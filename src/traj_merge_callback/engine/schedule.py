@@ -15,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..config import MergeConfig
-from ..distributed import ENDS, CollectiveTimeout, Processes
+from ..distributed import ENDS, CollectiveTimeout, Processes, described
 from ..evaluate.heldout import HeldOutLoss, device_of
 from ..evaluate.isolation import delayed_signals, preserved_rng, terminations
 from ..evaluate.parking import Parking
@@ -23,6 +23,8 @@ from ..metrics import MergeRecord
 from ..pieces import BACKWARD, FORWARD, WAIT, Pieces
 from ..search.grouped import GroupedSearch
 from ..search.problem import GRADIENT_COST, SearchState
+from ..window import devices
+from ..window.memory import let_go, ran_out
 from .budget import Durations, MergeCost, Overhead, Stopwatch, affordable, budgets
 from .merge import Merge
 
@@ -60,7 +62,7 @@ class Run(Generic[T]):
         self._processes = processes
         self._wait = wait
         self._durations = durations
-        self._device = device
+        self.device = device
         self._next: str | None = None
         self.seconds = 0.0
         self.longest_pause = 0.0
@@ -68,6 +70,8 @@ class Run(Generic[T]):
         self.done = False
         # Whether, in the last piece, some rank was told to end: no more pieces then while training waits.
         self.ends = False
+        #: The kind of the piece that failed; None for one before all others.
+        self.failed: str | None = None
 
     @property
     def next_piece(self) -> float:
@@ -80,7 +84,7 @@ class Run(Generic[T]):
         Raises:
             Exception: what a piece raised; the run is done then.
         """
-        watch = Stopwatch(self._device)
+        watch = Stopwatch(self.device)
         moved = self._bring_back(watch)
         self._advance(watch, limit - moved)
         if not self.done:
@@ -120,7 +124,7 @@ class Run(Generic[T]):
         takes a machine away, as few as may be.
         """
         before = self.seconds
-        watch = Stopwatch(self._device)
+        watch = Stopwatch(self.device)
         self.seconds += self._bring_back(watch)
         self.ends = False
         while not (self.done or self.ends):
@@ -144,6 +148,7 @@ class Run(Generic[T]):
         """Do one piece, which fails on all ranks if it fails on one; the longest of their durations."""
         error: BaseException | None = None
         before = terminations()
+        kind = self._next
         try:
             with delayed_signals():
                 self._next = next(self._pieces)
@@ -155,6 +160,7 @@ class Run(Generic[T]):
         try:
             took, ends = self._processes.all_reduce_error(error, watch.lap(), float(terminations() > before))
         except BaseException:
+            self.failed = kind
             self.abandon()
             raise
         self.ends |= ends > 0
@@ -190,11 +196,14 @@ class Schedule:
         self._wait = wait
         self._durations = Durations()
         self._run: Run[MergeRecord | None] | None = None
-        # Begins the merge under way once more, if it can be made another way.
+        # Begins what is under way once more, if it can be made another way.
         self._again: Callable[[], None] | None = None
+        self._retried = False  # whether it was begun again because a product found no memory
+        # The sequences of the held-out pass in which memory ran out first, and how; None: that has been said.
+        self._ran_out: tuple[int, str] | None = None
         self._worked = False  # whether pieces were done since the last pause ended
         self.learned = SearchState()
-        self._step = 0
+        self._step: int | None = None  # of the merge under way; None: it is a trial
         self._logged_budget: int | None = config.evaluations
         self._said_late = False
 
@@ -206,7 +215,7 @@ class Schedule:
     @property
     def merge_under_way(self) -> bool:
         """Whether a merge is not done yet."""
-        return self._again is not None
+        return self._run is not None and self._step is not None
 
     def begin(self, model: nn.Module, state: SearchState, step: int, evaluations: int | None = None) -> bool:
         """Begin a merge of the window, whose newest row is of this step.
@@ -226,21 +235,30 @@ class Schedule:
             return False
         if len(set(self._processes.all_gather_object(self._merge.window.spans))) > 1:
             raise RuntimeError("the windows of the ranks differ, because a checkpoint was lost on one of them")
-        self._step, budget, kept = step, evaluations, self._merge.keep(model)
+        budget = evaluations
+        with self._processes.raise_on_all():
+            kept = self._merge.keep(model)
 
         def make() -> None:
             self.learned = copy.deepcopy(state)
             self._run = self._in_pieces(self._merge.pieces(model, kept, self.learned, step, budget), model)
 
-        self._again = make
-        make()
+        self._make(make, step)
         return True
 
     def try_out(self, model: nn.Module) -> None:
         """Learn what pieces take, where that matters and is not known."""
         matters = self._config.schedule == "interleaved" or self._config.max_overhead is not None
         if matters and self._run is None and not self._durations.known:
-            self._run = self._in_pieces(self._merge.probe(model), model)
+
+            def make() -> None:
+                self._run = self._in_pieces(self._merge.probe(model), model)
+
+            self._make(make, None)
+
+    def _make(self, make: Callable[[], None], step: int | None) -> None:
+        self._again, self._step, self._retried = make, step, False
+        make()
 
     def advance(self, *, next_is_due: bool = False) -> MergeRecord | None:
         """Do as many pieces as may be done between two training steps; the record, if a merge is done with them.
@@ -281,7 +299,7 @@ class Schedule:
         heldout, evaluations = self._heldout, self._config.evaluations
         batches = evaluations * heldout.num_batches("search") + 2 * heldout.num_batches("report")
         shown = self._config.progress and self._processes.is_rank_zero
-        title = f"merging at step {self._step}"
+        title = "a trial before the first merge" if self._step is None else f"merging at step {self._step}"
         with tqdm(total=batches, desc=title, unit="batch", delay=_PATIENCE_S, leave=False, disable=not shown) as bar:
 
             def count(kind: str | None) -> None:
@@ -323,25 +341,56 @@ class Schedule:
                 self._overhead.hide(time.perf_counter() - started - (run.seconds - before))
                 if run.done and run is self._run:
                     self._run = self._again = None
+            # Nobody holds the exception any more, and with it what the failed attempt took.
+            devices.empty_cache(run.device)
         if not run.done:
             return None
+        self._say_ran_out()
         if run.result is None:
             self._cut_batches()
             return None
         return replace(run.result, seconds=run.seconds, longest_pause=run.longest_pause)
 
     def _restarts(self, failed: Run[MergeRecord | None], error: BaseException) -> bool:
-        """Begin the merge that failed again, if it can be made another way."""
-        if (
-            isinstance(error, CollectiveTimeout)
-            or self._again is None
-            or not self._merge.chooser.fall_back(error, self._step)
+        """Begin what failed again, if it can be made another way; a collective."""
+        if isinstance(error, CollectiveTimeout) or self._again is None:
+            return False
+        short = self._processes.all_reduce_max(float(ran_out(error)))[0] > 0
+        if not (short and self._takes_less(failed.failed, error)) and (
+            self._step is None or not self._merge.chooser.fall_back(error, self._step)
         ):
             return False
         self._again()
         assert self._run is not None
         self._run.seconds, self._run.longest_pause = failed.seconds, failed.longest_pause
         return True
+
+    def _takes_less(self, kind: str | None, error: BaseException) -> bool:
+        """After memory ran out in a piece of this kind: whether another try takes less of it; a collective.
+
+        Held-out passes have half as many sequences from now on. What a product takes cannot be less: it is tried once
+        more when all that the merge took has been freed.
+        """
+        let_go(error)
+        longest = self._heldout.longest
+        if kind in _BATCH and longest > 1:
+            self._ran_out = self._ran_out or (longest, described(error))
+            self._heldout.cut(2)
+            for passes in _BATCH:
+                self._durations.scale(passes, 0.5)
+            return True
+        again = kind is not None and kind not in _BATCH and not self._retried
+        self._retried |= again
+        return again
+
+    def _say_ran_out(self) -> None:
+        if self._ran_out is not None and self._processes.is_rank_zero:
+            logger.warning(
+                "memory ran out in a held-out pass of %d sequences (%s): from now on one has %d at most",
+                *self._ran_out,
+                self._heldout.longest,
+            )
+        self._ran_out = None
 
     def _affordable(self, step: int) -> int | None:
         """What the overhead budget can pay for now, if anything; what was decided is logged when it changes."""

@@ -25,6 +25,7 @@ from ..distributed import (
 )
 from ..pieces import EXCHANGE, Pieces
 from ..window.layout import ParameterLayout, Slot
+from ..window.memory import let_go
 from ..window.names import unwrap
 from ..window.sharding import Unit
 from .isolation import isolated
@@ -285,6 +286,7 @@ class Units:
             raise
         except BaseException as raised:
             error = raised
+        let_go(error)  # what the pass took may be what the collectives left need
         if self._expected is None:
             self._in_step(error, ended=True)
             self._recorded[kind] = self._done

@@ -219,10 +219,15 @@ class HeldOutLoss:
         return len(self._batches["report"]) if split == "report" else sum(map(len, self._parts))
 
     def cut(self, count: int) -> None:
-        """Cut every batch into ``count`` smaller ones, or fewer if it has fewer sequences, to shorten each forward."""
-        for split, batches in self._batches.items():
-            cut = [_cut(batch, list(range(count_sequences(batch.data))), count) for batch in batches]
-            self._batches[split] = list(itertools.chain(*cut))
+        """Cut every batch into ``count`` smaller ones, or fewer if it has fewer sequences, so that each forward pass is
+        shorter and takes less memory; a collective, after which all ranks hold the same batches.
+        """
+        with self._processes.raise_on_all():
+            cut = {
+                split: [_cut(batch, list(range(count_sequences(batch.data))), count) for batch in batches]
+                for split, batches in self._batches.items()
+            }
+        self._batches = {split: list(itertools.chain(*batches)) for split, batches in cut.items()}
         self._parts = self._divide()
 
     @property

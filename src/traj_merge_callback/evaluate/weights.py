@@ -100,9 +100,10 @@ class WholeWeights:
         """See :class:`Weights`."""
         if self._shares is None:
             return
-        yield EXCHANGE
+        # Before the exchange: memory that lacks on one rank must not keep the others waiting in it.
         share = self.row.new_zeros(self._shares.share)
         share[: self._mine].copy_(self.row[: self._mine])
+        yield EXCHANGE
         all_gather_into(self.whole[: self._in_shares], share, self._shares.group, self._shares.processes.timeout)
         self.whole[self._parameters : self.layout.numel].copy_(self.row[self._mine :])
 
@@ -130,8 +131,8 @@ class WholeWeights:
         assert self._gradient is not None
         if self._shares is None:
             return self._gradient
-        yield EXCHANGE
         share, found = self.row.new_empty(self._shares.share), torch.zeros_like(self.row)
+        yield EXCHANGE
         whole, shares = self._gradient[: self._in_shares], self._shares
         reduce_scatter_sum(share, whole, shares.group, shares.processes.timeout)
         found[: self._mine].copy_(share[: self._mine])

@@ -143,9 +143,12 @@ class ParameterLayout:
             _check_parameters(model, trainable_only)
         numel = sum(p.numel() for p in model.parameters() if _is_merged(p, trainable_only))
         # A rank whose own buffers are finite skips those of the others too: all have the same columns.
-        skipped = frozenset[str]().union(*processes.all_gather_object(_not_finite(model)))
+        with processes.raise_on_all():
+            mine = _not_finite(model)
+        skipped = frozenset[str]().union(*processes.all_gather_object(mine))
         sharding = find_sharding(model, processes, numel)
-        layout = cls(model, trainable_only=trainable_only, sharding=sharding, skipped=skipped)
+        with processes.raise_on_all():
+            layout = cls(model, trainable_only=trainable_only, sharding=sharding, skipped=skipped)
         described = repr([(slot.name, slot.shape, slot.dtype) for slot in layout.slots])
         if len(set(processes.all_gather_object(hashlib.sha256(described.encode()).digest()))) > 1:
             raise ValueError(
