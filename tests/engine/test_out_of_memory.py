@@ -71,10 +71,10 @@ def test_a_held_out_pass_that_is_too_large_is_made_smaller_for_good(merged, expe
     assert same_weights(expected[0], model)
     assert [record.step for record in records] == [8, 16]
     assert [record.live_loss for record in records] == pytest.approx([one.live_loss for one in expected[1]], abs=1e-6)
-    # Batches of 3 sequences became 2, and then 1: the second merge did not fail first.
+    # Batches of 4 sequences became 2, and then 1: the second merge did not fail first.
     assert failed == [2, 2]
     (said,) = warnings_of(caplog)
-    assert "memory ran out in a held-out pass of 3 sequences" in said
+    assert "memory ran out in a held-out pass of 4 sequences" in said
     assert "from now on one has 1 at most" in said
     # Their gradients could be had.
     assert all(record.forward_equivalents > record.evaluations for record in records)

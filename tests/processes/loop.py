@@ -91,6 +91,8 @@ def eventful(what, at):
 
     def something_happens(*_):
         if what == "failure":
+            raise ValueError("a fault in this process")
+        if what == "short":
             raise MemoryError("no memory left in this process")
         if what == "misfit":
             raise KeyError("targets")

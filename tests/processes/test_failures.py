@@ -60,7 +60,7 @@ def test_what_is_not_finite_on_one_rank_is_left_out_on_all(tmp_path, row):
 MISFITS = [
     {"name": "plain", "merging": False},
     {"name": "misfit", "happens": "misfit", "at": [1]},
-    {"name": "short", "happens": "failure", "at": [1]},
+    {"name": "short", "happens": "short", "at": [1]},
 ]
 
 
@@ -77,3 +77,26 @@ def test_a_batch_that_fails_on_one_rank_before_training_is_known_on_all(tmp_path
     assert [[record["step"] for record in records(tmp_path, "short", rank)] for rank in (0, 1)] == [[6, 12]] * 2
     for run in ("misfit", "short"):
         assert same_weights(tmp_path / run, tmp_path / "plain")
+
+
+def test_memory_that_is_short_in_one_process_is_known_in_all_at_once(tmp_path):
+    output = run_ranks("short_of_memory.py", 2, str(tmp_path))
+    one, two = (json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in range(2))
+    for name, run in one.items():
+        assert run["records"] == two[name]["records"], name
+        assert [run["same"], two[name]["same"]] == [True, True], name
+        assert run["seconds"] < 30, name  # of 60 that a process may be waited for
+    merges = {name: run["records"] for name, run in one.items()}
+    assert merges["giant"] == merges["allocation"] == []
+    assert merges["kept"] == [6, 8]  # begun with the next checkpoint
+    assert merges["share"] == merges["passes"] == merges["passes-fsdp"] == [4, 8]
+    # What both processes would take together; rank 0 says it for both.
+    assert output.count("window_size=1000000000: 1000000000 rows of float32") == 1
+    assert " of memory in 2 ranks; " in output
+    assert (
+        "[0] preparing the window failed: NoRoom: window_size=3: the memory could not be taken (RuntimeError: "
+        in output
+    )
+    assert "[0] trajectory merging failed: FailedOnAllRanks: rank 1 failed: RuntimeError: DefaultCPUAllocator" in output
+    assert output.count("[0] memory ran out in a held-out pass") == 2
+    assert "did not answer" not in output
