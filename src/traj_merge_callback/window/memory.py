@@ -141,14 +141,15 @@ def check_room(
         shared = [place.nbytes for place in all_places if place[:2] == mine[:2]]
         with refused_on_all(processes, count):
             if sum(shared) + ROOM * total > free:
-                room, ranks, name = free - ROOM * total, len(shared), "memory" if device.type == "cpu" else str(device)
-                fits = what_fits(nbytes, count, dtype, room / ranks)
-                on_disk = device == rows_on and ranks * (mine.nbytes - nbytes(0, dtype)) <= disk_free
-                fits += ["window_storage='disk'"] if on_disk else []
+                ranks, name = len(shared), "memory" if device == cpu else str(device)
+                fits = what_fits(nbytes, count, dtype, (free - ROOM * total) / ranks)
+                if device == rows_on and ranks * (mine.nbytes - nbytes(0, dtype)) <= disk_free:
+                    fits.append("window_storage='disk'")
+                beside = ", with what is kept beside them," if device == cpu else ""
+                together = f" in {ranks} ranks" if ranks > 1 else ""
                 raise NoRoom(
-                    f"window_size={count}: {count} rows of {dtype}, with what is kept beside them, take "
-                    f"{in_bytes(sum(shared))} of {name}{f' in {ranks} ranks' if ranks > 1 else ''}; {in_bytes(free)} "
-                    f"are free, {in_bytes(ROOM * total)} of which are left to training; "
+                    f"window_size={count}: {count} rows of {dtype}{beside} take {in_bytes(sum(shared))} of {name}"
+                    f"{together}; {in_bytes(free)} are free, {in_bytes(ROOM * total)} of which are left to training; "
                     + (f"what would fit: {' or '.join(fits)}" if fits else "no window of this model would fit")
                 )
 
