@@ -24,7 +24,7 @@ from .distributed import CollectiveTimeout, Processes, several_ranks
 from .engine.budget import Overhead
 from .engine.capturing import Capturing, passed
 from .engine.failures import TOLD, Failures
-from .engine.making import make_merging
+from .engine.making import make_merging, what_changed
 from .engine.publish import Extra
 from .engine.schedule import Schedule
 from .evaluate.heldout import HeldOutLoss, Nll, ToDevice
@@ -149,12 +149,12 @@ class TrajectoryMerger:
         try:
             made = make_merging(model, *run, processes=(self.processes, self._writer_processes))
         except BaseException:
-            self._output.release()
+            if not self._renewing:
+                self._output.release()
             raise
-        self._merging, self._writer, self._saver = made, made.writer, made.saver
-        wait, ranks = made.writer.wait, self.processes
-        self._schedule = Schedule(self.config, self.heldout, made.merge, self._overhead, wait, ranks)
-        self.window = made.window
+        self._merging, self._writer, self._saver, self.window = made, made.writer, made.saver, made.window
+        how = (self.config, self.heldout, made.merge, self._overhead, made.writer.wait, self.processes)
+        self._schedule = Schedule(*how)
         is_first, self._waited_s, self._renewing = not self._renewing, 0.0, False
         if is_first:
             self._first_pass(model)
@@ -215,13 +215,12 @@ class TrajectoryMerger:
                 integer("step", step, 0)
                 self.prepare(model)
             if self.window is None:
-                self._active = self._renewing
-                self._state.last_step = step
+                self._active, self._state.last_step = self._renewing, step
                 return None
         self._overhead.spend(self.window.waited_s - self._waited_s)
         self._overhead.enter(started)
         self._store.begin_in(self._writer, self.processes)
-        self._check_written(step)
+        self._failures.report(self._writer.finished(), step)
         with self._failures.contained("trajectory merging", step):
             is_due = passed(self.config.merge_every, self._previous(step), step)
             record = self._record(self._schedule.advance(next_is_due=is_due), step)
@@ -240,12 +239,10 @@ class TrajectoryMerger:
     def _renew_if_changed(self, model: nn.Module, step: int) -> None:
         """If the model has other merged parameters than the window's, release it; a new one takes its place."""
         assert self.window is not None
-        change = self.window.layout.change(model)
-        if not self.processes.all_reduce_max(float(change is not None))[0]:
+        if (change := what_changed(self.window, model)) is None:
             return
-        change = change or "the model's parameters changed on another rank"
         logger.warning("step %d: %s; merging goes on with a new window", step, change)
-        self._check_written(step)
+        self._failures.report(self._writer.finished(), step)
         self._release_window()
         self._renewing = True
         self._capturing.forget()
@@ -304,24 +301,14 @@ class TrajectoryMerger:
         if wanted and step > self._state.last_merge_step:
             with self._failures.contained("the merge at the end", step):
                 self._writer.wait()  # for the rows, which may be on their way to a checkpoint
-                self._capturing.settle(self.window)
-                if self.processes.all_reduce_max(float(self.window.steps[-1:] != (step,)))[0]:
-                    with self.processes.raise_on_all():
-                        self.window.push(model, step, self._state.search.spoiled)
-                    self._capturing.row_step = step
+                self._capturing.take_last(self.window, model, step, self._state.search.spoiled)
                 self._begin(model, step, self.config.evaluations)
                 record = self._record(self._schedule.complete(), step) or record
         self._writer.wait()
-        self._check_written(step)
+        self._failures.report(self._writer.finished(), step)
         self._schedule.end_pause()
         self._overhead.leave()
         return record
-
-    def _check_written(self, step: int) -> None:
-        """Report what could not be written in the writer's thread."""
-        for what, written in self._writer.finished():
-            with self._failures.contained(what, step):
-                written.result()
 
     def finish(self, model: nn.Module) -> MergeRecord | None:
         """The end of training: :meth:`merge_at_end`, load the best snapshot if ``load_merged_at_end``, and close.
@@ -347,7 +334,6 @@ class TrajectoryMerger:
             self._writer_processes.close()
             self.processes.close()
         self._failures.summarise()
-        self._failures.counts.clear()
 
     def _release_window(self) -> None:
         if self.window is not None:
@@ -409,10 +395,9 @@ class TrajectoryMerger:
             return None
         self._state.search, history = self._schedule.learned, self._state.history
         history.append((record.step, record.merged_loss))
-        as_good = [record.step - past for past, loss in history if loss <= record.live_loss]
         record = replace(
             record,
-            steps_saved=max(as_good, default=0),
+            steps_saved=max((record.step - past for past, loss in history if loss <= record.live_loss), default=0),
             finished_step=step,
             overhead=self._overhead.share,
             run=self._store.run,
@@ -443,25 +428,18 @@ class TrajectoryMerger:
         """
         if self.window is None or self._state.last_step is None:
             return
-        started, step = time.perf_counter(), self._state.last_step
-        window = self.window
+        started, step, window = time.perf_counter(), self._state.last_step, self.window
         with delayed_signals(), self._timeout_ends_merging(step), self._failures.contained("saving the window", step):
             target = self.processes.from_rank0(lambda: None if folder is None else Path(folder).absolute())
             if target is None:
                 return
             self._capturing.settle(window)
-            # A merge under way can be made again if nothing was captured since: its rows and live weights are there.
-            # What it learns is not in the state yet.
+            # What a merge under way learns is not in the state yet: it is made again.
             merging = self._state.last_merge_step
-            again = self._schedule.merge_under_way and self._capturing.row_step == merging
-            again &= window.steps[-1:] == (merging,)  # else it is going to fail: its weights are not finite
+            again = self._schedule.merge_under_way and self._capturing.can_begin_again(window, merging)
             run = replace(self._state, busy_s=self._overhead.busy_s, wall_s=self._overhead.wall_s, run=self._store.run)
-            saved = Saved(
-                copy.deepcopy(run),
-                merging if again else None,
-                self.heldout.digest,
-                [vars(entry) for entry in self._store.entries],
-            )
+            entries = [vars(entry) for entry in self._store.entries]
+            saved = Saved(copy.deepcopy(run), merging if again else None, self.heldout.digest, entries)
             self._saver.save(target, saved, written)
         self._overhead.spend(time.perf_counter() - started)
 

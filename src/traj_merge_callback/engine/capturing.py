@@ -104,6 +104,17 @@ class Capturing:
             elif action == "sample":
                 window.sample(model, step)
 
+    def take_last(self, window: CheckpointWindow, model: nn.Module, step: int, spoiled: Collection[str] = ()) -> None:
+        """Let live be a row at the end of training, if it is none yet on some rank."""
+        self.settle(window)
+        if self._processes.all_reduce_max(float(window.steps[-1:] != (step,)))[0]:
+            self.take("row", window, model, step, spoiled)
+
+    def can_begin_again(self, window: CheckpointWindow, step: int) -> bool:
+        """Whether a merge begun at ``step`` has its rows and live weights still: nothing was captured since."""
+        # If live is no row, the merge is going to fail: its weights are not finite.
+        return self.row_step == step and window.steps[-1:] == (step,)
+
     def settle(self, window: CheckpointWindow, *values: float) -> list[float]:
         """Wait for the last capture on all ranks, and say once if it was left out as not finite.
 

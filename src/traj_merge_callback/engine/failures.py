@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from typing import Any
 
 from ..distributed import ENDS, CollectiveTimeout, FailedOnAllRanks, described
 from ..window.memory import let_go
@@ -57,8 +59,15 @@ class Failures:
                 logger.warning(message, kind, step, exc_info=True)
             let_go(error)
 
+    def report(self, finished: Iterable[tuple[str, Future[Any]]], step: int) -> None:
+        """Contain what could not be done in the writer's thread, of what was given to it."""
+        for what, done in finished:
+            with self.contained(what, step):
+                done.result()
+
     def summarise(self) -> None:
-        """Say once, at the end of a run, how often something failed more than once."""
+        """Say once, at the end of a run, how often something failed more than once, and count anew."""
         if self._is_first and (total := self.counts.total()) > 1:
             cause, times = self.counts.most_common(1)[0]
             logger.warning("%d failures while merging; the most frequent (%d times): %s", total, times, cause)
+        self.counts.clear()

@@ -23,6 +23,14 @@ from .publish import Extra, Publisher
 from .saving import StateSaver
 
 
+def what_changed(window: CheckpointWindow, model: nn.Module) -> str | None:
+    """Why a window is not one of the model's merged parameters any more, on whichever rank; None: it still is."""
+    change = window.layout.change(model)
+    if not window.processes.all_reduce_max(float(change is not None))[0]:
+        return None
+    return change or "the model's parameters changed on another rank"
+
+
 class Merging(NamedTuple):
     """The window of one set of parameters, and what works on it."""
 
