@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import Optimizer
 
@@ -26,14 +25,8 @@ from ..window.names import unwrap
 from ..window.sharding import has_fsdp
 from .data import by_loader, by_name, steps_of, transfer, validation_loaders
 from .monitors import let_wait, stop_waiting
+from .others import others_may_write
 from .validation_step import ValidationStep
-
-# Lightning's callbacks write weights in validation and in hooks of an epoch and the end, before which captures finish.
-_HOOKS = (
-    *("on_train_batch_end", "on_train_batch_start", "on_train_epoch_end", "on_train_epoch_start", "optimizer_step"),
-    *("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step"),
-)
-_WRITE_NOTHING = ("lightning.", "pytorch_lightning.", "traj_merge_callback.")
 
 
 class TrajMergeCallback(pl.Callback):
@@ -165,7 +158,7 @@ class TrajMergeCallback(pl.Callback):
             return
         self._last_step = step
         self.merger.step(self._model, step, skipped=self._loss_scale.skipped)
-        if _others_may_write(trainer):
+        if others_may_write(trainer):
             self.merger.settle()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -267,14 +260,6 @@ def _run(ours: list[TrajMergeCallback], trainer: pl.Trainer, run: Callable[[], N
             callback.on_train_start(trainer, trainer.lightning_module)
             if callback.merger is not None:
                 callback.merger.merge_at_end(callback._model)
-
-
-def _others_may_write(trainer: pl.Trainer) -> bool:
-    """Whether somebody's own code runs between this hook and the next optimizer step, where it may write weights."""
-    foreign = [one for one in trainer.callbacks if not type(one).__module__.startswith(_WRITE_NOTHING)]
-    module = trainer.lightning_module
-    own = any(is_overridden(name, module) for name in _HOOKS) or not module.automatic_optimization
-    return own or bool(foreign)
 
 
 def _save_checkpoint(
