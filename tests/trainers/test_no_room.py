@@ -45,7 +45,7 @@ def test_a_window_without_room_costs_the_merges_or_is_refused_before_the_first_s
     assert not (tmp_path / "merged").exists()
     (said,) = [record for record in caplog.records if record.name == "traj_merge_callback" and record.levelno > 20]
     assert "window_size=100000000: 100000000 rows of float32, with what is kept beside them, take" in said.message
-    assert "Training goes on without merging." in said.message
+    assert "Nothing is merged. Training goes on." in said.message
     assert not said.exc_info
     with pytest.raises(NoRoom, match=r"what would fit: window_size="):
         run(tmp_path / "raise", train, heldout, {**options, "on_error": "raise"}, steps)

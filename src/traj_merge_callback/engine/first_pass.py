@@ -18,10 +18,10 @@ from ..distributed import ENDS, CollectiveTimeout, FailedOnAllRanks, described
 from ..evaluate.data import IGNORED, NAMELESS, describe
 from ..evaluate.heldout import HeldOutLoss, Ready
 from ..evaluate.language_model import LanguageModelNll
+from ..window.memory import ran_out
 from ..window.names import unwrap
 
 logger = logging.getLogger("traj_merge_callback")
-_SHORT = (MemoryError, torch.OutOfMemoryError)
 _TOKENIZER = "make the batches with the model's own tokenizer, or call model.resize_token_embeddings"
 _RETURNS = "nll must return (summed NLL in nats, number of target tokens), two numbers"
 
@@ -40,7 +40,9 @@ def first_pass(model: nn.Module, heldout: HeldOutLoss, ready: Ready) -> None:
     try:
         for domain, batches in heldout.by_domain().items():
             _Domain(unwrap(model), heldout, domain, batches).check(ready)
-    except (FailedOnAllRanks, *_SHORT) as error:
+    except BaseException as error:
+        if not (isinstance(error, FailedOnAllRanks) or ran_out(error)):
+            raise
         # Another rank says itself what failed there; memory that is short now need not be short at a merge.
         logger.debug("no first forward pass: %s", described(error))
 
@@ -95,15 +97,15 @@ class _Domain:
                         module.register_forward_pre_hook(self._looking_at(name, moved))
                 returned = self._heldout.returned(self._model, self._domain, moved)
                 return _tokens(returned) > 0
-        except (*ENDS, *_SHORT, CollectiveTimeout):
+        except (*ENDS, CollectiveTimeout):
             raise
         except BaseException as error:
+            if ran_out(error):
+                raise
             # Under FSDP all ranks leave a forward pass together, and the cause is what failed on this one.
             cause = error.__cause__ if isinstance(error, FailedOnAllRanks) else error
             if cause is None:
                 raise
-            if isinstance(cause, _SHORT):
-                raise cause from None
             if isinstance(cause, _BeyondError):
                 raise ValueError(f"{self._of}: {cause}") from error
             raise ValueError(self._sentence(stage, batch, cause)) from error
