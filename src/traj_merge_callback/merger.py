@@ -484,7 +484,8 @@ class TrajectoryMerger:
             return
         self._output.resume()
         self.prepare(model)
-        assert self.window is not None
+        if self.window is None:
+            return
         self._saver.forget()
         saved = load_state(Path(folder), self.window, step)
         self._state, self._capturing.row_step = saved.run, saved.merging

@@ -29,7 +29,7 @@ def test_too_little_space_is_said_at_the_start_with_what_would_fit(tmp_path, hel
     needed = r"window_storage='disk' needs [\d.e+]+ GB for 1000000000 rows of " + dtype
     with pytest.raises(OSError, match=needed + r", and [\d.e+]+ GB are free in .*merged; what would fit: window_size="):
         merger.prepare(tiny_llama())
-    assert [path.name for path in (tmp_path / "merged").iterdir()] in ([], [".traj-merge.lock"])
+    assert not (tmp_path / "merged").exists()
     # A loop that does not prepare goes on without merging.
     records = []
     train_steps(model := tiny_llama(), heldout, 4, lambda step: records.append(merger.step(model, step)))
