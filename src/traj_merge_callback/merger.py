@@ -480,8 +480,6 @@ class TrajectoryMerger:
             FileNotFoundError: no state there.
             ValueError: it was saved after that step, or belongs to a model with other parameters.
         """
-        if not self._active:
-            return
         self._output.resume()
         self.prepare(model)
         if self.window is None:
