@@ -93,10 +93,7 @@ def test_memory_that_is_short_in_one_process_is_known_in_all_at_once(tmp_path):
     # What both processes would take together; rank 0 says it for both.
     assert output.count("window_size=1000000000: 1000000000 rows of float32") == 1
     assert " of memory in 2 ranks; " in output
-    assert (
-        "[0] preparing the window failed: NoRoom: window_size=3: the memory could not be taken (RuntimeError: "
-        in output
-    )
+    assert "[0] window_size=3: the memory could not be taken (RuntimeError: " in output
     assert "[0] trajectory merging failed: FailedOnAllRanks: rank 1 failed: RuntimeError: DefaultCPUAllocator" in output
     assert output.count("[0] memory ran out in a held-out pass") == 2
     assert "did not answer" not in output
