@@ -184,7 +184,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
 
     models = list(dict.fromkeys(map(_model, runs)))
     models = [model for model in models if {run["schedule"] for run in runs if _model(run) == model} >= set(SCHEDULES)]
-    figure, grid = plt.subplots(len(models), 3, figsize=(12, 0.8 + 2.6 * len(models)), squeeze=False, sharex="col")
+    figure, grid = plt.subplots(len(models), 3, figsize=(12, 1.0 + 1.9 * len(models)), squeeze=False, sharex="col")
     titles = ("constant rate", "WSD: decays over the last 40 %", "cosine to 10 %")
     for axes, model in zip(grid, models, strict=True):
         highest = 0.0
