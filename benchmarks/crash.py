@@ -281,7 +281,7 @@ def has_last_state(life: Life) -> bool:
 
 def unexpected(line: str) -> bool:
     """Whether a line of a run's log tells of a failure that no kill explains."""
-    explained = ("no saved window beside it", "closed by peer", "reset by peer", "Broken pipe")
+    explained = ("no saved window beside it", "a rank failed, ended", "closed by peer", "reset by peer", "Broken pipe")
     return "failed" in line and not any(cause in line for cause in explained)
 
 
