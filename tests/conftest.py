@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -43,6 +44,12 @@ def train(text) -> realtext.Blocks:
 @pytest.fixture
 def heldout(text) -> realtext.Blocks:
     return realtext.Blocks(text[1][:48])
+
+
+@pytest.fixture
+def loader(heldout) -> DataLoader:
+    """The held-out data in order."""
+    return DataLoader(heldout, batch_size=8)
 
 
 @pytest.fixture

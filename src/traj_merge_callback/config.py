@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from .search import resolve_search
-from .search.checks import LARGEST_SEED, choice, did_you_mean, integer, number
+from .search.checks import LARGEST_SEED, choice, did_you_mean, integer, number, share
 from .search.grouped import GroupedSearch
 from .search.objective import KINDS
 from .window.layout import check_groups
@@ -219,9 +219,7 @@ class MergeConfig:
             object.__setattr__(self, name, integer(name, value, least, LARGEST_SEED if name == "seed" else math.inf))
 
     def _check_numbers(self) -> None:
-        fraction = number("search_fraction", self.search_fraction, right := "a share strictly between 0 and 1, as 0.5")
-        if not 0.0 < fraction < 1.0:
-            raise ValueError(f"search_fraction={self.search_fraction}: must be {right}")
+        share("search_fraction", self.search_fraction)
         right = "a positive number of seconds"
         if not number("process_timeout", self.process_timeout, right) > 0:
             raise ValueError(f"process_timeout={self.process_timeout}: must be {right}")

@@ -225,9 +225,7 @@ class TrajectoryMerger:
             is_due = passed(self.config.merge_every, self._previous(step), step)
             record = self._record(self._schedule.advance(next_is_due=is_due), step)
         with self._failures.contained("trajectory merging", step):
-            with delayed_signals():
-                has_new_row = self._capture(model, step, skipped)
-            if has_new_row and not self._schedule.under_way:
+            if self._capture(model, step, skipped) and not self._schedule.under_way:
                 self._begin(model, step)
                 if self.config.schedule == "blocking":
                     record = self._record(self._schedule.complete(), step) or record
@@ -367,12 +365,13 @@ class TrajectoryMerger:
             return False
         if window.is_in_use and self.config.schedule == "blocking":
             self.wait()
-        action = self._capturing.plan(window, previous, step, skipped)
-        if action is None:
-            return False
-        self._state.last_step = step
-        self._due |= passed(self.config.merge_every, previous, step)
-        self._capturing.take(action, window, model, step, self._state.search.spoiled)
+        with delayed_signals():
+            action = self._capturing.plan(window, previous, step, skipped)
+            if action is None:
+                return False
+            self._state.last_step = step
+            self._due |= passed(self.config.merge_every, previous, step)
+            self._capturing.take(action, window, model, step, self._state.search.spoiled)
         return action == "row"
 
     def _begin(self, model: nn.Module, step: int, evaluations: int | None = None) -> None:

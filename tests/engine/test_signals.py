@@ -11,14 +11,8 @@ import torch
 from conftest import same_weights, tiny_llama, train_steps
 from test_merger import engine
 from torch.nn.utils import parameters_to_vector
-from torch.utils.data import DataLoader
 
 from traj_merge_callback.evaluate.language_model import language_model_nll
-
-
-@pytest.fixture
-def loader(heldout):
-    return DataLoader(heldout, batch_size=8)
 
 
 @pytest.fixture

@@ -195,6 +195,7 @@ def test_accelerates_loaders_are_not_made_the_active_one(heldout):
     from accelerate import Accelerator
     from accelerate.state import GradientState
 
+    GradientState._reset_state()  # trainings of other tests that ended early leave their loader active
     loader = Accelerator(cpu=True).prepare(DataLoader(heldout, batch_size=8))
     HeldOutLoss(loader, batches=2)
     assert GradientState().active_dataloader is None

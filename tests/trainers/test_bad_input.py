@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import AT_ONCE, same_weights, tiny_llama, warnings_of
+from test_lightning import NoValidation
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
@@ -421,18 +422,6 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return self.rows[index]
-
-
-class NoValidation(pl.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.model = tiny_llama()
-
-    def training_step(self, batch, batch_idx):
-        return self.model(**batch).loss
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
 
 
 class Module(NoValidation):

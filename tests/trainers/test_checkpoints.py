@@ -11,7 +11,6 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_lightning import Module, fit, merging
 from test_transformers import OPTIONS, make_trainer
-from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -48,11 +47,6 @@ def restored(folder, model, step, loader):
     with TrajectoryMerger(loader, nll=lambda model, batch: (0.0, 1), **options) as merger:
         merger.load_state(folder, model, step)
         return merger.window.steps, merger.window.combine(None).clone()
-
-
-@pytest.fixture
-def loader(heldout):
-    return DataLoader(heldout, batch_size=8)
 
 
 def test_lightning_does_not_wait_for_the_disk_and_every_checkpoint_has_its_window(

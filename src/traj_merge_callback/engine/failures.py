@@ -22,7 +22,6 @@ class Failures:
 
     Args:
         on_error: "warn" logs the first failure of each kind with its traceback and goes on; "raise" lets it through.
-            The message of a window that does not fit needs no traceback.
         is_rank_zero: whether this is rank 0, which alone logs what failed on other ranks.
     """
 

@@ -146,9 +146,11 @@ class _Domain:
 
     def _check_ids(self, key: str, rows: int | None, where: str) -> None:
         """Look at the ids of all batches, on the CPU."""
-        for batch in self._batches if rows is not None else []:
+        if rows is None:
+            return
+        for batch in self._batches:
             ids = batch.get(key) if isinstance(batch, Mapping) else None
-            if isinstance(ids, Tensor) and not ids.is_floating_point() and rows is not None:
+            if isinstance(ids, Tensor) and not ids.is_floating_point():
                 ids = ids[ids != IGNORED] if key == "labels" else ids
                 _refuse_beyond(f"{self._of}: {key}", ids, rows, where, _TOKENIZER)
 

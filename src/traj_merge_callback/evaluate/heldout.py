@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..distributed import Processes
 from ..pieces import BACKWARD, EXCHANGE, FORWARD, Pieces, finish
-from ..search.checks import LARGEST_SEED, function, integer, names, number, shown
+from ..search.checks import LARGEST_SEED, function, integer, names, share, shown
 from ..search.evaluation import PARTS, Evaluation, Gradient
 from ..window.names import unwrap
 from .data import (
@@ -113,8 +113,7 @@ class HeldOutLoss:
         with self._processes.raise_on_all():
             batches = integer("batches", batches, 1)
             self.seed = integer("seed", seed, 0, LARGEST_SEED)
-            if not 0 < number("search_fraction", search_fraction, right := "a share strictly between 0 and 1") < 1:
-                raise ValueError(f"search_fraction={search_fraction}: must be {right}")
+            share("search_fraction", search_fraction)
             loaders = check_heldout(heldout, nll)
             nlls = _by_domain("nll", LanguageModelNll(self._say) if nll is None else nll, loaders)
             self._to_device: dict[str, ToDevice | None] = _by_domain("to_device", to_device, loaders)

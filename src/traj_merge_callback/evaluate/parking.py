@@ -12,8 +12,6 @@ from ..window import devices
 from ..window.storage import in_memory
 
 logger = logging.getLogger("traj_merge_callback")
-# Share of the device's memory that stays free beside training and a merge under way.
-_ROOM = 0.05
 
 
 class Parking:
@@ -42,7 +40,7 @@ class Parking:
         self.release()
         free, total = devices.free_memory(self._device)
         # What the last merge kept is free for this one, though torch's allocator has reserved it.
-        too_much = float(nbytes + _ROOM * total > free + self._kept)
+        too_much = float(nbytes + devices.ROOM * total > free + self._kept)
         tight = self.tight or self._processes.all_reduce_max(too_much)[0] > 0
         if tight and not self.tight and self._processes.is_rank_zero:
             logger.warning(

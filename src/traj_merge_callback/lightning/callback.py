@@ -171,6 +171,10 @@ class TrajMergeCallback(pl.Callback):
         if self.merger is not None:
             self.merger.settle()
 
+    def _merge_at_end(self) -> None:
+        if self.merger is not None:
+            self.merger.merge_at_end(self._model)
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Load the best snapshot if asked to, and release the window."""
         if self.merger is not None:
@@ -244,8 +248,7 @@ def _merge_before(ours: list[TrajMergeCallback], end: Callable[[], None]) -> Non
     is still of the live model.
     """
     for callback in ours:
-        if callback.merger is not None:
-            callback.merger.merge_at_end(callback._model)
+        callback._merge_at_end()
     end()
 
 
@@ -258,8 +261,7 @@ def _run(ours: list[TrajMergeCallback], trainer: pl.Trainer, run: Callable[[], N
     for callback in ours if trainer.fit_loop.done else []:
         if callback._resumed:
             callback.on_train_start(trainer, trainer.lightning_module)
-            if callback.merger is not None:
-                callback.merger.merge_at_end(callback._model)
+            callback._merge_at_end()
 
 
 def _save_checkpoint(

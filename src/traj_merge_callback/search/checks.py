@@ -61,6 +61,12 @@ def number(name: str, value: Any, right: str) -> float:
     return float(value)
 
 
+def share(name: str, value: Any) -> None:
+    """Raise a ValueError or TypeError if the value is no number strictly between 0 and 1."""
+    if not 0.0 < number(name, value, right := "a share strictly between 0 and 1, as 0.5") < 1.0:
+        raise ValueError(f"{name}={value}: must be {right}")
+
+
 def choice(name: str, value: Any, allowed: Collection[str]) -> None:
     """Raise a ValueError if the value is none of the allowed ones."""
     if not isinstance(value, str) or value not in allowed:

@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger("traj_merge_callback")
+#: Share of a memory, of the CPU or of a GPU, that a window and a merge under way leave to training. Before its first
+#: step a run has neither gradients nor activations nor the optimizer's state, and nobody can say how large they will
+#: be; but on a machine whose memory a window takes to the last page something else is killed by the system, and then
+#: there is no message at all.
+ROOM = 0.05
 # cudaHostRegisterPortable: page-locked for every context of the process.
 _PORTABLE = 1
 

@@ -18,10 +18,6 @@ from ..distributed import Processes, described
 from . import devices
 from .storage import Allocate, Ring, in_memory
 
-#: Share of all memory that is left to training. Before its first step a run has neither gradients nor activations nor
-#: the optimizer's state, and nobody can say how large they will be; but on a machine whose memory a window takes to the
-#: last page something else is killed by the system, and then there is no message at all.
-ROOM = 0.05
 _ROOT = Path("/")
 # Of control groups, version 2 (which has no name) and 1: where they are, their files, the prefix in memory.stat.
 _GROUPS = {
@@ -139,17 +135,18 @@ def check_room(
         mine = _Place(socket.gethostname(), owner, nbytes(count, dtype))
         (free, total), all_places = free_memory(device), processes.all_gather_object(mine)
         shared = [place.nbytes for place in all_places if place[:2] == mine[:2]]
+        left = devices.ROOM * total
         with refused_on_all(processes, count):
-            if sum(shared) + ROOM * total > free:
+            if sum(shared) + left > free:
                 ranks, name = len(shared), "memory" if device == cpu else str(device)
-                fits = what_fits(nbytes, count, dtype, (free - ROOM * total) / ranks)
+                fits = what_fits(nbytes, count, dtype, (free - left) / ranks)
                 if device == rows_on and ranks * (mine.nbytes - nbytes(0, dtype)) <= disk_free:
                     fits.append("window_storage='disk'")
                 beside = ", with what is kept beside them," if device == cpu else ""
                 together = f" in {ranks} ranks" if ranks > 1 else ""
                 raise NoRoom(
                     f"window_size={count}: {count} rows of {dtype}{beside} take {in_bytes(sum(shared))} of {name}"
-                    f"{together}; {in_bytes(free)} are free, {in_bytes(ROOM * total)} of which are left to training; "
+                    f"{together}; {in_bytes(free)} are free, {in_bytes(left)} of which are left to training; "
                     + (f"what would fit: {' or '.join(fits)}" if fits else "no window of this model would fit")
                 )
 
