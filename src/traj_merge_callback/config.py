@@ -107,6 +107,11 @@ class MergeConfig:
         trainable_only: merge only parameters that require gradients (and floating-point buffers).
         merge_at_end: merge once more at the last step if no merge was due there.
         load_merged_at_end: put the best snapshot into the model when training ends.
+        on_spike: None: a spike of the loss is said in the logs, and spoiled checkpoints are left out of merges;
+            "rollback": besides, if live's held-out loss has risen far as well, the last merge from before the spike
+            takes the place of the model's weights, and training goes on from there. It takes one float32 row of memory.
+        spike_moments: what a rollback does with the optimizer's state: "reset", as if training began; "keep".
+        spike_warmup: optimizer steps after a rollback over which the learning rate grows to what it would be.
         process_timeout: seconds that a collective of a merge may take; after that merging is off for the run.
         seed: seed of everything random here; the training run's own random state is never touched.
         on_error: "warn": a failure during training is logged once with its cause and training goes on; "raise".
@@ -145,6 +150,9 @@ class MergeConfig:
     trainable_only: bool = True
     merge_at_end: bool = True
     load_merged_at_end: bool = False
+    on_spike: str | None = None
+    spike_moments: str = "reset"
+    spike_warmup: int = 20
     process_timeout: float = 600.0
     seed: int = 0
     on_error: str = "warn"
@@ -174,8 +182,11 @@ class MergeConfig:
             "schedule": ["interleaved", "blocking"],
             "row": ["auto", *_ROWS],
             "objective": [*KINDS],
+            "spike_moments": ["reset", "keep"],
             "on_error": ["warn", "raise"],
         }
+        if self.on_spike is not None:
+            choices["on_spike"] = ["rollback"]
         for name, allowed in choices.items():
             choice(name, getattr(self, name), allowed)
         self._check_numbers()
@@ -210,6 +221,7 @@ class MergeConfig:
             "evaluations": 2,
             "heldout_batches": 1,
             "keep_last": 0,
+            "spike_warmup": 0,
             "seed": 0,
         }
         for name, least in minimums.items():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from .config import MergeConfig
 from .disk.atomic import remove_tree
@@ -26,7 +27,10 @@ from .engine.capturing import Capturing, passed
 from .engine.failures import TOLD, Failures
 from .engine.making import make_merging, what_changed
 from .engine.publish import Extra
+from .engine.recording import Recorder
+from .engine.rollback import Rollback, own_optimizers
 from .engine.schedule import Schedule
+from .engine.training_loss import TrainingLoss
 from .evaluate.heldout import HeldOutLoss, Nll, ToDevice
 from .evaluate.isolation import delayed_signals
 from .metrics import MergeRecord
@@ -53,6 +57,7 @@ class TrajectoryMerger:
         to_device: moves a batch to the training device, also by domain; by default tensors go to the model's device.
         log: called with the :class:`MergeRecord` of each merge, on rank 0.
         log_everywhere: call ``log`` on every rank, for trainers whose metrics are to be the same on all.
+        optimizer: of the run, or several; needed for ``on_spike="rollback"`` where that is to reset or to slow it.
         extra: called while the model holds the merged weights, to add files to a snapshot: it returns a function that
             is called with the snapshot's folder later, in another thread.
         **config: the options of :class:`MergeConfig`.
@@ -80,6 +85,7 @@ class TrajectoryMerger:
         log: Callable[[MergeRecord], None] | None = None,
         log_everywhere: bool = False,
         extra: Extra | None = None,
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
         **config: Any,
     ) -> None:
         self.config = MergeConfig(**config)
@@ -89,34 +95,28 @@ class TrajectoryMerger:
         self.output_dir = Path(self.config.output_dir or self.config.named("merged"))
         self._output = OutputFolder(self.output_dir)
         self.window: CheckpointWindow | None = None
-        #: The records of all merges made here, on every rank.
-        self.records: list[MergeRecord] = []
         self._active = True
         self.processes = Processes(self.config.process_timeout)
         # For the writer's thread, whose collectives must not get between those of merges.
         self._writer_processes = Processes(self.config.process_timeout)
         if self.processes.size > 1 and self.config.load_merged_at_end:
-            raise ValueError(
-                "load_merged_at_end=True is not supported with several ranks; load the best snapshot with "
-                "load_merged after training"
-            )
+            instead = "load the best snapshot with load_merged after training"
+            raise ValueError(f"load_merged_at_end=True is not supported with several ranks; {instead}")
         self._extra = extra
-        self._failures = Failures(self.config.on_error, self.processes.is_rank_zero)
-        self._log = log if log_everywhere or self.processes.is_rank_zero else None
-        self._metrics = MetricsFile(self.output_dir / "metrics.jsonl", self._output.check)
+        self._failures = Failures(self.config.on_error, is_rank_zero := self.processes.is_rank_zero)
+        file = MetricsFile(self.output_dir / "metrics.jsonl", self._output.check)
+        log = log if log_everywhere or is_rank_zero else None
+        self._recorder = Recorder(self.config, file, log, self._failures, is_rank_zero)
+        #: The records of all merges made here, on every rank.
+        self.records = self._recorder.records
+        self._training_loss = TrainingLoss(self.processes)
+        self._optimizers = own_optimizers(optimizer, self.config)
+        self._rollback: Rollback | None = None
         keep_last, keep_best = self.config.keep_last, self.config.keep_best
         self._store = SnapshotStore(self.output_dir, keep_last=keep_last, keep_best=keep_best, check=self._output.check)
-        self.heldout = HeldOutLoss(
-            heldout,
-            nll=nll,
-            batches=self.config.heldout_batches,
-            search_fraction=self.config.search_fraction,
-            report_only=self.config.report_only,
-            precision=precision,
-            to_device=to_device,
-            seed=self.config.seed,
-            processes=self.processes,
-        )
+        options = {name: getattr(self.config, name) for name in ("search_fraction", "report_only", "seed")}
+        options |= {"nll": nll, "precision": precision, "to_device": to_device, "processes": self.processes}
+        self.heldout = HeldOutLoss(heldout, batches=self.config.heldout_batches, **options)
         names("domain_weights", self.config.domain_weights or {}, self.heldout.searched, "domains searched on")
         self._store.heldout = self.heldout.digest
         self._state = RunState()
@@ -143,7 +143,7 @@ class TrajectoryMerger:
         if not self._renewing:
             acquired, self._store.run = self.processes.from_rank0(lambda: (self._output.acquire(), self._store.run))
             self.output_dir = self._store.folder = acquired
-            self._metrics.path = self.output_dir / "metrics.jsonl"
+            self._recorder.file.path = self.output_dir / "metrics.jsonl"
             self._overhead.begin()
         run = (self.config, self.heldout, self._store, self._failures, self._extra)
         try:
@@ -155,6 +155,9 @@ class TrajectoryMerger:
         self._merging, self._writer, self._saver, self.window = made, made.writer, made.saver, made.window
         how = (self.config, self.heldout, made.merge, self._overhead, made.writer.wait, self.processes)
         self._schedule = Schedule(*how)
+        if self.config.on_spike is not None:
+            known = (self.config, made.merge, self._capturing, self._optimizers, self.processes)
+            self._rollback = Rollback(*known, self._schedule.abandon, self._schedule.at_once)
         is_first, self._waited_s, self._renewing = not self._renewing, 0.0, False
         if is_first:
             self._first_pass(model)
@@ -180,12 +183,16 @@ class TrajectoryMerger:
                 with self._failures.contained("preparing the window", 0, TOLD):
                     raise
 
-    def step(self, model: nn.Module, step: int, *, skipped: Callable[[], bool] = lambda: False) -> MergeRecord | None:
+    def step(
+        self, model: nn.Module, step: int, *, loss: Any = None, skipped: Callable[[], bool] = lambda: False
+    ) -> MergeRecord | None:
         """Capture a checkpoint, and begin or advance a merge, if due. Call after each optimizer step.
 
         Args:
             model: the model being trained, at an optimizer-step boundary.
             step: the number of optimizer steps taken so far; the first one is 1.
+            loss: the training loss of this step, or a mean of recent ones, a number or a tensor, in which spikes are
+                looked for; None: it is not known.
             skipped: returns whether mixed precision skipped this optimizer step, which left the weights unchanged; what
                 is due then waits for the next step. Called only when something is due.
 
@@ -199,6 +206,8 @@ class TrajectoryMerger:
             return None
         self._output.use()
         with self._timeout_ends_merging(step):
+            with self._failures.contained("reading the training loss", step):
+                self._training_loss.see(step, loss)
             return self._step(model, step, skipped)
         return None
 
@@ -224,6 +233,9 @@ class TrajectoryMerger:
         with self._failures.contained("trajectory merging", step):
             is_due = passed(self.config.merge_every, self._previous(step), step)
             record = self._record(self._schedule.advance(next_is_due=is_due), step)
+        if self._rollback is not None and self._capturing.row_is_due(self._previous(step), step):
+            with self._failures.contained("rolling back", step):
+                self._due |= self._rollback.consider(model, step, self._training_loss.since, self._state.search)
         with self._failures.contained("trajectory merging", step):
             if self._capture(model, step, skipped) and not self._schedule.under_way:
                 self._begin(model, step)
@@ -383,8 +395,8 @@ class TrajectoryMerger:
         elif len(window) < 2:
             logger.info("no merge at step %d: the window holds %d checkpoint", step, len(window))
             self._due = False
-        elif self._schedule.begin(model, self._state.search, step, evaluations):
-            self._due, self._state.last_merge_step = False, step
+        elif self._schedule.begin(model, self._training_loss.noted_in(self._state.search), step, evaluations):
+            self._due, self._state.last_merge_step, self._training_loss.spiked = False, step, False
         else:
             self._schedule.try_out(model)
 
@@ -392,25 +404,9 @@ class TrajectoryMerger:
         """Add what is known when a merge is done at this step, keep its record, and log it."""
         if record is None:
             return None
-        self._state.search, history = self._schedule.learned, self._state.history
-        history.append((record.step, record.merged_loss))
-        record = replace(
-            record,
-            steps_saved=max((record.step - past for past, loss in history if loss <= record.live_loss), default=0),
-            finished_step=step,
-            overhead=self._overhead.share,
-            run=self._store.run,
-            name=self.config.name,
-        )
-        if not self.records and self.processes.is_rank_zero:
-            self._overhead.warn(record.seconds, self.config)
-        self.records.append(record)
-        if self.processes.is_rank_zero:
-            self._writer.submit_unwatched(lambda: self._metrics.append(record), "writing metrics.jsonl")
-        with self._failures.contained("logging", step):
-            if self._log is not None:
-                self._log(record)
-        return record
+        self._state.search = self._schedule.learned
+        rollbacks = None if self._rollback is None else self._rollback.count
+        return self._recorder.add(record, step, self._state, self._overhead, self._writer, self._store.run, rollbacks)
 
     # Resuming
 
@@ -493,6 +489,6 @@ class TrajectoryMerger:
             self._state.search.forget_losses()
             self._state.history = []
         self._overhead.begin(self._state.busy_s, self._state.wall_s)
-        self._metrics.resume(self._store.run)
+        self._recorder.file.resume(self._store.run)
         if saved.merging is not None:
             self._schedule.begin(model, self._state.search, saved.merging, self.config.evaluations)

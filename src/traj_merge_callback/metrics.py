@@ -19,6 +19,8 @@ MEANINGS = {
     "merge/live_perplexity": "exp(merge/live_loss)",
     "merge/gain": "merge/live_loss - merge/loss",
     "merge/gain_stderr": "standard error of the gain, of paired differences per held-out batch",
+    "merge/spike": "1 if the training loss since the last merge, or live's now, was far above its recent range, else 0",
+    "merge/rollbacks": "how often the run was rolled back so far, with on_spike='rollback'",
     "merge/steps_saved": "how many steps ago a merged snapshot was already as good as the live model is now",
     "merge/weight/<age>": "merge weight of a checkpoint of the window; age 0 is live, 1 the one before it, ...",
     "merge/evaluations": "candidates evaluated on the search split, live included",
@@ -57,6 +59,8 @@ class MergeRecord:
         search_losses: live and merged loss on the search split, the optimistic numbers the choice was made by.
         source: "merge", or "live" where no merge was better than live on the search split: ``merged_loss`` is then
             live's, the gain is 0, and a snapshot of this step holds live's weights.
+        spike: see ``MEANINGS``.
+        rollbacks: see ``MEANINGS``; None where there are none.
         domains: per named domain ``{"live_loss", "merged_loss", "gain", "gain_stderr"}``.
         snapshot: folder of the published snapshot, None if none was published.
         run: tells the run's records and snapshots from those of others, however often it is resumed; ``merge.json`` has
@@ -82,8 +86,10 @@ class MergeRecord:
     allowed: dict[str, int]
     search_losses: dict[str, float]
     source: str
+    spike: bool
     domains: dict[str, dict[str, float | None]]
     window_bytes: int
+    rollbacks: int | None = None
     steps_saved: int = 0
     finished_step: int = 0
     seconds: float = 0.0
@@ -106,6 +112,8 @@ class MergeRecord:
             "live_perplexity": self.live_perplexity,
             "gain": self.gain,
             "gain_stderr": self.gain_stderr,
+            "spike": self.spike,
+            "rollbacks": self.rollbacks,
             "steps_saved": self.steps_saved,
             "evaluations": self.evaluations,
             "step": self.step,

@@ -10,15 +10,16 @@ from traj_merge_callback import Problem
 from traj_merge_callback.engine.choose import Selection
 from traj_merge_callback.search.evaluation import Evaluation, Gradient
 from traj_merge_callback.search.objective import Objective
-from traj_merge_callback.search.race import RacedSearch, has_risen, is_uneven, unspoiled
+from traj_merge_callback.search.problem import SearchState
+from traj_merge_callback.search.race import RacedSearch, is_uneven, unspoiled
 from traj_merge_callback.search.surrogate import SurrogateSearch
 
 # Parts of one batch each, of so many tokens that what one part says of the others is worth something.
 PARTS, TOKENS = 4, 1000.0
 
 
-def merge(loss, gradient, gram, search=RacedSearch, evaluations=9, live=None, memory=None, **options):
-    """One merge, on a split of four parts of one batch each."""
+def merge(loss, gradient, gram, search=RacedSearch, evaluations=9, live=None, memory=None, before=(), **options):
+    """One merge, on a split of four parts of one batch each; ``before``: live's losses at the merges before."""
     seen, size = [], len(gram)
 
     def on_parts(value, parts):
@@ -42,7 +43,7 @@ def merge(loss, gradient, gram, search=RacedSearch, evaluations=9, live=None, me
         batches=PARTS,
         parts=PARTS,
         memory={} if memory is None else memory,
-        **options,
+        **{"astray": SearchState(live_losses=list(before)).is_astray(live), **options},
     )
     chosen = select(search(problem), problem, measure, Selection(None, live, on_parts(live, range(PARTS))), {})
     return chosen, seen, problem
@@ -63,8 +64,8 @@ def spiked(seed=0, size=8, rise=2.0, row=-1):
 def test_an_ordinary_merge_is_the_surrogates_and_costs_what_it_costs(seed):
     loss, gradient, gram, _ = landscape(seed)
     live = loss(np.eye(8)[-1])
-    memory = {"live_losses": [live + 0.3, live + 0.1, live + 0.05], "merged": live}
-    chosen, seen, _ = merge(loss, gradient, gram, memory=memory)
+    before = (live + 0.3, live + 0.1, live + 0.05)
+    chosen, seen, _ = merge(loss, gradient, gram, memory={"merged": live}, before=before)
     alone, expected, _ = merge(loss, gradient, gram, search=SurrogateSearch)
     assert len(seen) == len(expected)
     for one, other in zip(seen, expected, strict=True):
@@ -77,8 +78,8 @@ def test_an_ordinary_merge_is_the_surrogates_and_costs_what_it_costs(seed):
 @pytest.mark.parametrize("seed", range(6))
 def test_after_a_spike_nothing_worse_than_a_row_or_a_recipe_is_published(seed, evaluations):
     loss, gradient, gram, _ = spiked(seed)
-    memory = {"live_losses": [1.7, 1.65, 1.62]}
-    chosen, seen, _ = merge(loss, gradient, gram, evaluations=evaluations, memory=memory)
+    memory, before = {}, (1.7, 1.65, 1.62)
+    chosen, seen, _ = merge(loss, gradient, gram, evaluations=evaluations, memory=memory, before=before)
     assert chosen.forward_equivalents <= evaluations
     assert memory["spoiled"] == ["8"]
     for weights in [*np.eye(8), np.full(8, 1 / 8)]:
@@ -88,12 +89,24 @@ def test_after_a_spike_nothing_worse_than_a_row_or_a_recipe_is_published(seed, e
     assert chosen.weights[-1] == 0
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_after_a_spike_of_the_training_loss_rows_are_raced_and_good_ones_all_stay(seed):
+    loss, gradient, gram, _ = landscape(seed)
+    live = loss(np.eye(8)[-1])
+    known = {"memory": {"merged": live}, "before": (live + 0.1, live + 0.05)}
+    _, seen, problem = merge(loss, gradient, gram, evaluations=12, astray=True, **known)
+    assert [parts for _, _, parts in seen[:7]] == [(0,)] * 7
+    worst_first = [loss(row) for row in np.eye(8)]
+    good = all(one <= min(worst_first[: at + 1]) * 1.02 for at, one in enumerate(worst_first))
+    assert bool(problem.memory["spoiled"]) != good
+
+
 @pytest.mark.parametrize("evaluations", [2, 3, 4])
 def test_with_too_few_evaluations_for_a_race_the_last_merge_is_made_again(evaluations):
     loss, gradient, gram, best = spiked(rise=200.0)
     again = np.append(best[:-1] / best[:-1].sum(), 0.0)
-    memory = {"live_losses": [loss(again) + 0.1] * 3, "merged": loss(again)}
-    chosen, seen, _ = merge(loss, gradient, gram, evaluations=evaluations, memory=memory, again=again, previous=best)
+    known = {"memory": {"merged": loss(again)}, "before": (loss(again) + 0.1,) * 3}
+    chosen, seen, _ = merge(loss, gradient, gram, evaluations=evaluations, again=again, previous=best, **known)
     assert loss(seen[0][0]) == pytest.approx(loss(again))
     assert chosen.loss <= loss(again) + 1e-9
     assert chosen.forward_equivalents <= evaluations
@@ -101,9 +114,9 @@ def test_with_too_few_evaluations_for_a_race_the_last_merge_is_made_again(evalua
 
 def test_what_is_spoiled_has_no_part_in_the_next_merge_and_begins_no_race():
     loss, gradient, gram, _ = spiked(row=3)
-    memory = {"live_losses": [loss(np.eye(8)[-1])], "spoiled": ["4"]}
+    known = {"memory": {"spoiled": ["4"]}, "before": (loss(np.eye(8)[-1]),)}
     again = np.array([0.1, 0.2, 0.1, 0.0, 0.1, 0.2, 0.2, 0.1])
-    chosen, seen, _ = merge(loss, gradient, gram, memory=memory, again=again)
+    chosen, seen, _ = merge(loss, gradient, gram, again=again, **known)
     np.testing.assert_allclose(seen[0][0], again, atol=1e-12)
     assert all(weights[3] == 0 for weights, _, _ in seen)
     assert all(with_gradient or len(parts) == PARTS for _, with_gradient, parts in seen)
@@ -112,8 +125,8 @@ def test_what_is_spoiled_has_no_part_in_the_next_merge_and_begins_no_race():
 
 def test_a_first_candidate_that_is_clearly_worse_than_the_last_merge_begins_a_race():
     loss, gradient, gram, _ = spiked()
-    memory = {"live_losses": [loss(np.eye(8)[-1])], "merged": 1.6}  # live has been as bad for long
-    chosen, seen, _ = merge(loss, gradient, gram, memory=memory)
+    memory, before = {"merged": 1.6}, (loss(np.eye(8)[-1]),)  # live has been as bad for long
+    chosen, seen, _ = merge(loss, gradient, gram, memory=memory, before=before)
     assert seen[0][1]  # with its gradient, as the surrogate begins
     assert not any(with_gradient for _, with_gradient, _ in seen[1:8])
     assert memory["spoiled"] == ["8"]
@@ -155,7 +168,7 @@ def test_rows_are_compared_on_one_part_where_one_of_them_is_known():
 
     objective = Objective((frozenset([""]),), np.ones(1), losses[-1:], np.array([PARTS * TOKENS]))
     gram = landscape(0, 4)[2]
-    options = {"gram": gram, "batches": PARTS, "parts": PARTS, "memory": {"live_losses": [1.5]}}
+    options = {"gram": gram, "batches": PARTS, "parts": PARTS, "astray": True}
     problem = Problem((1, 2, 3, 4), 8, objective, **options)
     start = Selection(None, losses[-1], on_parts(losses[-1], range(PARTS)))
     search = RacedSearch(problem)
@@ -166,18 +179,6 @@ def test_rows_are_compared_on_one_part_where_one_of_them_is_known():
     np.testing.assert_allclose(scores[:4], losses)
     assert problem.memory["spoiled"] == ["4"]
     assert chosen.loss <= losses[0]
-
-
-def test_what_a_rise_is():
-    plateau = [1.30, 1.31, 1.29, 1.32, 1.30, 1.31]
-    assert not has_risen(1.5, [])
-    assert not has_risen(1.33, plateau)
-    assert has_risen(1.6, plateau)
-    assert has_risen(3.2, [4.0, 3.4, 2.9, 2.6])  # a loss that falls fast makes no rise usual
-    assert not has_risen(-1.30, [-1.25, -1.31])  # the loss of a density
-    assert has_risen(-1.1, [-1.25, -1.31])
-    assert has_risen(2.9, [4.0, 3.4, 2.6, 3.2])  # it still is far above what it was before the spike
-    assert not has_risen(2.5, [4.0, 3.4, 2.6, 3.2])
 
 
 def test_what_is_uneven():

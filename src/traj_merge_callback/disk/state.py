@@ -103,6 +103,7 @@ class RunState:
                 spans=_spans(search["spans"]),
                 row_losses=row_losses,
                 memory=mapping(search["memory"]),
+                live_losses=numbers(search.get("live_losses", [])),
                 restored=True,
             ),
             history=[(integer(step), number(loss)) for step, loss in sequence(values["history"])],
@@ -243,7 +244,7 @@ def load_state(folder: Path, window: CheckpointWindow, step: int) -> Saved:
             _fill(folder, kept, index, window)
     except BaseException:
         # Some ranks may have read all of their rows and some none: merges need the same rows on all.
-        window.clear()
+        window.drop_since(0)
         raise
     return saved
 

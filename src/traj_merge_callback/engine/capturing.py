@@ -59,17 +59,23 @@ class Capturing:
         self._processes = processes
         #: The step of the last row.
         self.row_step: int | None = None
+        #: Whether the last capture, when it was last asked for, was left out as not finite on some rank.
+        self.left_out = False
         self._missed = False  # whether a sample of the mean row begun was left out
         self._said = False
 
     def forget(self) -> None:
-        """A new window takes the place of the one before."""
-        self.row_step, self._missed = None, False
+        """Another window, or another model, takes the place of the one before."""
+        self.row_step, self._missed, self.left_out = None, False, False
 
     def is_due(self, previous: int, step: int) -> bool:
         """Whether a row, or a sample of one, is due at a step, the last one before being ``previous``."""
         intervals = self._every, self._every // self._samples
         return step >= self._start and any(passed(every, previous, step) for every in intervals)
+
+    def row_is_due(self, previous: int, step: int) -> bool:
+        """Whether a row is due at a step."""
+        return step >= self._start and passed(self._every, previous, step)
 
     def plan(self, window: CheckpointWindow, previous: int, step: int, skipped: Callable[[], bool]) -> Action | None:
         """What is taken at a step where something is due; None if mixed precision skipped that step on some rank.
@@ -122,6 +128,7 @@ class Capturing:
             The largest of each value over all ranks.
         """
         left_out, *found = window.settle_together(*values)
+        self.left_out = bool(left_out)
         if left_out and not self._said:
             self._said = True
             if self._processes.is_rank_zero:

@@ -23,6 +23,8 @@ from ..window.window import CheckpointWindow
 
 logger = logging.getLogger("traj_merge_callback")
 
+# Live's losses at so many merges say what is usual.
+_REMEMBERED = 8
 # A search may repeat itself (repeats are answered from memory, for free), but not for ever.
 _ASKS_PER_EVALUATION = 10
 # At how many merges in a row something must fail for it to be a fault that stays.
@@ -185,6 +187,16 @@ class Chooser:
         """Whether a merge has one candidate that depends on no loss."""
         return self._search.closed_form
 
+    def objective(self, live: Evaluation) -> Objective:
+        """What is minimised, given live's evaluation on the search split."""
+        return Objective.of(
+            live,
+            self._heldout.searched,
+            kind=self._config.objective,
+            domain_weights=self._config.domain_weights,
+            tolerance=self._config.tolerance,
+        )
+
     def choose(
         self,
         measure: Measure,
@@ -235,6 +247,8 @@ class Chooser:
                 chosen = yield from select(make, grouped, measure, chosen, {}, self._processes)
             self._succeeded()
         state.restored = self._remembers = False
+        # The live losses with which this one was compared, and this one.
+        state.live_losses = [*state.live_losses, problem.live_loss][-_REMEMBERED:]
         state.previous, state.spans = (None if shared is None else shared.tolist()), list(window.spans)
         state.row_losses = {row: losses for row, losses in state.row_losses.items() if row in problem.names}
         shared = problem.live if shared is None else shared
@@ -249,6 +263,7 @@ class Chooser:
             "running_sum_weights": shared[: problem.leading_rows].tolist(),
             "group_weights": by_group,
             "source": "live" if chosen.weights is None else "merge",
+            "spike": problem.astray,
             "search_losses": {"live": problem.live_loss, "merged": chosen.loss},
         }
 
@@ -310,14 +325,7 @@ class Chooser:
             previous = np.concatenate([np.zeros(size - len(state.previous)), state.previous])
         if state.previous is not None and len(state.previous) == len(state.spans):
             again = carried_over(state.previous, state.spans, window.spans, by_age=False)
-        objective = Objective.of(
-            live,
-            self._heldout.searched,
-            kind=config.objective,
-            domain_weights=config.domain_weights,
-            tolerance=config.tolerance,
-        )
-        gram = None
+        objective, gram = self.objective(live), None
         if self._search.needs_gradients and self._is_possible("gradients", step):
             gram = yield from window.gram_pieces()
         return Problem(
@@ -333,4 +341,5 @@ class Chooser:
             parts=self._heldout.parts,
             memory=state.memory,
             spans=spans,
+            astray=state.spiked or state.is_astray(objective.live_loss),
         )

@@ -6,8 +6,10 @@ import functools
 import logging
 import math
 from contextlib import ExitStack
+from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..config import MergeConfig
 from ..evaluate.candidate import Candidates, weights_in
@@ -19,6 +21,7 @@ from ..evaluate.parking import Parking
 from ..metrics import MergeRecord, report_losses
 from ..pieces import Pieces
 from ..search.problem import SearchState
+from ..window.memory import refused_on_all
 from ..window.names import unwrap
 from ..window.window import CheckpointWindow
 from .choose import Chooser
@@ -26,6 +29,26 @@ from .first_pass import first_pass
 from .publish import Publisher
 
 logger = logging.getLogger("traj_merge_callback")
+
+
+@dataclass
+class LastMerge:
+    """A merge that is kept.
+
+    Args:
+        row: this rank's columns, float32 in CPU memory, shape ``(N,)``.
+        step: of the merge; None: there is none yet.
+        loss: the objective on the search split.
+    """
+
+    row: Tensor
+    step: int | None = None
+    loss: float = math.nan
+
+    def take(self, row: Tensor, step: int, loss: float) -> None:
+        """Keep another one."""
+        self.row.copy_(row)
+        self.step, self.loss = step, loss
 
 
 class Merge:
@@ -57,24 +80,45 @@ class Merge:
         self.parking = Parking(device_of(model), window.processes)
         with window.processes.raise_on_all():
             self._keeper = Keeper(model, {slot.name for slot in window.layout.slots if slot.is_parameter})
+        #: The last merge made when training was well; None where none is kept.
+        self.last: LastMerge | None = None
+        if config.on_spike is not None:
+            with refused_on_all(window.processes, config.num_rows):
+                self.last = LastMerge(torch.empty(window.layout.numel))
         self._units = Units(model, window.layout, window.processes) if window.layout.sharding.units else None
 
     def first_pass(self, model: nn.Module) -> None:
         """Evaluate live on one held-out batch of each domain, before there are rows; see :func:`first_pass`."""
-        isolate = functools.partial(isolated, unwrap(model), self._heldout.seed)
-        ready: Ready = lambda gradients: isolate(gradients=gradients)  # noqa: E731
-        if self._units is not None:
-            # FSDP itself begins with the first forward pass of training.
-            layout, weights = self.window.layout, self._candidates(model, Kept()).weights
-            tensors = layout.locals(layout.tensors(model))
-            for columns, tensor in layout.pairs(weights.row, tensors, [True] * len(tensors)):
-                columns.copy_(tensor)
-            ready = weights.ready
         try:
             with self.window.processes.raise_on_all():
-                first_pass(model, self._heldout, ready)
+                first_pass(model, self._heldout, self._as_it_is(model))
         finally:
             self.parking.release()
+
+    def _as_it_is(self, model: nn.Module) -> Ready:
+        """A context in which the model computes with its own weights as they are now."""
+        if self._units is None:
+            isolate = functools.partial(isolated, unwrap(model), self._heldout.seed)
+            return lambda gradients: isolate(gradients=gradients)
+        # FSDP itself begins with the first forward pass of training, and its collectives are training's.
+        layout, weights = self.window.layout, self._candidates(model, Kept()).weights
+        tensors = layout.locals(layout.tensors(model))
+        for columns, tensor in layout.pairs(weights.row, tensors, [True] * len(tensors)):
+            columns.copy_(tensor)
+        return weights.ready
+
+    def live_loss(self, model: nn.Module) -> Pieces[float]:
+        """The objective of live on the search split, with its weights as they are now."""
+        found = yield from self._heldout.evaluate_pieces(model, "search", self._as_it_is(model))
+        return self.chooser.objective(found).live_loss
+
+    def put_back(self, model: nn.Module) -> Pieces[None]:
+        """Write the last merge into the model, whose optimizer does not read or write weights meanwhile."""
+        assert self.last is not None
+        weights = self._candidates(model, Kept()).weights
+        weights.row.copy_(self.last.row)
+        yield from weights.gather()
+        weights.write()
 
     def probe(self, model: nn.Module) -> Pieces[None]:
         """Do pieces of the commonest kinds, to learn how long they take."""
@@ -135,6 +179,8 @@ class Merge:
             yield from candidates.load(chosen.weights)
             if chosen.weights is not None:
                 merged = yield from candidates.evaluate("report")
+            if self.last is not None and not described["spike"]:
+                self.last.take(candidates.weights.row, step, chosen.loss)
         losses = report_losses(live, merged, self._heldout.searched)
         if not math.isfinite(losses["gain"]):
             raise ValueError(f"the held-out loss on the report split is not finite: {losses}")

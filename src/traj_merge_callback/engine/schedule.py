@@ -313,13 +313,25 @@ class Schedule:
             self._merge.parking.give_back()
         self._worked = False
 
-    def abandon(self) -> None:
-        """Give up what is under way."""
+    def abandon(self) -> bool:
+        """Give up what is under way; whether that was a merge."""
+        was_merge = self.merge_under_way
         if self._run is not None:
             self._run.abandon()
             self._run = self._again = None
+        return was_merge
 
-    def _in_pieces(self, pieces: Pieces[MergeRecord | None], model: nn.Module) -> Run[MergeRecord | None]:
+    def at_once(self, pieces: Pieces[T], model: nn.Module) -> T | None:
+        """Do pieces of something else while training waits, when nothing is under way; None after a SIGTERM."""
+        run = self._in_pieces(pieces, model)
+        self._worked = True
+        try:
+            run.complete()
+        finally:
+            run.abandon()
+        return run.result
+
+    def _in_pieces(self, pieces: Pieces[T], model: nn.Module) -> Run[T]:
         return Run(pieces, self._durations, device_of(model), self._wait, self._processes, self._merge.parking)
 
     def _drive(self, drive: Callable[[Run[MergeRecord | None]], None]) -> MergeRecord | None:

@@ -31,7 +31,7 @@ from ..window.sharding import Unit
 from .isolation import isolated
 from .kept import Kept
 from .parking import Parking
-from .weights import add_gradients, installed
+from .weights import add_gradients, installed, write_into
 
 
 class ShardedWeights:
@@ -168,6 +168,10 @@ class ShardedWeights:
                     if self._units.processes.is_rank_zero:
                         found[key] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
         return found
+
+    def write(self) -> None:
+        """Write the candidate's weights into the live shards."""
+        write_into(self._layout, self.model, self.row)
 
     def clear_gradient(self) -> None:
         """Set the accumulated gradient to zero."""

@@ -39,6 +39,9 @@ class Weights(Protocol):
     def ready(self, gradients: bool) -> AbstractContextManager[None]:
         """A context in which the model computes with the candidate's weights, under ``isolated``."""
 
+    def write(self) -> None:
+        """Write the candidate's weights into the model's own."""
+
     def clear_gradient(self) -> None:
         """Set the accumulated gradient to zero."""
 
@@ -117,6 +120,10 @@ class WholeWeights:
         with self.installed(), self._isolated(gradients=gradients):
             yield
 
+    def write(self) -> None:
+        """See :class:`Weights`."""
+        write_into(self.layout, self.model, self.whole)
+
     def clear_gradient(self) -> None:
         """See :class:`Weights`."""
         self._gradient = self._new() if self._gradient is None else self._gradient.zero_()
@@ -179,6 +186,14 @@ def installed(layout: ParameterLayout, model: nn.Module, row: Tensor, kept: Kept
                 tensor.data = data
             for place, buffer in replaced:
                 place.module._buffers[place.name] = buffer
+
+
+@torch.no_grad()
+def write_into(layout: ParameterLayout, model: nn.Module, row: Tensor) -> None:
+    """Write ``row``, shape ``(layout.numel,)``, into the model's own parameters and buffers."""
+    views, tensors = layout.views(row), layout.tensors(unwrap(model))
+    for slot, tensor in zip(layout.slots, layout.locals(tensors), strict=True):
+        tensor.copy_(views[slot.name])
 
 
 def add_gradients(slots: Sequence[Slot], row: Tensor, tensors: Sequence[Tensor]) -> None:

@@ -45,6 +45,11 @@ class Objective:
         """The domains of all components."""
         return frozenset[str]().union(*self.components)
 
+    @property
+    def live_loss(self) -> float:
+        """The objective of live, in nats per token."""
+        return self.score(self.live)
+
     @classmethod
     def of(
         cls,

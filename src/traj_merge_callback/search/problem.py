@@ -15,6 +15,9 @@ from .spans import Span
 
 # Cost of evaluating a candidate with its gradient (a forward and a backward pass), in forward passes.
 GRADIENT_COST = 3
+# Live has gone astray if its loss rises by more than this many usual rises from merge to merge, and by more than this
+# share of the loss, which is below 0 where it is of a density.
+_RISES, _CLEARLY = 4.0, 0.02
 
 
 @dataclass
@@ -26,6 +29,8 @@ class SearchState:
         spans: of its rows, oldest first.
         row_losses: losses of single rows on the search split, by the row's name; of each component of the objective.
         memory: what the search itself remembers.
+        live_losses: live's objective at the last merges, oldest first.
+        spiked: whether the training loss was in a spike since the merge before.
         restored: whether all this was read from a file and no merge has been made with it yet.
     """
 
@@ -33,6 +38,8 @@ class SearchState:
     spans: list[Span] = field(default_factory=list)
     row_losses: dict[str, list[float]] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
+    live_losses: list[float] = field(default_factory=list)
+    spiked: bool = field(default=False, compare=False)
     restored: bool = field(default=False, compare=False)
 
     @property
@@ -41,6 +48,20 @@ class SearchState:
         found = self.memory.get("spoiled", [])
         return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
 
+    def is_astray(self, loss: float) -> bool:
+        """Whether live's objective is far above what it was at the last merges.
+
+        The lowest of them is compared with: while a loss falls that is the last one, and after a spike it is that from
+        before. Usual is the upper quartile of rises from one merge to the next, where falls count as none: noise makes
+        as many rises as falls, and neither a loss that still falls fast nor a spike makes many.
+        """
+        recent = self.live_losses
+        if not recent:
+            return False
+        rises = np.maximum(np.diff(recent), 0.0)
+        usual = float(np.quantile(rises, 0.75, method="lower")) if len(rises) else 0.0
+        return not loss - min(recent) <= max(_RISES * usual, _CLEARLY * abs(min(recent)))
+
     def forget(self) -> None:
         """Drop everything: the next merge is like a first one."""
         self.previous, self.spans = None, []
@@ -48,7 +69,7 @@ class SearchState:
 
     def forget_losses(self) -> None:
         """Drop what was measured on other held-out data."""
-        self.row_losses, self.memory = {}, {}
+        self.row_losses, self.memory, self.live_losses = {}, {}, []
 
 
 @dataclass(frozen=True)
@@ -74,6 +95,7 @@ class Problem:
             strings as keys.
         spans: which steps the rows are means of, oldest first, and live's own; empty if all are single checkpoints.
         again: the last merge's weights by step, shape ``(size,)``: nearly that merge itself. None at the first merge.
+        astray: whether the training loss was in a spike since the last merge, or live's loss is far above what it was.
     """
 
     steps: tuple[int, ...]
@@ -88,6 +110,7 @@ class Problem:
     memory: dict[str, Any] = field(default_factory=dict)
     spans: tuple[Span, ...] = ()
     again: np.ndarray | None = None
+    astray: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -97,7 +120,7 @@ class Problem:
     @property
     def live_loss(self) -> float:
         """The objective of live on the search split, in nats per token."""
-        return self.objective.score(self.objective.live)
+        return self.objective.live_loss
 
     @property
     def size(self) -> int:

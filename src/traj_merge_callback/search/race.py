@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +12,8 @@ from .recipes import perplexity
 from .spans import Span
 from .surrogate import SurrogateSearch, near_live
 
-# Live's losses at this many merges say what is usual.
-_REMEMBERED = 8
-# Live has gone astray if its loss rises by more than this many usual rises from merge to merge, and by more than this
-# share of the loss, which is below 0 where it is of a density. The share is also what makes a row, or a merge, clearly
-# worse than another one.
-_RISES, _CLEARLY = 4.0, 0.02
+# A row, or a merge, is clearly worse than another one if its loss is higher by this share of it.
+_CLEARLY = 0.02
 # Ratio of the squared distances between neighbouring rows, to the median, from which on the principal axes are those of
 # one row's distance alone: see space._SMALLEST_EXTENT.
 _UNEVEN = 1e6
@@ -57,10 +52,9 @@ class RacedSearch(Search):
         assert problem.gram is not None
         self._options: dict[str, Any] = {"space": space, "bounds": bounds}
         self._left = float(problem.evaluations)
-        recent = problem.memory.get("live_losses", [])
-        problem.memory["live_losses"] = [*recent, problem.live_loss][-_REMEMBERED:]
         # What the last merge's weights should come near; at the first merge there are none.
-        self._expected = min(problem.live_loss, problem.memory.pop("merged", np.inf)) if recent else np.inf
+        before = problem.memory.pop("merged", None)
+        self._expected = np.inf if before is None else min(problem.live_loss, before)
         spoiled = problem.memory.get("spoiled", [])
         names = problem.names[:-1]  # live is what it is now
         self._good = [index for index, name in enumerate(names) if name not in spoiled] + [len(names)]
@@ -71,7 +65,7 @@ class RacedSearch(Search):
         self._winner: np.ndarray | None = None
         self._is_first, self._raced, self._given_up = True, False, 0
         self._surrogate = None
-        looks_wrong = has_risen(problem.live_loss, recent) or is_uneven(problem.gram)
+        looks_wrong = problem.astray or is_uneven(problem.gram)
         if looks_wrong and not self._race() and self._left >= 1:
             self._winner = self._again()  # too few evaluations for a race: as good as the last merge is good enough
         if not (self._runners or self._winner is not None):
@@ -210,22 +204,6 @@ class RacedSearch(Search):
 
     def _good_spans(self) -> tuple[Span, ...]:
         return tuple(self.problem.spans[index] for index in self._good) if self.problem.spans else ()
-
-
-def has_risen(loss: float, recent: Sequence[float]) -> bool:
-    """Whether live's loss is far above what it was at recent merges.
-
-    Args:
-        loss: now.
-        recent: oldest first. The lowest is compared with: while a loss falls that is the last one, and after a spike it
-            is that from before. Usual is the upper quartile of rises from one merge to the next, where falls count as
-            none: noise makes as many rises as falls, and neither a loss that still falls fast nor a spike makes many.
-    """
-    if not recent:
-        return False
-    rises = np.maximum(np.diff(recent), 0.0)
-    usual = float(np.quantile(rises, 0.75, method="lower")) if len(rises) else 0.0
-    return loss - min(recent) > max(_RISES * usual, _CLEARLY * abs(min(recent)))
 
 
 def is_uneven(gram: np.ndarray) -> bool:

@@ -391,9 +391,11 @@ class Ring:
         self.pushed -= 1
         del self.spans[-1], self._places[-1]
 
-    def clear(self) -> None:
-        """Remove all rows."""
-        self.spans, self._places, self.pushed, self.sampled = [], [], 0, 0
+    def drop_since(self, step: int) -> None:
+        """Remove the rows that end at this step or later, and the running mean."""
+        while self.spans and self.spans[-1].last >= step:
+            self.drop_newest()
+        self.pushed, self.sampled = self.pushed if self.spans else 0, 0
 
     def in_order(self) -> list[StoredRow]:
         """The rows that merge weights belong to, oldest first: the leading rows, those held, and live beside means."""

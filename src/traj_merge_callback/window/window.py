@@ -332,10 +332,10 @@ class CheckpointWindow(InUse):
             (self._ring.drop_newest if self._last == "row" else self._ring.uncount_sample)()
         self._left_out = True
 
-    def clear(self) -> None:
-        """Remove all rows."""
+    def drop_since(self, step: int) -> None:
+        """Remove the rows that end at this step or later, and what was sampled since the newest row."""
         self.settle()
-        self._ring.clear()
+        self._ring.drop_since(step)
         self._last = None
 
     def close(self) -> None:

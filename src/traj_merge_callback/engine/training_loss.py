@@ -1,0 +1,133 @@
+"""Spikes of the training loss: has it risen far above its recent range?"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..distributed import Processes
+from ..search.problem import SearchState
+
+logger = logging.getLogger("traj_merge_callback")
+# A loss is far above what is usual if it is so by more than this share of it, and by more than so many standard
+# deviations (from the median absolute deviation) of so many losses that were usual; fewer than the last number say
+# nothing.
+_CLEARLY, _DEVIATIONS, _RECENT, _FEWEST = 0.02, 6.0, 64, 10
+_MAD_TO_DEVIATION = 1.4826
+# So many losses in a row begin a spike: one alone, or two, may be odd batches.
+_CONFIRMED = 3
+
+
+class LossWatch:
+    """The training loss of a run, and whether it is in a spike.
+
+    What is usual is the median of the last losses, and their median absolute deviation: neither moves when a few losses
+    are far off. Losses of a spike are not counted among those that are usual, unless it does not end: then they are
+    what is usual now, as after a change of the data.
+
+    Attributes:
+        since: the step of the first loss of the spike that has not ended; None: there is none.
+    """
+
+    def __init__(self) -> None:
+        self.since: int | None = None
+        self._usual: deque[float] = deque(maxlen=_RECENT)
+        # Steps and losses that are far off, of a spike or not yet.
+        self._far: list[tuple[int, float]] = []
+
+    @property
+    def usual(self) -> float:
+        """The median of the last losses that were usual."""
+        return float(np.median(self._usual)) if self._usual else math.nan
+
+    def see(self, step: int, loss: float) -> None:
+        """One more loss, of a later step than the last one; nan and infinity are far off."""
+        if not self._is_far(loss):
+            self._usual.append(loss)
+            self._far, self.since = [], None
+            return
+        self._far.append((step, loss))
+        if len(self._far) >= _CONFIRMED:
+            self.since = self._far[0][0]
+        if len(self._far) > _RECENT and all(math.isfinite(one) for _, one in self._far):
+            self._usual.extend(one for _, one in self._far)
+            self._far, self.since = [], None
+
+    def _is_far(self, loss: float) -> bool:
+        if not math.isfinite(loss):
+            return True
+        if len(self._usual) < _FEWEST:
+            return False
+        usual = self.usual
+        deviation = _MAD_TO_DEVIATION * float(np.median(np.abs(np.array(self._usual) - usual)))
+        return loss - usual > max(_DEVIATIONS * deviation, _CLEARLY * abs(usual))
+
+
+class TrainingLoss:
+    """Watches the training loss for spikes; no CPU waits for its GPU.
+
+    Args:
+        processes: the ranks; rank 0's loss is looked at.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+        self._watch = LossWatch()
+        # Losses on their way from a GPU.
+        self._arriving: deque[tuple[int, Tensor, torch.cuda.Event]] = deque()
+        self._said: int | None = None
+        #: Whether there was a spike since this was last set to False.
+        self.spiked = False
+
+    @property
+    def since(self) -> int | None:
+        """The step at which a spike began that has not ended; None: there is none."""
+        return self._watch.since
+
+    def noted_in(self, state: SearchState) -> SearchState:
+        """Note for a merge whether there was a spike; a collective. Returns the state."""
+        state.spiked = self._processes.from_rank0(lambda: self.spiked)
+        return state
+
+    def see(self, step: int, loss: Any) -> None:
+        """One more loss.
+
+        Args:
+            step: of a later optimizer step than the last one.
+            loss: a number, or a tensor that holds one; None: nothing is known of this step.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: it is neither.
+        """
+        if loss is None or not self._processes.is_rank_zero:
+            return
+        if isinstance(loss, Tensor) and loss.is_cuda:
+            arrived = torch.empty((), dtype=torch.float32, pin_memory=True)
+            arrived.copy_(loss.detach().reshape(()), non_blocking=True)
+            self._arriving.append((step, arrived, torch.cuda.current_stream(loss.device).record_event()))
+        else:
+            self._see(step, float(loss))
+        while self._arriving and self._arriving[0][2].query():
+            seen, arrived, _ = self._arriving.popleft()
+            self._see(seen, float(arrived))
+
+    def _see(self, step: int, loss: float) -> None:
+        self._watch.see(step, loss)
+        if (since := self._watch.since) is None:
+            return
+        self.spiked = True
+        if since != self._said:
+            self._said = since
+            logger.info(
+                "step %d: the training loss is %.4g, and was %.4g before step %d: a spike",
+                step,
+                loss,
+                self._watch.usual,
+                since,
+            )
