@@ -70,7 +70,7 @@ class Rollback:
         Args:
             model: the model being trained.
             step: the optimizer step, at which a row is due.
-            since: when a spike of the training loss began that has not ended; rank 0's counts.
+            since: the step from which on weights are those of a spike of the training loss; rank 0's counts.
             state: what the last merge remembers.
 
         Returns:
@@ -165,21 +165,27 @@ class _WarmUp:
 
 
 def own_optimizers(given: Optimizer | Iterable[Optimizer] | None, config: MergeConfig) -> list[Optimizer]:
-    """The optimizers that take the steps, without wrappers as those of Accelerate.
+    """The optimizers that take the steps, without wrappers as those of Accelerate; none if nothing is done with them.
 
     Raises:
         TypeError: something is no optimizer.
-        ValueError: there is none, and ``config`` wants something done with it.
+        ValueError: there is none, and ``config`` wants something done with it; or it is DeepSpeed's.
     """
+    if config.on_spike is None:
+        return []
     several = [] if given is None else [given] if isinstance(given, Optimizer) else list(given)
     found = []
     for one in several:
+        if any(type(part).__module__.startswith("deepspeed") for part in (one, getattr(one, "optimizer", None))):
+            raise ValueError(
+                f"on_spike={config.on_spike!r} does not go with DeepSpeed, whose optimizer keeps weights of its own"
+            )
         while isinstance(inner := getattr(one, "optimizer", None), Optimizer):
             one = inner
         if not isinstance(one, Optimizer):
             raise TypeError(f"optimizer={shown(one)}: must be a torch optimizer, or several")
         found.append(one)
-    if config.on_spike is not None and not found and (config.spike_moments == "reset" or config.spike_warmup):
+    if not found and (config.spike_moments == "reset" or config.spike_warmup):
         raise ValueError(
             f"on_spike={config.on_spike!r} with spike_moments={config.spike_moments!r} and "
             f"spike_warmup={config.spike_warmup} needs optimizer=, or spike_moments='keep' and spike_warmup=0"

@@ -32,14 +32,16 @@ class LossWatch:
     what is usual now, as after a change of the data.
 
     Attributes:
-        since: the step of the first loss of the spike that has not ended; None: there is none.
+        since: the step from which on weights are those of a spike that has not ended, which is that of the last usual
+            loss before it; None: there is none.
     """
 
     def __init__(self) -> None:
         self.since: int | None = None
         self._usual: deque[float] = deque(maxlen=_RECENT)
-        # Steps and losses that are far off, of a spike or not yet.
-        self._far: list[tuple[int, float]] = []
+        self._last_usual = 0  # the step of the last one
+        # Losses since then, which are far off.
+        self._far: list[float] = []
 
     @property
     def usual(self) -> float:
@@ -50,13 +52,13 @@ class LossWatch:
         """One more loss, of a later step than the last one; nan and infinity are far off."""
         if not self._is_far(loss):
             self._usual.append(loss)
-            self._far, self.since = [], None
+            self._far, self.since, self._last_usual = [], None, step
             return
-        self._far.append((step, loss))
+        self._far.append(loss)
         if len(self._far) >= _CONFIRMED:
-            self.since = self._far[0][0]
-        if len(self._far) > _RECENT and all(math.isfinite(one) for _, one in self._far):
-            self._usual.extend(one for _, one in self._far)
+            self.since = self._last_usual
+        if len(self._far) > _RECENT and all(map(math.isfinite, self._far)):
+            self._usual.extend(self._far)
             self._far, self.since = [], None
 
     def _is_far(self, loss: float) -> bool:
@@ -87,7 +89,7 @@ class TrainingLoss:
 
     @property
     def since(self) -> int | None:
-        """The step at which a spike began that has not ended; None: there is none."""
+        """The step from which on weights are those of a spike that has not ended; None: there is none."""
         return self._watch.since
 
     def noted_in(self, state: SearchState) -> SearchState:
@@ -125,7 +127,7 @@ class TrainingLoss:
         if since != self._said:
             self._said = since
             logger.info(
-                "step %d: the training loss is %.4g, and was %.4g before step %d: a spike",
+                "step %d: the training loss is %.4g, and was %.4g until step %d: a spike",
                 step,
                 loss,
                 self._watch.usual,

@@ -135,6 +135,7 @@ class TrajMergeCallback(pl.Callback):
             log=lambda record: self._log(trainer, record),
             log_everywhere=True,
             extra=extra if self._save_ckpt else None,
+            optimizer=trainer.optimizers,
             **{**self._options, "output_dir": self.config.output_dir or str(default_folder)},
         )
         self.merger.start(self._model)
@@ -157,7 +158,8 @@ class TrajMergeCallback(pl.Callback):
         if self.merger is None or step == self._last_step:
             return
         self._last_step = step
-        self.merger.step(self._model, step, skipped=self._loss_scale.skipped)
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        self.merger.step(self._model, step, loss=loss, skipped=self._loss_scale.skipped)
         if others_may_write(trainer):
             self.merger.settle()
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,11 +22,11 @@ from ..metrics import MergeRecord
 from ..search.checks import shown
 from ..window.capture import LossScaleWatch
 from .hub import leave_out_of_uploads
+from .logs import preserved_averages, preserved_flags
 from .trained_loss import say_if_another
 
 logger = logging.getLogger("traj_merge_callback")
 _STATE_FOLDER = "traj_merge"
-_FLAGS = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
 _WRITE_NOTHING = ("transformers.", "trl.", "traj_merge_callback.")
 
 
@@ -83,6 +82,7 @@ class TrajMergeCallback(TrainerCallback):
         self._trainer: Trainer | None = None
         self._resume_from: Any = None
         self._loss_scale = LossScaleWatch()
+        self._loss: float | None = None  # the training loss that was logged last, until a step has used it
 
     if not TYPE_CHECKING:
 
@@ -169,6 +169,7 @@ class TrajMergeCallback(TrainerCallback):
             log=lambda record: self._log(args, state, control, record),
             log_everywhere=True,
             extra=lambda: collect_pretrained(kwargs.get("processing_class")),
+            optimizer=kwargs.get("optimizer"),
             **{
                 **self._options,
                 "output_dir": self.config.output_dir or str(Path(args.output_dir) / self.config.named("merged")),
@@ -190,12 +191,17 @@ class TrajMergeCallback(TrainerCallback):
         """Capture and merge if due; at the last step, merge for the last time while the loggers are still open."""
         if self.merger is None:
             return
-        self.merger.step(kwargs["model"], state.global_step, skipped=self._loss_scale.skipped)
+        loss, self._loss = self._loss, None
+        self.merger.step(kwargs["model"], state.global_step, loss=loss, skipped=self._loss_scale.skipped)
         flags = (control.should_evaluate, control.should_save, control.should_epoch_stop)
         if any(flags) or self._others_may_write():
             self.merger.settle()
         if control.should_training_stop:
             self.merger.merge_at_end(kwargs["model"])
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note the training loss, in which the next step looks for a spike."""
+        self._loss = kwargs.get("logs", {}).get("loss", self._loss)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -262,7 +268,7 @@ class TrajMergeCallback(TrainerCallback):
     def _log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, record: MergeRecord) -> None:
         scalars = record.scalars()
         if self._trainer is not None:
-            with _preserved_flags(control), _preserved_averages(self._trainer):
+            with preserved_flags(control), preserved_averages(self._trainer):
                 self._trainer.log(scalars)
             return
         state.log_history.append({**scalars, "epoch": state.epoch, "step": state.global_step})
@@ -272,28 +278,3 @@ class TrajMergeCallback(TrainerCallback):
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
-
-
-@contextmanager
-def _preserved_flags(control: TrainerControl) -> Iterator[None]:
-    """Logging clears ``should_log``; what the trainer has still to do at this step must stay to be done."""
-    flags = {name: getattr(control, name) for name in _FLAGS}
-    try:
-        yield
-    finally:
-        for name, value in flags.items():
-            setattr(control, name, value or getattr(control, name))
-
-
-@contextmanager
-def _preserved_averages(trainer: Trainer) -> Iterator[None]:
-    """TRL's trainers add running averages since the last log to each log and clear them; ours is not their turn."""
-    averages = getattr(trainer, "_metrics", None)
-    if not isinstance(averages, dict):
-        yield
-        return
-    trainer._metrics = {mode: {} for mode in averages}
-    try:
-        yield
-    finally:
-        trainer._metrics = averages
