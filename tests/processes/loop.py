@@ -143,6 +143,7 @@ def run(
     resume=None,
     happens=None,
     at=(),
+    spikes_at=None,
     **options,
 ):
     """Train, and keep the weights and the records.
@@ -160,6 +161,7 @@ def run(
         save_at: save weights and merging state at this step.
         resume: from the folder where another run saved them.
         happens: something in the last process, in the held-out forward passes counted by ``at``.
+        spikes_at: at this step the weights are three times as large.
         options: of the merger.
     """
     # Sizes that four processes cannot share equally; of nine rows the last one gets none.
@@ -186,6 +188,7 @@ def run(
             DataLoader(heldout, batch_size=4, sampler=sampler),
             nll=eventful(happens, at) if happens else None,
             log=lambda record: print(f"\nLOGGED {rank} {record.step}", flush=True),
+            optimizer=optimizer,
             **{**defaults, **options},
         )
         if happens == "kill while writing":
@@ -211,6 +214,10 @@ def run(
             gradient /= size
         optimizer.step()
         optimizer.zero_grad()
+        if step == spikes_at:
+            merger.settle()
+            for parameter in model.parameters():
+                getattr(parameter, "to_local", lambda one=parameter: one)().detach().mul_(3.0)
         if merger:
             merger.step(model, step)
         if step == save_at:

@@ -19,6 +19,7 @@ from traj_merge_callback.consolidate import consolidate_snapshot
 
 HERE = Path(__file__).parent
 SAVED = {"steps": 12, "save_at": 8}
+SPIKE = {"on_spike": "rollback", "spikes_at": 8, "steps": 18}
 RUNS_OF_TWO = [
     {"name": "ddp", "strategy": "ddp", **SAVED},
     {"name": "ddp-plain", "strategy": "ddp", "merging": False},
@@ -45,6 +46,9 @@ RUNS_OF_TWO = [
     {"name": "fsdp1", "strategy": "fsdp1", "tied": False, **SAVED},
     {"name": "fsdp1-2-2", "strategy": "fsdp1", "tied": False, "resume": "fsdp1", "snapshot_files": "sharded"},
     {"name": "fsdp1-plain", "strategy": "fsdp1", "tied": False, "merging": False},
+    {"name": "ddp-spike", "strategy": "ddp", **SPIKE},
+    {"name": "fsdp2-spike", "strategy": "fsdp2-columns", **SPIKE},
+    {"name": "fsdp1-spike", "strategy": "fsdp1", "tied": False, **SPIKE},
 ]
 RUNS_OF_FOUR = [
     {"name": "fsdp1-4", "strategy": "fsdp1", "tied": False, **SAVED},
@@ -62,6 +66,8 @@ RUNS_OF_TWO_AFTER_FOUR = [
     {"name": "fsdp2-int8-1-2", "strategy": "fsdp2", "dtype": "int8", "resume": "one-int8"},
 ]
 RUNS_OF_ONE = [
+    {"name": "one-spike", "strategy": "none", **SPIKE},
+    {"name": "one-untied-spike", "strategy": "none", "tied": False, **SPIKE},
     {"name": "one", "strategy": "none", **SAVED},
     {"name": "one-int8", "strategy": "none", "dtype": "int8", **SAVED},
     {"name": "one-untied", "strategy": "none", "tied": False},
@@ -171,6 +177,24 @@ def test_merges_are_those_of_one_process(folder, run, single):
     assert record["weights"] == pytest.approx(expected["weights"], abs=1e-3)
     assert abs(record["gain"]) > 0.001
     assert record["gain_stderr"] == pytest.approx(expected["gain_stderr"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("run", "single"),
+    [("ddp-spike", "one-spike"), ("fsdp2-spike", "one-spike"), ("fsdp1-spike", "one-untied-spike")],
+)
+def test_all_processes_roll_back_to_the_merge_of_one(folder, run, single):
+    output = (folder / "output.txt").read_text()
+    assert "rolled back to the merge of step 6" in output
+    assert "[1] step 14" not in output
+    expected = torch.load(folder / single / "weights.pt")
+    for name, tensor in torch.load(folder / run / "weights.pt").items():
+        torch.testing.assert_close(tensor, expected[name], atol=2e-3, rtol=0)
+    ours, theirs = records(folder, run), records(folder, single)
+    assert [record["spike"] for record in ours] == [False, True, False]
+    assert [record["rollbacks"] for record in ours] == [0, 0, 1]
+    assert ours[2]["live_loss"] == pytest.approx(theirs[2]["live_loss"], abs=1e-3)
+    assert ours[2]["live_loss"] < ours[0]["live_loss"] + 0.05 < ours[1]["live_loss"]
 
 
 @pytest.mark.parametrize(("run", "processes"), [("ddp", 2), ("ddp-4", 4), ("fsdp2", 2), ("fsdp2-4", 4)])

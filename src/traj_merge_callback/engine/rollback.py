@@ -173,7 +173,7 @@ def own_optimizers(given: Optimizer | Iterable[Optimizer] | None, config: MergeC
     """
     if config.on_spike is None:
         return []
-    several = [] if given is None else [given] if isinstance(given, Optimizer) else list(given)
+    several = [] if given is None else list(given) if isinstance(given, Iterable) else [given]
     found = []
     for one in several:
         if any(type(part).__module__.startswith("deepspeed") for part in (one, getattr(one, "optimizer", None))):

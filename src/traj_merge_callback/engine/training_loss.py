@@ -18,10 +18,10 @@ logger = logging.getLogger("traj_merge_callback")
 # A loss is far above what is usual if it is so by more than this share of it, and by more than so many standard
 # deviations (from the median absolute deviation) of so many losses that were usual; fewer than the last number say
 # nothing.
-_CLEARLY, _DEVIATIONS, _RECENT, _FEWEST = 0.02, 6.0, 64, 10
+_CLEARLY, _DEVIATIONS, _RECENT, _FEWEST = 0.02, 6.0, 32, 10
 _MAD_TO_DEVIATION = 1.4826
-# So many losses in a row begin a spike: one alone, or two, may be odd batches.
-_CONFIRMED = 3
+# So many losses in a row begin a spike: one alone, or two, may be odd batches. After so many it is none: they are usual.
+_CONFIRMED, _LASTING = 3, 100
 
 
 class LossWatch:
@@ -57,7 +57,7 @@ class LossWatch:
         self._far.append(loss)
         if len(self._far) >= _CONFIRMED:
             self.since = self._last_usual
-        if len(self._far) > _RECENT and all(map(math.isfinite, self._far)):
+        if len(self._far) > _LASTING and all(map(math.isfinite, self._far)):
             self._usual.extend(self._far)
             self._far, self.since = [], None
 
