@@ -50,6 +50,22 @@ def test_no_spike_in_a_run_that_has_none_but_odd_batches(seed, noise):
         assert watch.since is None, step
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_no_spike_in_a_loss_that_wanders(seed):
+    rng, watch, wander = np.random.default_rng(seed), LossWatch(), 0.0
+    for step in range(1, 2001):
+        wander = 0.95 * wander + 0.02 * rng.standard_normal()
+        watch.see(step, 2.5 + wander + 0.03 * rng.standard_normal())
+        assert watch.since is None, step
+
+
+def test_a_spike_is_seen_while_the_loss_still_falls_fast():
+    watch = LossWatch()
+    for step, loss in enumerate([*noisy(0, 40, 0.02)[:30], 5.2, 5.1, 5.0], start=1):
+        watch.see(step, loss)
+    assert watch.since == 30
+
+
 @pytest.mark.parametrize("every", [1, 10])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_spike_is_seen_at_its_third_loss_and_is_over_when_the_loss_is_back(seed, every):

@@ -6,7 +6,7 @@ import time
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import AT_ONCE, overflow_at, same_weights, tiny_llama
+from conftest import AT_ONCE, overflow_at, same_weights, tiny_llama, warnings_of
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -371,3 +371,25 @@ def test_weights_swapped_in_for_validation_do_not_get_into_a_capture(tmp_path, t
         fit(tmp_path / name, train, heldout, callback, *others, module=Patient(), val_check_interval=4)
         found.append([(r.step, r.weights, r.live_loss, r.merged_loss) for r in callback.merger.records])
     assert found[0] == found[1]
+
+
+class BlowsUp(pl.Callback):
+    """Before some batch the weights are no longer what training made of them."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 50:
+            with torch.no_grad():
+                for parameter in pl_module.parameters():
+                    parameter.mul_(3.0)
+
+
+def test_a_spike_is_rolled_back_where_that_is_asked_for(tmp_path, train, heldout, caplog):
+    options = {**OPTIONS, "on_spike": "rollback", "merge_every": 8}
+    callback = TrajMergeCallback(**options)
+    trainer, _ = fit(tmp_path, train, heldout, callback, BlowsUp(), max_steps=40, limit_val_batches=4)
+    (said,) = [message for message in warnings_of(caplog) if "rolled back" in message]
+    assert "merge of step 24" in said
+    records = callback.merger.records
+    assert [record.rollbacks for record in records] == [0, 0, 0, 1, 1]
+    assert records[-1].live_loss < records[1].live_loss
+    assert trainer.logged_metrics["merge/rollbacks"] == 1

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import AT_ONCE, overflow_at, same_weights, tiny_llama
+from conftest import AT_ONCE, overflow_at, same_weights, tiny_llama, warnings_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
@@ -319,3 +319,34 @@ def test_a_newcomers_run_shows_every_merge_a_gain_and_at_most_one_warning(tmp_pa
     assert found[300]["merge/gain"] > 2 * found[300]["merge/gain_stderr"]
     ours = [one for one in caplog.records if one.name == "traj_merge_callback" and one.levelname == "WARNING"]
     assert len(ours) <= 1, caplog.text
+
+
+class BlowsUp(TrainerCallback):
+    """At some steps the weights are no longer what training made of them."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step in self.steps:
+            with torch.no_grad():
+                for parameter in kwargs["model"].parameters():
+                    parameter.mul_(3.0)
+
+
+@pytest.mark.parametrize("moments", ["reset", "keep"])
+def test_a_spike_is_rolled_back_where_that_is_asked_for(tmp_path, train, heldout, caplog, moments):
+    arguments = {"max_steps": 40, "logging_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
+    trainer = make_trainer(tmp_path, train, heldout, callbacks=[BlowsUp({25})], **arguments)
+    options = {**OPTIONS, "on_spike": "rollback", "spike_moments": moments, "merge_every": 8}
+    callback = TrajMergeCallback(**options).attach(trainer)
+    trainer.train()
+    (said,) = [message for message in warnings_of(caplog) if "rolled back" in message]
+    assert "merge of step 24" in said
+    logged = merges(trainer)
+    assert logged[24]["merge/spike"] == 0
+    assert [log["merge/rollbacks"] for log in logged.values()] == [0, 0, 0, 1, 1]
+    assert logged[40]["merge/live_loss"] < logged[16]["merge/live_loss"]
+    assert callback.merger.records[-1].rollbacks == 1
+    losses = {log["step"]: log["loss"] for log in trainer.state.log_history if "loss" in log}
+    assert losses[26] > losses[40] + 0.5

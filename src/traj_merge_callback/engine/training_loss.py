@@ -15,21 +15,22 @@ from ..distributed import Processes
 from ..search.problem import SearchState
 
 logger = logging.getLogger("traj_merge_callback")
-# A loss is far above what is usual if it is so by more than this share of it, and by more than so many standard
-# deviations (from the median absolute deviation) of so many losses that were usual; fewer than the last number say
-# nothing.
-_CLEARLY, _DEVIATIONS, _RECENT, _FEWEST = 0.02, 6.0, 32, 10
-_MAD_TO_DEVIATION = 1.4826
-# So many losses in a row begin a spike: one alone, or two, may be odd batches. After so many it is none: they are usual.
+# A loss is far above what is usual if it is so by this share of it, and by so many standard deviations.
+_CLEARLY, _DEVIATIONS = 0.02, 6.0
+# What is usual is the median of so many losses; of more of them the deviation is estimated. Fewer say nothing.
+_CENTRE, _RECENT, _FEWEST = 8, 32, 10
+# Standard deviation of a normal distribution, by the median of the absolute differences of two numbers drawn from it.
+_PER_DIFFERENCE = 1.4826 / math.sqrt(2.0)
+# So many losses in a row begin a spike: one alone, or two, may be odd batches. After so many they are what is usual.
 _CONFIRMED, _LASTING = 3, 100
 
 
 class LossWatch:
     """The training loss of a run, and whether it is in a spike.
 
-    What is usual is the median of the last losses, and their median absolute deviation: neither moves when a few losses
-    are far off. Losses of a spike are not counted among those that are usual, unless it does not end: then they are
-    what is usual now, as after a change of the data.
+    What is usual is the median of the last losses, and how far they are from each other one after another, also in the
+    median: neither moves when a few losses are far off, nor because the loss falls. Losses of a spike are not counted
+    among those that are usual, unless it does not end: then they are what is usual now, as after a change of the data.
 
     Attributes:
         since: the step from which on weights are those of a spike that has not ended, which is that of the last usual
@@ -46,7 +47,7 @@ class LossWatch:
     @property
     def usual(self) -> float:
         """The median of the last losses that were usual."""
-        return float(np.median(self._usual)) if self._usual else math.nan
+        return float(np.median(list(self._usual)[-_CENTRE:])) if self._usual else math.nan
 
     def see(self, step: int, loss: float) -> None:
         """One more loss, of a later step than the last one; nan and infinity are far off."""
@@ -67,7 +68,7 @@ class LossWatch:
         if len(self._usual) < _FEWEST:
             return False
         usual = self.usual
-        deviation = _MAD_TO_DEVIATION * float(np.median(np.abs(np.array(self._usual) - usual)))
+        deviation = _PER_DIFFERENCE * float(np.median(np.abs(np.diff(self._usual))))
         return loss - usual > max(_DEVIATIONS * deviation, _CLEARLY * abs(usual))
 
 
