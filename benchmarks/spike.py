@@ -1,7 +1,8 @@
-"""Live and published losses through two spikes of one real run: a burst of the learning rate, and a poisoned batch.
+"""Loss spikes of real runs: what is published through them, and ways out of them.
 
-A small Llama on Python source. Several mergers with different searches step in the same loop, on the same rows. Every
-loss is of one report split, the same for all. Prints a table; the last line is one JSON object.
+A small Llama on Python source. The first part lets several mergers with different searches step in the same loop, on
+the same rows. The second part compares runs: training on, ``on_spike="rollback"``, and reloading the last checkpoint.
+Every loss is of one report split, the same for all. Prints tables; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -9,40 +10,43 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import sys
+import os
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
-from torch import Tensor, nn
+from faults.recovery import ARMS, BATCH, BURST_FACTOR, BURST_STEPS, KINDS, MERGE_EVERY, SpikedRun, recover
+from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
-from trajectories import VOCABULARY, Spec, blocks_of, put
+from trajectories import blocks_of, put
 from transformers.utils import logging as transformers_logging
 
-from traj_merge_callback import TrajectoryMerger
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from realtext import Blocks
+from traj_merge_callback import TrajectoryMerger
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 SEARCHES = ("auto", "perplexity", "lawa")
-KINDS = ("burst", "poison")
 EMA_DECAY = 0.99
-BATCH = 8
-LEARNING_RATE = 1e-3
-BURST_FACTOR, BURST_STEPS = 30.0, 10
-# The poisoned batch: random bytes, its gradient this much larger and not clipped.
-POISON_WEIGHT = 1000.0
-MERGE_EVERY = 20
 # Nats per byte above the last loss before the spike that count as back there.
 BACK = 0.01
+SEEDS = (0, 1, 2)
+# Kinds of spikes through which merges are published that differ; weights that are no numbers have none.
+PUBLISHED = ("burst", "poison")
+TITLES = {
+    "burst": f"learning rate x{BURST_FACTOR:g} for {BURST_STEPS} steps",
+    "poison": "one poisoned batch",
+    "overflow": "bfloat16 overflow in one step",
+}
 
 
 def arguments() -> argparse.Namespace:
@@ -56,16 +60,9 @@ def arguments() -> argparse.Namespace:
 
 def train(kind: str, steps: int, spike: int, heldout: Tensor, seed: int) -> dict[str, Any]:
     """One run with a spike after step ``spike``; the losses of live and of every published merge at every merge."""
-    spec = Spec("llama", "python", LEARNING_RATE, steps, width=64, layers=2)
-    model, averaged = spec.build(), spec.build()
-    torch.manual_seed(seed)
-    if seed:
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-    blocks = blocks_of(spec.text)[0]
+    run = SpikedRun(kind, steps, spike, seed)
+    model, averaged = run.model, run.spec.build()
     average = parameters_to_vector(model.parameters()).detach().clone()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
     with tempfile.TemporaryDirectory() as folder:
         mergers = {
             name: TrajectoryMerger(
@@ -90,23 +87,9 @@ def train(kind: str, steps: int, spike: int, heldout: Tensor, seed: int) -> dict
         report = next(iter(mergers.values())).heldout
         found: dict[str, Any] = {"steps": [], "live": [], "ema": [], **{name: [] for name in SEARCHES}}
         found["passes"] = {name: [] for name in SEARCHES}
-        for step in range(1, steps + 1):
-            model.train()
-            batch = blocks[torch.randint(len(blocks), (BATCH,))]
-            poisoned = kind == "poison" and step == spike + 1
-            if poisoned:
-                batch = torch.randint(VOCABULARY, batch.shape)
-            burst = kind == "burst" and spike < step <= spike + BURST_STEPS
-            for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * min(1.0, step / 50) * (BURST_FACTOR if burst else 1.0)
-            loss = model(input_ids=batch, labels=batch).loss
-            (POISON_WEIGHT * loss if poisoned else loss).backward()
-            if not poisoned:
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+        for step, loss in run:
             average.lerp_(parameters_to_vector(model.parameters()).detach(), 1.0 - EMA_DECAY)
-            made = {name: merger.step(model, step) for name, merger in mergers.items()}
+            made = {name: merger.step(model, step, loss=loss) for name, merger in mergers.items()}
             records = {name: record for name, record in made.items() if record is not None}
             if len(records) == len(SEARCHES):
                 found["steps"].append(step)
@@ -159,13 +142,51 @@ def _until(losses: np.ndarray, level: float, steps: np.ndarray) -> int | None:
     return int(steps[first]) if first < len(steps) else None
 
 
+def ways_out(steps: int, spike: int, heldout: Tensor, seeds: Sequence[int]) -> dict[str, dict[str, list[Any]]]:
+    """By kind of spike and way out, one run for each seed."""
+    tasks = [(kind, arm, seed) for kind in KINDS for arm in ARMS for seed in seeds]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        runs = [pool.submit(recover, kind, arm, steps, spike, heldout, seed) for kind, arm, seed in tasks]
+        found: dict[str, dict[str, list[Any]]] = {kind: {arm: [] for arm in ARMS} for kind in KINDS}
+        for (kind, arm, _), run in zip(tasks, runs, strict=True):
+            found[kind][arm].append(run.result())
+    return found
+
+
+def summary_of_ways_out(runs: dict[str, list[Any]], spike: int) -> dict[str, Any]:
+    """Per way out: steps until live is back where it was before the spike, and live at the end, of each seed."""
+    rows: dict[str, Any] = {}
+    for arm, seeds in runs.items():
+        backs, ends = [], []
+        for run in seeds:
+            steps, live = np.array(run["steps"]), np.nan_to_num(np.array(run["live"]), nan=np.inf)
+            backs.append(_until(live[steps > spike], live[steps <= spike][-1], steps[steps > spike] - spike))
+            ends.append(round(float(live[-1]), 4) if np.isfinite(live[-1]) else None)
+        rows[arm] = {"steps_until_back": backs, "at_the_end": ends, "back_at": [run["back_at"] for run in seeds]}
+    return rows
+
+
+def draw_ways_out(runs: dict[str, dict[str, list[Any]]], spike: int, path: Path) -> None:
+    """One panel per spike: live's loss over steps, of the first seed."""
+    figure, axes = plt.subplots(1, len(runs), figsize=(14, 4.2), constrained_layout=True)
+    styles = dict(zip(ARMS, ("k:", "C0-", "C1-", "C2--"), strict=True))
+    for axis, (kind, arms) in zip(axes, runs.items(), strict=True):
+        for arm, seeds in arms.items():
+            steps, live = np.array(seeds[0]["steps"]), np.array(seeds[0]["live"])
+            shown = steps >= spike - 3 * MERGE_EVERY
+            axis.plot(steps[shown], live[shown], styles[arm], label=arm, linewidth=2 if arm == "rollback" else 1.3)
+        axis.axvline(spike, color="C3", linewidth=0.8)
+        axis.set_title(TITLES[kind])
+        axis.set_xlabel("optimizer step")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("held-out loss of live (nats per byte)")
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+
+
 def draw(runs: dict[str, dict[str, Any]], spike: int, path: Path) -> None:
     """One panel per spike: losses over steps, from some merges before it."""
     figure, axes = plt.subplots(1, len(runs), figsize=(11, 4.2), constrained_layout=True)
-    titles = {
-        "burst": f"learning rate x{BURST_FACTOR:g} for {BURST_STEPS} steps",
-        "poison": "one poisoned batch",
-    }
     for axis, (kind, found) in zip(np.atleast_1d(axes), runs.items(), strict=True):
         shown = np.array(found["steps"]) >= spike - 5 * MERGE_EVERY
         for name, style in (("live", "k:"), ("ema", "C7-"), ("lawa", "C2-"), ("perplexity", "C1-"), ("auto", "C0-")):
@@ -176,7 +197,7 @@ def draw(runs: dict[str, dict[str, Any]], spike: int, path: Path) -> None:
             )
         axis.axvline(spike, color="C3", linewidth=0.8)
         axis.set_ylim(top=1.03 * max(np.array(found["live"])[shown]))
-        axis.set_title(titles[kind])
+        axis.set_title(TITLES[kind])
         axis.set_xlabel("optimizer step")
         axis.grid(alpha=0.3, which="major")
     np.atleast_1d(axes)[0].set_ylabel("held-out loss, report split (nats per byte)")
@@ -193,12 +214,18 @@ def main() -> None:
     steps, spike = (120, 65) if args.quick else (600, 165)
     heldout = blocks_of("python")[1][: 48 if args.quick else 96]
     began, runs, result = time.perf_counter(), {}, {}
-    for kind in KINDS:
+    for kind in PUBLISHED:
         runs[kind] = train(kind, steps, spike, heldout, args.seed)
         result[kind] = summary(runs[kind], spike)
         print(f"\n{kind}: spike after step {spike} of {steps}")
         for name, row in result[kind].items():
             print(f"  {name:12} {row}")
+    out = ways_out(120 if args.quick else 400, spike, heldout, SEEDS[:1] if args.quick else SEEDS)
+    result["ways_out"] = {kind: summary_of_ways_out(arms, spike) for kind, arms in out.items()}
+    for kind, arms in result["ways_out"].items():
+        print(f"\n{kind}: ways out of a spike after step {spike}")
+        for arm, row in arms.items():
+            print(f"  {arm:24} {row}")
     document = {
         "seconds": round(time.perf_counter() - began, 1),
         "seed": args.seed,
@@ -210,9 +237,10 @@ def main() -> None:
     }
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**document, "curves": runs}, indent=1)
+        text = json.dumps({**document, "curves": {**runs, "ways_out": out}}, indent=1)
         (args.output / "spike.json").write_text(text + "\n")
         draw(runs, spike, args.output / "spike.png")
+        draw_ways_out(out, spike, args.output / "spike_ways_out.png")
     print(json.dumps(document))
 
 

@@ -363,6 +363,11 @@ class TrajectoryMerger:
         """The folder of the published snapshot of lowest loss on the search split so far."""
         return self.output_dir / self._store.best.name if self._store.best else None
 
+    @property
+    def rollbacks(self) -> int:
+        """How often this run went back to a merge; see ``on_spike``."""
+        return 0 if self._rollback is None else self._rollback.count
+
     # What is due
 
     def _previous(self, step: int) -> int:
@@ -405,7 +410,7 @@ class TrajectoryMerger:
         if record is None:
             return None
         self._state.search = self._schedule.learned
-        rollbacks = None if self._rollback is None else self._rollback.count
+        rollbacks = None if self._rollback is None else self.rollbacks
         return self._recorder.add(record, step, self._state, self._overhead, self._writer, self._store.run, rollbacks)
 
     # Resuming

@@ -25,6 +25,7 @@ def test_what_a_rise_is():
     assert has_risen(-1.1, [-1.25, -1.31])
     assert has_risen(2.9, [4.0, 3.4, 2.6, 3.2])  # it still is far above what it was before the spike
     assert not has_risen(2.5, [4.0, 3.4, 2.6, 3.2])
+    assert has_risen(3.0, [2.6, 3.2])  # also where there was one merge before it
 
 
 def test_a_live_loss_that_is_no_number_has_risen():

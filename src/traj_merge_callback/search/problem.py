@@ -59,7 +59,8 @@ class SearchState:
         if not recent:
             return False
         rises = np.maximum(np.diff(recent), 0.0)
-        usual = float(np.quantile(rises, 0.75, method="lower")) if len(rises) else 0.0
+        # One rise alone may be that of a spike.
+        usual = float(np.quantile(rises, 0.75, method="lower")) if len(rises) > 1 else 0.0
         return not loss - min(recent) <= max(_RISES * usual, _CLEARLY * abs(min(recent)))
 
     def forget(self) -> None:
