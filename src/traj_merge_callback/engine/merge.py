@@ -19,7 +19,7 @@ from ..evaluate.isolation import isolated
 from ..evaluate.kept import Keeper, Kept
 from ..evaluate.parking import Parking
 from ..metrics import MergeRecord, report_losses
-from ..pieces import Pieces
+from ..pieces import PUBLISH, Pieces
 from ..search.problem import SearchState
 from ..window.memory import refused_on_all
 from ..window.names import unwrap
@@ -180,6 +180,7 @@ class Merge:
             if chosen.weights is not None:
                 merged = yield from candidates.evaluate("report")
             if self.last is not None and not described["spike"]:
+                yield PUBLISH
                 self.last.take(candidates.weights.row, step, chosen.loss)
         losses = report_losses(live, merged, self._heldout.searched)
         if not math.isfinite(losses["gain"]):
