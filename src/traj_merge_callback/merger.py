@@ -28,7 +28,7 @@ from .engine.failures import TOLD, Failures
 from .engine.making import make_merging, what_changed
 from .engine.publish import Extra
 from .engine.recording import Recorder
-from .engine.rollback import Rollback, own_optimizers
+from .engine.rollback import Rollback
 from .engine.schedule import Schedule
 from .engine.training_loss import TrainingLoss
 from .evaluate.heldout import HeldOutLoss, Nll, ToDevice
@@ -110,8 +110,6 @@ class TrajectoryMerger:
         #: The records of all merges made here, on every rank.
         self.records = self._recorder.records
         self._training_loss = TrainingLoss(self.processes)
-        self._optimizers = own_optimizers(optimizer, self.config)
-        self._rollback: Rollback | None = None
         keep_last, keep_best = self.config.keep_last, self.config.keep_best
         self._store = SnapshotStore(self.output_dir, keep_last=keep_last, keep_best=keep_best, check=self._output.check)
         options = {name: getattr(self.config, name) for name in ("search_fraction", "report_only", "seed")}
@@ -123,6 +121,7 @@ class TrajectoryMerger:
         self._overhead = Overhead(self.config.max_overhead, self.config.max_pause)
         self._due = False  # whether a merge is due that has not begun
         self._capturing = Capturing(self.config, self.processes)
+        self._rollback = Rollback(self.config, self._training_loss, self._capturing, optimizer, self.processes)
         self._renewing = False  # whether a window is to replace one of other parameters
 
     def prepare(self, model: nn.Module) -> None:
@@ -153,11 +152,9 @@ class TrajectoryMerger:
                 self._output.release()
             raise
         self._merging, self._writer, self._saver, self.window = made, made.writer, made.saver, made.window
-        how = (self.config, self.heldout, made.merge, self._overhead, made.writer.wait, self.processes)
-        self._schedule = Schedule(*how)
-        if self.config.on_spike is not None:
-            known = (self.config, made.merge, self._capturing, self._optimizers, self.processes)
-            self._rollback = Rollback(*known, self._schedule.abandon, self._schedule.at_once)
+        known = (self.config, self.heldout, made.merge, self._overhead, made.writer.wait, self.processes)
+        self._schedule = Schedule(*known)
+        self._rollback.begin(made.merge, self._schedule.at_once)
         is_first, self._waited_s, self._renewing = not self._renewing, 0.0, False
         if is_first:
             self._first_pass(model)
@@ -206,8 +203,7 @@ class TrajectoryMerger:
             return None
         self._output.use()
         with self._timeout_ends_merging(step):
-            with self._failures.contained("reading the training loss", step):
-                self._training_loss.see(step, loss)
+            self._training_loss.see(step, loss)
             return self._step(model, step, skipped)
         return None
 
@@ -233,9 +229,12 @@ class TrajectoryMerger:
         with self._failures.contained("trajectory merging", step):
             is_due = passed(self.config.merge_every, self._previous(step), step)
             record = self._record(self._schedule.advance(next_is_due=is_due), step)
-        if self._rollback is not None and self._capturing.row_is_due(self._previous(step), step):
-            with self._failures.contained("rolling back", step):
-                self._due |= self._rollback.consider(model, step, self._training_loss.since, self._state.search)
+            if self._rollback.suspects(self._previous(step), step, self._state.search):
+                # The memory that this takes may hold a merge, or a snapshot that is being written.
+                record = self._record(self._schedule.complete(), step) or record
+                self._writer.wait()
+                if not self._schedule.under_way:
+                    self._rollback.consider(model, step, self._state.search)
         with self._failures.contained("trajectory merging", step):
             if self._capture(model, step, skipped) and not self._schedule.under_way:
                 self._begin(model, step)
@@ -349,6 +348,7 @@ class TrajectoryMerger:
         if self.window is not None:
             self._schedule.abandon()
             self._merging.release()
+            self._rollback.end()
             self.window = None
             del self._merging, self._schedule, self._saver, self._writer  # which hold its memory
 
@@ -366,9 +366,7 @@ class TrajectoryMerger:
     @property
     def rollbacks(self) -> int:
         """How often this run went back to a merge; see ``on_spike``."""
-        return 0 if self._rollback is None else self._rollback.count
-
-    # What is due
+        return self._rollback.count
 
     def _previous(self, step: int) -> int:
         return step - 1 if self._state.last_step is None else self._state.last_step
@@ -410,8 +408,8 @@ class TrajectoryMerger:
         if record is None:
             return None
         self._state.search = self._schedule.learned
-        rollbacks = None if self._rollback is None else self.rollbacks
-        return self._recorder.add(record, step, self._state, self._overhead, self._writer, self._store.run, rollbacks)
+        known = (self._state, self._overhead, self._writer, self._store.run, self.rollbacks)
+        return self._recorder.add(record, step, *known)
 
     # Resuming
 

@@ -1,15 +1,20 @@
 """on_spike="rollback": when a run goes back to its last merge, what it finds there, and when it does not go back."""
 
 import copy
+import gc
 import logging
+import time
+import weakref
 
 import pytest
 import torch
 from conftest import AT_ONCE, same_weights, tiny_llama, train_steps, warnings_of
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
+from transformers.optimization import Adafactor
 
-from traj_merge_callback import TrajectoryMerger, find_snapshot
+from traj_merge_callback import TrajectoryMerger, find_snapshot, load_merged
+from traj_merge_callback.disk import model_files
 from traj_merge_callback.engine import merge, rollback
 
 OPTIONS = {"capture_every": 5, "merge_every": 10, "progress": False, "on_spike": "rollback", **AT_ONCE}
@@ -27,7 +32,7 @@ def spoil(model):
         next(model.parameters())[0, 0] = torch.nan
 
 
-def run(train, heldout, folder, happens, steps=60, told=lambda step, loss: loss, each=None, schedule=None, **options):
+def run(train, heldout, folder, happens, steps=60, told=lambda step, loss: loss, each=None, scheduled=None, **options):
     """Train with a merger; ``happens`` maps steps to what is done to the model after them, ``told`` gives its losses.
 
     Returns:
@@ -38,7 +43,7 @@ def run(train, heldout, folder, happens, steps=60, told=lambda step, loss: loss,
     merger = TrajectoryMerger(
         DataLoader(heldout, batch_size=6), output_dir=str(folder), optimizer=optimizer, **{**OPTIONS, **options}
     )
-    scheduler = None if schedule is None else schedule(optimizer)
+    scheduler = None if scheduled is None else scheduled(optimizer)
     torch.manual_seed(1)
     after = {}
     for step in range(1, steps + 1):
@@ -158,25 +163,132 @@ def test_schedulers_see_their_own_learning_rate(train, heldout, tmp_path, caplog
 
     rates = {}
     # Computes each rate from the last one.
-    options = {"each": each, "schedule": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)}
+    options = {"each": each, "scheduled": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)}
     run(train, heldout, tmp_path / "on", {41: spoil}, **options)
     assert rolled_back(caplog)
     run(train, heldout, tmp_path / "off", {}, **options)
     assert rates[tmp_path / "on"] == rates[tmp_path / "off"]
 
 
+class Steps:
+    """Steps of plain SGD at a rate of 1 on a gradient of 1: how far each goes is the rate that it took."""
+
+    def __init__(self, steps):
+        self.parameter = torch.nn.Parameter(torch.zeros(1))
+        self.optimizer = torch.optim.SGD([self.parameter], lr=1.0)
+        self.warm_up = rollback._WarmUp(self.optimizer, steps)
+
+    def take(self, count, closure=None):
+        taken = []
+        for _ in range(count):
+            before = self.parameter.item()
+            self.parameter.grad = torch.ones(1)
+            self.optimizer.step(closure)
+            taken.append(before - self.parameter.item())
+            assert self.optimizer.param_groups[0]["lr"] == 1.0  # what a scheduler sees
+        return pytest.approx(taken)
+
+
 def test_the_learning_rate_grows_over_the_steps_asked_for():
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
-    rollback._WarmUp(optimizer, 3)
-    moved = []
-    for _ in range(5):
-        before = parameter.item()
-        parameter.grad = torch.ones(1)
-        optimizer.step()
-        moved.append(before - parameter.item())
-        assert optimizer.param_groups[0]["lr"] == 1.0
-    assert moved == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    steps = Steps(3)
+    assert steps.take(2) == [1.0, 1.0]
+    steps.warm_up.begin()
+    assert steps.take(5) == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_a_second_rollback_begins_the_warm_up_anew():
+    steps = Steps(3)
+    steps.warm_up.begin()
+    assert steps.take(2) == [0.25, 0.5]
+    steps.warm_up.begin()
+    assert steps.take(4) == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_other_hooks_of_the_optimizer_do_not_mind():
+    steps, called = Steps(2), []
+    steps.warm_up.begin()
+    steps.optimizer.register_step_post_hook(lambda *_: called.append("after"))
+    assert steps.take(4) == [1 / 3, 2 / 3, 1.0, 1.0]
+    steps.warm_up.end()
+    assert steps.take(1) == [1.0]
+    assert called == ["after"] * 5
+
+
+def test_a_step_that_raises_does_not_lower_the_rate_for_good():
+    steps = Steps(2)
+    steps.warm_up.begin()
+
+    def out_of_memory():
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        steps.take(1, out_of_memory)
+    assert steps.take(2) == [2 / 3, 1.0]
+
+
+def test_groups_without_a_rate_are_left_alone():
+    parameter = torch.nn.Parameter(torch.zeros(4, 4))
+    optimizer = Adafactor([parameter], lr=None, relative_step=True, warmup_init=True)
+    rollback._WarmUp(optimizer, 3).begin()
+    parameter.grad = torch.ones(4, 4)
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] is None
+
+
+@pytest.mark.parametrize("spikes", [False, True])
+def test_snapshots_hold_what_is_said_of_them_whatever_is_looked_at(train, heldout, tmp_path, monkeypatch, spikes):
+    """The training loss gives reason to look at live while a snapshot is being written, from memory that this takes."""
+    write = model_files._write
+
+    def slowly(*arguments):
+        time.sleep(1.0)
+        return write(*arguments)
+
+    monkeypatch.setattr(model_files, "_write", slowly)
+    options = {"schedule": "interleaved", "max_pause": 30.0, "merge_every": 20, "keep_last": 5}
+    told = lambda step, loss: loss + 3.0 * (step > 21)  # noqa: E731
+    _, merger, _ = run(train, heldout, tmp_path, {22: blow_up} if spikes else {}, told=told, **options)
+    assert [record.step for record in merger.records] == [20, 40, 60]
+    assert merger.rollbacks == spikes
+    for record in merger.records:
+        model = tiny_llama()
+        load_merged(record.snapshot, model)
+        assert merger.heldout.evaluate(model, "report").loss == pytest.approx(record.merged_loss, abs=1e-5)
+
+
+def test_a_healthy_merge_after_a_rollback_counts_as_one(train, heldout, tmp_path, caplog):
+    """Two spikes with one merge between them: the run goes back twice, the second time to that merge."""
+    _, merger, _ = run(train, heldout, tmp_path, {21: blow_up, 31: blow_up}, steps=50)
+    assert len(rolled_back(caplog)) == 2
+    assert "merge of step 30" in rolled_back(caplog)[1]
+    assert [record.spike for record in merger.records] == [False, False, True, True, False]
+
+
+def test_live_is_looked_at_a_few_times_and_merges_go_on(train, heldout, tmp_path, monkeypatch):
+    looks, live_loss = [], merge.Merge.live_loss
+    monkeypatch.setattr(merge.Merge, "live_loss", lambda *arguments: looks.append(1) or live_loss(*arguments))
+    options = {"schedule": "interleaved", "max_pause": 1e-4, "capture_every": 2, "merge_every": 40}
+    told = lambda step, loss: loss + 3.0 * (step > 25)  # noqa: E731
+    _, merger, _ = run(train, heldout, tmp_path, {}, steps=120, told=told, **options)
+    assert 0 < len(looks) <= 9
+    assert len(merger.records) >= 2
+
+
+@pytest.mark.parametrize("loss", [torch.ones(3), "much", object()])
+def test_a_loss_that_is_no_number_is_said_once_and_harms_nothing(train, heldout, tmp_path, caplog, loss):
+    _, merger, _ = run(train, heldout, tmp_path, {}, steps=10, told=lambda *_: loss, on_error="raise")
+    assert len(merger.records) == 1
+    assert caplog.text.count("is no number") == 1
+
+
+def test_the_window_is_released_with_the_merger(train, heldout, tmp_path):
+    seen = []
+    _, merger, _ = run(train, heldout, tmp_path, {}, steps=10, each=lambda step, merger, _: seen.append(merger.window))
+    window = weakref.ref(seen.pop())
+    seen.clear()
+    gc.collect()
+    assert merger.window is None
+    assert window() is None
 
 
 def test_moments_are_kept_where_that_is_asked_for(train, heldout, tmp_path, caplog):
@@ -196,7 +308,7 @@ def test_what_goes_wrong_in_a_rollback_does_not_end_the_run(train, heldout, tmp_
 
     monkeypatch.setattr(merge.Merge, "put_back", fails)
     _, merger, _ = run(train, heldout, tmp_path, {41: blow_up})
-    assert any("rolling back failed" in message for message in warnings_of(caplog))
+    assert any("no way back" in message for message in warnings_of(caplog))
     assert merger.records[-1].step == 60
 
 

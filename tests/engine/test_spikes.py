@@ -107,3 +107,11 @@ def test_other_data_with_a_higher_loss_are_usual_after_a_while():
     for step, loss in enumerate([1.2, 3.4, 3.5, 3.4], start=251):
         watch.see(step, loss)
     assert watch.since == 251
+
+
+def test_a_loss_that_is_no_number_does_not_make_a_spike_last():
+    watch = LossWatch()
+    for step in range(1, 301):
+        watch.see(step, math.nan if step == 110 else 2.0 + 1.0 * (step > 100) + 0.01 * (step % 3))
+    assert watch.since is None
+    assert watch.usual == pytest.approx(3.01, abs=0.02)

@@ -248,6 +248,7 @@ class Chooser:
             self._succeeded()
         state.restored = self._remembers = False
         # The live losses with which this one was compared, and this one.
+        state.in_a_spike |= state.is_astray(problem.live_loss)
         state.live_losses = [*state.live_losses, problem.live_loss][-_REMEMBERED:]
         state.previous, state.spans = (None if shared is None else shared.tolist()), list(window.spans)
         state.row_losses = {row: losses for row, losses in state.row_losses.items() if row in problem.names}

@@ -112,13 +112,14 @@ class Merge:
         found = yield from self._heldout.evaluate_pieces(model, "search", self._as_it_is(model))
         return self.chooser.objective(found).live_loss
 
-    def put_back(self, model: nn.Module) -> Pieces[None]:
-        """Write the last merge into the model, whose optimizer does not read or write weights meanwhile."""
+    def put_back(self, model: nn.Module) -> Pieces[bool]:
+        """Write the last merge into the model, between two optimizer steps; True when that is done."""
         assert self.last is not None
         weights = self._candidates(model, Kept()).weights
         weights.row.copy_(self.last.row)
         yield from weights.gather()
         weights.write()
+        return True
 
     def probe(self, model: nn.Module) -> Pieces[None]:
         """Do pieces of the commonest kinds, to learn how long they take."""
@@ -179,7 +180,7 @@ class Merge:
             yield from candidates.load(chosen.weights)
             if chosen.weights is not None:
                 merged = yield from candidates.evaluate("report")
-            if self.last is not None and not described["spike"]:
+            if self.last is not None and not state.in_a_spike:
                 yield PUBLISH
                 self.last.take(candidates.weights.row, step, chosen.loss)
         losses = report_losses(live, merged, self._heldout.searched)

@@ -48,7 +48,7 @@ class Recorder:
         overhead: Overhead,
         writer: Writer,
         run: str,
-        rollbacks: int | None,
+        rollbacks: int,
     ) -> MergeRecord:
         """A merge is done; its record, with what is known now.
 
@@ -59,7 +59,7 @@ class Recorder:
             overhead: the time spent so far.
             writer: the thread that writes.
             run: the run's name.
-            rollbacks: how often the run was rolled back; None where it never is.
+            rollbacks: how often the run was rolled back.
         """
         state.history.append((record.step, record.merged_loss))
         as_good = [record.step - past for past, loss in state.history if loss <= record.live_loss]
@@ -68,7 +68,7 @@ class Recorder:
             steps_saved=max(as_good, default=0),
             finished_step=step,
             overhead=overhead.share,
-            rollbacks=rollbacks,
+            rollbacks=None if self._config.on_spike is None else rollbacks,
             run=run,
             name=self._config.name,
         )

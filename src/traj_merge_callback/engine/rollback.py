@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..config import MergeConfig
@@ -17,9 +17,14 @@ from ..pieces import Pieces
 from ..search.checks import shown
 from ..search.problem import SearchState
 from .capturing import Capturing
-from .merge import Merge
+from .merge import LastMerge, Merge
+from .training_loss import TrainingLoss
 
 logger = logging.getLogger("traj_merge_callback")
+
+
+# How often live is looked at for one reason before the next merge interval.
+_LOOKS = 3
 
 
 class Rollback:
@@ -32,93 +37,125 @@ class Rollback:
 
     Args:
         config: the options.
-        merge: has the last merge.
+        training_loss: is watched for spikes.
         capturing: of checkpoints.
-        optimizers: of the run, without wrappers.
+        optimizer: of the run, or several.
         processes: the ranks.
-        give_up: gives up the merge under way; returns whether there was one.
-        at_once: does pieces while training waits, and returns what they return.
+
+    Raises:
+        TypeError, ValueError: see :func:`own_optimizers`.
     """
 
     def __init__(
         self,
         config: MergeConfig,
-        merge: Merge,
+        training_loss: TrainingLoss,
         capturing: Capturing,
-        optimizers: Sequence[Optimizer],
+        optimizer: Optimizer | Iterable[Optimizer] | None,
         processes: Processes,
-        give_up: Callable[[], bool],
-        at_once: Callable[[Pieces[Any], nn.Module], Any],
     ) -> None:
-        assert merge.last is not None
         self._config = config
-        self._merge, self._last = merge, merge.last
-        self._give_up, self._at_once = give_up, at_once
+        self._training_loss = training_loss
         self._capturing = capturing
-        self._optimizers = optimizers
+        self._optimizers = own_optimizers(optimizer, config)
+        self._warm_ups = [_WarmUp(one, config.spike_warmup) for one in self._optimizers]
         self._processes = processes
-        # The losses of merges when live was looked at last, which give no other reason to do so again.
-        self._looked_at: list[float] = []
+        self._merge: Merge | None = None
+        self._at_once: Callable[[Pieces[Any], nn.Module], Any] = lambda pieces, model: None
+        # What gave reason to look at live, where since, and how often.
+        self._since: int | None = None
+        self._reason: tuple[Any, ...] = ()
+        self._looked_at, self._looks = 0, 0
         self._said_none, self._given_up = False, False
         self._step = 0  # of the last rollback
         #: How often the run was rolled back.
         self.count = 0
 
-    def consider(self, model: nn.Module, step: int, since: int | None, state: SearchState) -> bool:
-        """Roll back if live went astray; a collective.
+    def begin(self, merge: Merge, at_once: Callable[[Pieces[Any], nn.Module], Any]) -> None:
+        """There is a window.
+
+        Args:
+            merge: has the last merge.
+            at_once: does pieces while training waits, and returns what they return; None after a SIGTERM.
+        """
+        self._merge, self._at_once = merge, at_once
+
+    def end(self) -> None:
+        """The window is released."""
+        self._merge, self._at_once = None, lambda pieces, model: None
+        for warm_up in self._warm_ups:
+            warm_up.end()
+
+    def suspects(self, previous: int, step: int, state: SearchState) -> bool:
+        """Whether there is a reason to look at live; a collective.
+
+        A few times for each reason, and again after each merge interval while it lasts.
+
+        Args:
+            previous, step: the last optimizer step, and this one; live is looked at where a row is due.
+            state: what the last merge remembers.
+        """
+        if self._config.on_spike is None or self._given_up or not self._capturing.row_is_due(previous, step):
+            return False
+        self._since, recent = self._processes.from_rank0(lambda: self._training_loss.since), state.live_losses
+        rose = bool(recent) and replace(state, live_losses=recent[:-1]).is_astray(recent[-1])
+        if self._since is None and not self._capturing.left_out and not rose:
+            return False
+        reason = (self._since, self._capturing.left_out, *recent)
+        if reason != self._reason or step - self._looked_at >= self._config.merge_every:
+            self._reason, self._looks = reason, 0
+        self._looks += 1
+        self._looked_at = step if self._looks == 1 else self._looked_at
+        return self._looks <= _LOOKS
+
+    def consider(self, model: nn.Module, step: int, state: SearchState) -> None:
+        """Look at live, and go back if it went astray; a collective. Nothing is under way, and nothing is written.
 
         Args:
             model: the model being trained.
-            step: the optimizer step, at which a row is due.
-            since: the step from which on weights are those of a spike of the training loss; rank 0's counts.
+            step: the optimizer step.
             state: what the last merge remembers.
-
-        Returns:
-            Whether a merge under way was given up, which is to be made of the row of this step.
         """
-        if self._given_up:
-            return False
-        since, recent = self._processes.from_rank0(lambda: since), state.live_losses
-        rose = False
-        if recent and recent != self._looked_at:
-            rose = replace(state, live_losses=recent[:-1]).is_astray(recent[-1])
-        if since is None and not self._capturing.left_out and not rose:
-            return False
-        self._looked_at = list(recent)
-        # A merge under way holds memory that this takes.
-        given_up = self._give_up()
-        loss = self._at_once(self._merge.live_loss(model), model)
-        if loss is not None and self._is_wanted(step, loss, state):
-            self._capturing.settle(self._merge.window)
-            self._at_once(self._merge.put_back(model), model)
-            assert self._last.step is not None
-            self._merge.window.drop_since(self._last.step + 1 if since is None else since)
-            self._capturing.forget()
-            self._take_up_training()
-            self.count, self._step = self.count + 1, step
-            self._say(
-                "step %d: live's held-out loss is %.4g, and was %.4g: rolled back to the merge of step %d, whose loss "
-                "is %.4g; spike_moments=%r, spike_warmup=%d",
-                step,
-                loss,
-                min(recent, default=math.nan),
-                self._last.step,
-                self._last.loss,
-                self._config.spike_moments,
-                self._config.spike_warmup,
-            )
-        return given_up
+        merge = self._merge
+        assert merge is not None
+        assert merge.last is not None
+        loss = self._at_once(merge.live_loss(model), model)
+        if loss is None or not self._is_wanted(step, loss, merge.last, state):
+            return
+        self._capturing.settle(merge.window)
+        if not self._at_once(merge.put_back(model), model):
+            return
+        assert merge.last.step is not None
+        merge.window.drop_since(merge.last.step + 1 if self._since is None else self._since)
+        self._capturing.forget()
+        self._training_loss.restart()
+        for optimizer in self._optimizers if self._config.spike_moments == "reset" else []:
+            optimizer.state.clear()
+        for warm_up in self._warm_ups:
+            warm_up.begin()
+        self.count, self._step = self.count + 1, step
+        self._say(
+            "step %d: live's held-out loss is %.4g, and was %.4g: rolled back to the merge of step %d, whose loss is "
+            "%.4g; spike_moments=%r, spike_warmup=%d",
+            step,
+            loss,
+            min(state.live_losses, default=math.nan),
+            merge.last.step,
+            merge.last.loss,
+            self._config.spike_moments,
+            self._config.spike_warmup,
+        )
 
-    def _is_wanted(self, step: int, loss: float, state: SearchState) -> bool:
+    def _is_wanted(self, step: int, loss: float, last: LastMerge, state: SearchState) -> bool:
         """Whether live is to be rolled back, by its held-out loss now and at recent merges."""
         if math.isfinite(loss) and not state.is_astray(loss):
             return False
-        if self._last.step is None:
+        if last.step is None:
             if not self._said_none:
                 self._say("step %d: the loss is in a spike, and there is no merge from before it to go back to", step)
             self._said_none = True
             return False
-        if self.count and self._last.step <= self._step:
+        if self.count and last.step <= self._step:
             self._given_up = True
             self._say(
                 "step %d: live's held-out loss is %.4g, far up again after the rollback at step %d and before another "
@@ -129,39 +166,60 @@ class Rollback:
             )
         return not self._given_up
 
-    def _take_up_training(self) -> None:
-        for optimizer in self._optimizers:
-            if self._config.spike_moments == "reset":
-                optimizer.state.clear()
-            if self._config.spike_warmup:
-                _WarmUp(optimizer, self._config.spike_warmup)
-
     def _say(self, sentence: str, *values: Any) -> None:
         if self._processes.is_rank_zero:
             logger.warning(sentence, *values)
 
 
 class _WarmUp:
-    """Lowers the learning rate within an optimizer's next steps, and only there: schedulers see their own rate."""
+    """Lowers the learning rate within an optimizer's next steps, and only there: schedulers see their own rate.
+
+    Its hooks stay until :meth:`end`, as an optimizer's hooks must not be removed while they are called.
+
+    Args:
+        optimizer: whose groups have a learning rate; those without one (Adafactor's) are left alone.
+        steps: over which it grows.
+    """
 
     def __init__(self, optimizer: Optimizer, steps: int) -> None:
-        self._steps, self._taken = steps, 0
-        self._rates: list[Any] = []
-        before = optimizer.register_step_pre_hook(self._before)
-        self._hooks = before, optimizer.register_step_post_hook(self._after)
+        self._optimizer = optimizer
+        self._steps, self._left = steps, 0
+        self._hooks: list[Any] = []
+        # Groups whose rate is lowered now, with their own one.
+        self._lowered: list[tuple[dict[str, Any], Any]] = []
+
+    def begin(self) -> None:
+        """Begin anew."""
+        self._left = self._steps
+        if not self._hooks and self._steps:
+            before = self._optimizer.register_step_pre_hook(self._before)
+            self._hooks = [before, self._optimizer.register_step_post_hook(self._after)]
+
+    def end(self) -> None:
+        """Leave the optimizer alone; it takes no step now."""
+        self._restore()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._left = [], 0
 
     def _before(self, optimizer: Optimizer, *_: Any) -> None:
-        self._taken += 1
-        self._rates = [group["lr"] for group in optimizer.param_groups]
+        self._restore()  # where the last step raised
+        if not self._left:
+            return
+        share = 1.0 - self._left / (self._steps + 1)
+        self._left -= 1
         for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * (self._taken / (self._steps + 1))
+            if isinstance(rate := group.get("lr"), (float, int, Tensor)):
+                self._lowered.append((group, rate))
+                group["lr"] = rate * share
 
-    def _after(self, optimizer: Optimizer, *_: Any) -> None:
-        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+    def _after(self, *_: Any) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for group, rate in self._lowered:
             group["lr"] = rate
-        if self._taken == self._steps:
-            for hook in self._hooks:
-                hook.remove()
+        self._lowered = []
 
 
 def own_optimizers(given: Optimizer | Iterable[Optimizer] | None, config: MergeConfig) -> list[Optimizer]:

@@ -313,13 +313,11 @@ class Schedule:
             self._merge.parking.give_back()
         self._worked = False
 
-    def abandon(self) -> bool:
-        """Give up what is under way; whether that was a merge."""
-        was_merge = self.merge_under_way
+    def abandon(self) -> None:
+        """Give up what is under way."""
         if self._run is not None:
             self._run.abandon()
             self._run = self._again = None
-        return was_merge
 
     def at_once(self, pieces: Pieces[T], model: nn.Module) -> T | None:
         """Do pieces of something else while training waits, when nothing is under way; None after a SIGTERM."""

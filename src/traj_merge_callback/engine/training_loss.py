@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import Processes
+from ..search.checks import shown
 from ..search.problem import SearchState
 
 logger = logging.getLogger("traj_merge_callback")
@@ -42,7 +43,7 @@ class LossWatch:
         self._usual: deque[float] = deque(maxlen=_RECENT)
         self._last_usual = 0  # the step of the last one
         # Losses since then, which are far off.
-        self._far: list[float] = []
+        self._far: deque[float] = deque(maxlen=_LASTING)
 
     @property
     def usual(self) -> float:
@@ -53,14 +54,20 @@ class LossWatch:
         """One more loss, of a later step than the last one; nan and infinity are far off."""
         if not self._is_far(loss):
             self._usual.append(loss)
-            self._far, self.since, self._last_usual = [], None, step
+            self._last_usual = step
+            self.end_spike()
             return
         self._far.append(loss)
         if len(self._far) >= _CONFIRMED:
             self.since = self._last_usual
-        if len(self._far) > _LASTING and all(map(math.isfinite, self._far)):
+        if len(self._far) == _LASTING and all(map(math.isfinite, self._far)):
             self._usual.extend(self._far)
-            self._far, self.since = [], None
+            self.end_spike()
+
+    def end_spike(self) -> None:
+        """There is no spike, or no more."""
+        self._far.clear()
+        self.since = None
 
     def _is_far(self, loss: float) -> bool:
         if not math.isfinite(loss):
@@ -73,7 +80,7 @@ class LossWatch:
 
 
 class TrainingLoss:
-    """Watches the training loss for spikes; no CPU waits for its GPU.
+    """Watches the training loss for spikes; no CPU waits for a CUDA device.
 
     Args:
         processes: the ranks; rank 0's loss is looked at.
@@ -85,6 +92,7 @@ class TrainingLoss:
         # Losses on their way from a GPU.
         self._arriving: deque[tuple[int, Tensor, torch.cuda.Event]] = deque()
         self._said: int | None = None
+        self._is_blind = False
         #: Whether there was a spike since this was last set to False.
         self.spiked = False
 
@@ -94,25 +102,36 @@ class TrainingLoss:
         return self._watch.since
 
     def noted_in(self, state: SearchState) -> SearchState:
-        """Note for a merge whether there was a spike; a collective. Returns the state."""
-        state.spiked = self._processes.from_rank0(lambda: self.spiked)
+        """Note for a merge whether there was a spike, and is; a collective. Returns the state."""
+        state.spiked, state.in_a_spike = self._processes.from_rank0(lambda: (self.spiked, self.since is not None))
         return state
+
+    def restart(self) -> None:
+        """The run went back: losses from before that say nothing of a spike any more."""
+        self._arriving.clear()
+        self._watch.end_spike()
 
     def see(self, step: int, loss: Any) -> None:
         """One more loss.
 
         Args:
             step: of a later optimizer step than the last one.
-            loss: a number, or a tensor that holds one; None: nothing is known of this step.
-
-        Raises:
-            TypeError, ValueError, RuntimeError: it is neither.
+            loss: a number, or a tensor that holds one; None: nothing is known of this step. After anything else no more
+                is looked at.
         """
-        if loss is None or not self._processes.is_rank_zero:
+        if loss is None or self._is_blind or not self._processes.is_rank_zero:
             return
+        try:
+            self._read(step, loss)
+        except (TypeError, ValueError, RuntimeError):
+            self._is_blind = True
+            logger.info("spikes are not looked for in the training loss, as it is no number: %s", shown(loss))
+
+    def _read(self, step: int, loss: Any) -> None:
         if isinstance(loss, Tensor) and loss.is_cuda:
+            one = loss.detach().reshape(())
             arrived = torch.empty((), dtype=torch.float32, pin_memory=True)
-            arrived.copy_(loss.detach().reshape(()), non_blocking=True)
+            arrived.copy_(one, non_blocking=True)
             self._arriving.append((step, arrived, torch.cuda.current_stream(loss.device).record_event()))
         else:
             self._see(step, float(loss))

@@ -31,6 +31,7 @@ class SearchState:
         memory: what the search itself remembers.
         live_losses: live's objective at the last merges, oldest first.
         spiked: whether the training loss was in a spike since the merge before.
+        in_a_spike: whether training was astray when the merge began, by its loss or live's.
         restored: whether all this was read from a file and no merge has been made with it yet.
     """
 
@@ -40,6 +41,7 @@ class SearchState:
     memory: dict[str, Any] = field(default_factory=dict)
     live_losses: list[float] = field(default_factory=list)
     spiked: bool = field(default=False, compare=False)
+    in_a_spike: bool = field(default=False, compare=False)
     restored: bool = field(default=False, compare=False)
 
     @property

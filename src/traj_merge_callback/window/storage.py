@@ -314,6 +314,7 @@ class Ring:
         self.staging = allocate_beside("staging", (numel,), torch.float32)
         self.spans: list[Span] = []  # of the rows held, oldest first
         self.pushed = 0  # rows ever added
+        self.averages_anew = False  # whether the leading average begins with the next row
         self.sampled = 0  # checkpoints in the running mean
         self.sampled_from = 0  # the step of the first of them
         self._multiscale = multiscale
@@ -392,10 +393,10 @@ class Ring:
         del self.spans[-1], self._places[-1]
 
     def drop_since(self, step: int) -> None:
-        """Remove the rows that end at this step or later, and the running mean."""
+        """Remove the rows that end at this step or later, and the running mean; a leading average begins anew."""
         while self.spans and self.spans[-1].last >= step:
             self.drop_newest()
-        self.pushed, self.sampled = self.pushed if self.spans else 0, 0
+        self.pushed, self.sampled, self.averages_anew = self.pushed if self.spans else 0, 0, True
 
     def in_order(self) -> list[StoredRow]:
         """The rows that merge weights belong to, oldest first: the leading rows, those held, and live beside means."""

@@ -227,8 +227,8 @@ class CheckpointWindow(InUse):
         if ring.spans and step <= ring.spans[-1].last:
             raise ValueError(f"step={step} is not after the newest checkpoint's step {ring.spans[-1].last}")
         room, first, renew = ring.room(step, spoiled), not ring.spans, ring.pushed % ring.size == 0
-        share = 1.0 / (ring.sampled + 1)
-        target = ring.arrival
+        anew, ring.averages_anew = first or ring.averages_anew, False
+        share, target = 1.0 / (ring.sampled + 1), ring.arrival
         if target is None:
             assert isinstance(ring.rows, DenseRows)
             target = ring.rows.row(room.place)
@@ -246,6 +246,7 @@ class CheckpointWindow(InUse):
                 start, average = ring.leading.row(0), ring.leading.row(1)
                 if first:
                     start.copy_(arrival)
+                if anew:
                     average.copy_(arrival)
                 else:
                     average.lerp_(arrival.float(), self._average_rate(step))
