@@ -23,7 +23,7 @@ from .training_loss import TrainingLoss
 logger = logging.getLogger("traj_merge_callback")
 
 
-# How often live is looked at for one reason before the next merge interval.
+# How often live is looked at for one reason, before that is done only once in a merge interval.
 _LOOKS = 3
 
 
@@ -62,7 +62,7 @@ class Rollback:
         self._processes = processes
         self._merge: Merge | None = None
         self._at_once: Callable[[Pieces[Any], nn.Module], Any] = lambda pieces, model: None
-        # What gave reason to look at live, where since, and how often.
+        # What gave reason to look at live, when that was done last, and how often.
         self._since: int | None = None
         self._reason: tuple[Any, ...] = ()
         self._looked_at, self._looks = 0, 0
@@ -101,12 +101,13 @@ class Rollback:
         rose = bool(recent) and replace(state, live_losses=recent[:-1]).is_astray(recent[-1])
         if self._since is None and not self._capturing.left_out and not rose:
             return False
-        reason = (self._since, self._capturing.left_out, *recent)
-        if reason != self._reason or step - self._looked_at >= self._config.merge_every:
+        reason = (self._since, self._capturing.left_out, *(recent if rose else []))
+        if reason != self._reason:
             self._reason, self._looks = reason, 0
-        self._looks += 1
-        self._looked_at = step if self._looks == 1 else self._looked_at
-        return self._looks <= _LOOKS
+        if self._looks >= _LOOKS and step - self._looked_at < self._config.merge_every:
+            return False
+        self._looks, self._looked_at = self._looks + 1, step
+        return True
 
     def consider(self, model: nn.Module, step: int, state: SearchState) -> None:
         """Look at live, and go back if it went astray; a collective. Nothing is under way, and nothing is written.
