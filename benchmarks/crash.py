@@ -7,7 +7,9 @@ Then its files are looked at, and it is started again from the trainer's newest 
 the last line is one JSON object.
 
     python benchmarks/crash.py --quick                       some kills of each strategy, about a minute
-    python benchmarks/crash.py --output benchmarks/results   1000 kills
+    python benchmarks/crash.py --output benchmarks/results   1000 kills, an hour or two
+
+With ``--output`` crash.json is written after every run: interrupted, the same command goes on counting.
 """
 
 from __future__ import annotations
@@ -71,6 +73,10 @@ PLACES: dict[str, tuple[Any, str, float]] = {
     "resuming": (TrajectoryMerger, "load_state", 0.05),
     "the merge at the end": (TrajectoryMerger, "merge_at_end", 0.2),
 }
+FAULTS = (
+    *("torn", "mismatched", "orphans", "final_weights_differ"),
+    *("no_merge_at_the_end", "metrics", "failed", "failures_logged"),
+)
 
 
 @dataclass
@@ -233,7 +239,10 @@ def faults(life: Life) -> Iterator[tuple[str, str]]:
         if abs(found - (reported := merge["report_split"]["merged_loss"])) > 1e-5:
             yield "mismatched", f"{path.name}: {found} for {reported}"
         life.whole.add(key)
-    for which in ("best", "latest") if (output / "index.json").exists() else ():
+    # A run that goes on from a checkpoint before its first merge has a list without snapshots.
+    index = output / "index.json"
+    published = index.exists() and json.loads(index.read_text())["snapshots"]
+    for which in ("best", "latest") if published else ():
         try:
             snapshots.read_merge(find_snapshot(output, which))
         except Exception as error:
@@ -282,7 +291,8 @@ def has_last_state(life: Life) -> bool:
 def unexpected(line: str) -> bool:
     """Whether a line of a run's log tells of a failure that no kill explains."""
     explained = ("no saved window beside it", "a rank failed, ended", "closed by peer", "reset by peer", "Broken pipe")
-    return "failed" in line and not any(cause in line for cause in explained)
+    is_traceback = line.startswith(" ")  # of what a line before says
+    return "failed" in line and not is_traceback and not any(cause in line for cause in explained)
 
 
 def main() -> None:
@@ -297,25 +307,27 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for crash.json")
     arguments = parser.parse_args()
     wanted = arguments.kills or (30 if arguments.quick else 1000)
-    rng, root = random.Random(arguments.seed), Path(tempfile.mkdtemp())
-    began = time.monotonic()
-    kills: dict[str, Counter[str]] = {strategy: Counter() for strategy in arguments.strategies}
-    wrong: Counter[str] = Counter()
+    root, began = Path(tempfile.mkdtemp()), time.monotonic()
+    path = None if arguments.output is None else arguments.output / "crash.json"
+    result = json.loads(path.read_text()) if path and path.exists() else {"kills": 0, "lives": 0, "seconds": 0}
+    before = result["seconds"]
+    by_strategy, by_place = Counter(result.get("by_strategy")), Counter(result.get("by_place"))
+    wrong = Counter({name: result.get(name, 0) for name in FAULTS})
     lasts: dict[str, float] = {}
     for strategy in arguments.strategies:  # without merging, uninterrupted
         life = Life(strategy, None, root / f"reference-{strategy}")
         life.folder.mkdir()
         started = time.monotonic()
-        if attempt(life, None, rng) != "done":
+        if attempt(life, None, random.Random(arguments.seed)) != "done":
             sys.exit((life.folder / "log.txt").read_text())
         lasts[strategy] = 2 * (time.monotonic() - started)
-    lives = 0
-    while sum(one.total() for one in kills.values()) < wanted:
+    while result["kills"] < wanted:
+        lives = result["lives"]
+        rng = random.Random(f"{arguments.seed} {lives}")
         strategy = arguments.strategies[lives % len(arguments.strategies)]
         options = {name: rng.choice(values) for name, values in CHOICES.items()}
         life = Life(strategy, options, root / f"life-{lives}")
         life.folder.mkdir()
-        lives += 1
         found: Counter[str] = Counter()
         ended, state_was_there = "", True
         while ended != "done":
@@ -324,7 +336,8 @@ def main() -> None:
             started = time.monotonic()
             ended = attempt(life, death, rng)
             if ended == "killed":
-                kills[strategy][death.place if death else "unasked"] += 1
+                by_strategy[strategy] += 1
+                by_place[death.place if death else "unasked"] += 1
             if ended == "failed":
                 found["failed"] += 1
                 break
@@ -339,7 +352,7 @@ def main() -> None:
         said = [line for line in (life.folder / "log.txt").read_text().splitlines() if unexpected(line)]
         found["failures_logged"] += len(said)
         wrong += found
-        total = sum(one.total() for one in kills.values())
+        total = by_place.total()
         print(
             f"{total:5d} kills, {strategy} {options}, {life.attempts} attempts: {dict(+found) or 'whole'}", flush=True
         )
@@ -350,21 +363,19 @@ def main() -> None:
             if arguments.keep:
                 shutil.copytree(life.folder, arguments.keep / life.folder.name, symlinks=True)
         shutil.rmtree(life.folder)
+        result = {
+            "kills": total,
+            "lives": lives + 1,
+            **{name: wrong[name] for name in FAULTS},
+            "by_strategy": dict(by_strategy),
+            "by_place": dict(by_place),
+            "seconds": before + round(time.monotonic() - began),
+            "seed": arguments.seed,
+            "torch": torch.__version__,
+        }
+        if path is not None:
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(root)
-    by_place: Counter[str] = sum(kills.values(), Counter())
-    result = {
-        "kills": by_place.total(),
-        "lives": lives,
-        **{name: wrong[name] for name in ("torn", "mismatched", "orphans", "final_weights_differ")},
-        **{name: wrong[name] for name in ("no_merge_at_the_end", "metrics", "failed", "failures_logged")},
-        "by_strategy": {strategy: one.total() for strategy, one in kills.items()},
-        "by_place": dict(by_place),
-        "seconds": round(time.monotonic() - began),
-        "seed": arguments.seed,
-        "torch": torch.__version__,
-    }
-    if arguments.output:
-        (arguments.output / "crash.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
 
 
