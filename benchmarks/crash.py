@@ -309,10 +309,13 @@ def main() -> None:
     wanted = arguments.kills or (30 if arguments.quick else 1000)
     root, began = Path(tempfile.mkdtemp()), time.monotonic()
     path = None if arguments.output is None else arguments.output / "crash.json"
-    result = json.loads(path.read_text()) if path and path.exists() else {"kills": 0, "lives": 0, "seconds": 0}
+    result: dict[str, Any] = {"kills": 0, "lives": 0, "seconds": 0}
+    if path is not None and path.exists():
+        result = json.loads(path.read_text())
     before = result["seconds"]
-    by_strategy, by_place = Counter(result.get("by_strategy")), Counter(result.get("by_place"))
-    wrong = Counter({name: result.get(name, 0) for name in FAULTS})
+    by_strategy: Counter[str] = Counter(result.get("by_strategy", {}))
+    by_place: Counter[str] = Counter(result.get("by_place", {}))
+    wrong: Counter[str] = Counter({name: result.get(name, 0) for name in FAULTS})
     lasts: dict[str, float] = {}
     for strategy in arguments.strategies:  # without merging, uninterrupted
         life = Life(strategy, None, root / f"reference-{strategy}")

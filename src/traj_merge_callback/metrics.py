@@ -20,7 +20,7 @@ MEANINGS = {
     "merge/gain": "merge/live_loss - merge/loss",
     "merge/gain_stderr": "standard error of the gain, of paired differences per held-out batch",
     "merge/spike": "1 if the training loss since the last merge, or live's now, was far above its recent range, else 0",
-    "merge/rollbacks": "how often the run was rolled back so far, with on_spike='rollback'",
+    "merge/rollbacks": "how often the run was rolled back since it began or was resumed, with on_spike='rollback'",
     "merge/steps_saved": "how many steps ago a merged snapshot was already as good as the live model is now",
     "merge/weight/<age>": "merge weight of a checkpoint of the window; age 0 is live, 1 the one before it, ...",
     "merge/evaluations": "candidates evaluated on the search split, live included",

@@ -16,6 +16,8 @@ _WRITE_NOTHING = ("lightning.", "pytorch_lightning.", "traj_merge_callback.")
 def others_may_write(trainer: pl.Trainer) -> bool:
     """Whether somebody's own code runs between this hook and the next optimizer step, where it may write weights."""
     foreign = [one for one in trainer.callbacks if not type(one).__module__.startswith(_WRITE_NOTHING)]
+    # Another callback of ours that rolls back; its own capture it settles itself.
+    foreign += [one for one in trainer.callbacks if getattr(getattr(one, "config", None), "on_spike", None)]
     module = trainer.lightning_module
     own = any(is_overridden(name, module) for name in _HOOKS) or not module.automatic_optimization
     return own or bool(foreign)

@@ -232,7 +232,9 @@ class TrajMergeCallback(TrainerCallback):
         if self._trainer is None:
             return True
         callbacks = self._trainer.callback_handler.callbacks
-        return any(not type(one).__module__.startswith(_WRITE_NOTHING) for one in callbacks)
+        ours = [one for one in callbacks if isinstance(one, TrajMergeCallback) and one is not self]
+        foreign = [one for one in callbacks if not type(one).__module__.startswith(_WRITE_NOTHING)]
+        return bool(foreign) or any(one.config.on_spike for one in ours)
 
     # What the trainer has to offer
 
