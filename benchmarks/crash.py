@@ -241,8 +241,8 @@ def faults(life: Life) -> Iterator[tuple[str, str]]:
         life.whole.add(key)
     # A run that goes on from a checkpoint before its first merge has a list without snapshots.
     index = output / "index.json"
-    published = index.exists() and json.loads(index.read_text())["snapshots"]
-    for which in ("best", "latest") if published else ():
+    listed = index.exists() and json.loads(index.read_text())["snapshots"]
+    for which in ("best", "latest") if listed else ():
         try:
             snapshots.read_merge(find_snapshot(output, which))
         except Exception as error:
