@@ -285,7 +285,8 @@ def has_last_state(life: Life) -> bool:
         "transformers": f"checkpoint-{STEPS}/traj_merge/*.json",
         "lightning": f"step={STEPS}.ckpt.merge/*/*.json",
     }.get(life.strategy, f"checkpoint-{STEPS}/merging/*.json")
-    return bool(list(life.folder.glob(last))) or not list(life.folder.glob(f"*[-=]{STEPS}*"))
+    found = [path for path in life.folder.glob(last) if ".tmp" not in str(path.relative_to(life.folder))]
+    return bool(found) or not list(life.folder.glob(f"*[-=]{STEPS}*"))
 
 
 def unexpected(line: str) -> bool:
