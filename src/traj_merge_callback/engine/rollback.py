@@ -21,8 +21,6 @@ from .merge import LastMerge, Merge
 from .training_loss import TrainingLoss
 
 logger = logging.getLogger("traj_merge_callback")
-
-
 # How often live is looked at for one reason, before that is done only once in a merge interval.
 _LOOKS = 3
 

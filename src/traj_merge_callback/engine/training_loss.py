@@ -128,13 +128,13 @@ class TrainingLoss:
             logger.info("spikes are not looked for in the training loss, as it is no number: %s", shown(loss))
 
     def _read(self, step: int, loss: Any) -> None:
-        if isinstance(loss, Tensor) and loss.is_cuda:
-            one = loss.detach().reshape(())
+        one = loss.detach().reshape(()) if isinstance(loss, Tensor) else loss
+        if isinstance(one, Tensor) and one.is_cuda:
             arrived = torch.empty((), dtype=torch.float32, pin_memory=True)
             arrived.copy_(one, non_blocking=True)
-            self._arriving.append((step, arrived, torch.cuda.current_stream(loss.device).record_event()))
+            self._arriving.append((step, arrived, torch.cuda.current_stream(one.device).record_event()))
         else:
-            self._see(step, float(loss))
+            self._see(step, float(one))
         while self._arriving and self._arriving[0][2].query():
             seen, arrived, _ = self._arriving.popleft()
             self._see(seen, float(arrived))
