@@ -94,7 +94,6 @@ def test_what_is_no_file_of_ours_is_set_aside(tmp_path, kind):
     path = merged / "metrics.jsonl"
     {"folder": path.mkdir, "link": lambda: path.symlink_to(elsewhere), "pipe": lambda: os.mkfifo(path)}[kind]()
     run = Run(tmp_path)
-    run.merger._metrics.resumed = True
     run.steps(1, 4)
     assert steps_in(path) == [2, 4]
     assert os.path.lexists(merged / "metrics.1.jsonl")
