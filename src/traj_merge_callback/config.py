@@ -110,7 +110,8 @@ class MergeConfig:
         on_spike: None: a spike of the loss is said in the logs, and spoiled checkpoints are left out of merges;
             "rollback": besides, if live's held-out loss has risen far as well, the last merge from before the spike
             takes the place of the model's weights, and training goes on from there. It takes one float32 row of memory.
-        spike_moments: what a rollback does with the optimizer's state: "reset", as if training began; "keep".
+        spike_moments: what a rollback does with the optimizer's state: "reset", as if training began; "keep", unless
+            live's loss is not a number.
         spike_warmup: optimizer steps after a rollback over which the learning rate grows to what it would be.
         process_timeout: seconds that a collective of a merge may take; after that merging is off for the run.
         seed: seed of everything random here; the training run's own random state is never touched.

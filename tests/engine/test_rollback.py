@@ -302,6 +302,13 @@ def test_moments_are_kept_where_that_is_asked_for(train, heldout, tmp_path, capl
     assert {size for _, size in states.values()} == {max(size for _, size in states.values())}
 
 
+def test_moments_that_are_no_numbers_are_not_kept(train, heldout, tmp_path, caplog):
+    model, merger, _ = run(train, heldout, tmp_path, {41: spoil}, spike_moments="keep")
+    assert len(rolled_back(caplog)) == 1
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    assert merger.records[-1].step == 60
+
+
 def test_what_goes_wrong_in_a_rollback_does_not_end_the_run(train, heldout, tmp_path, caplog, monkeypatch):
     def fails(*_):
         raise RuntimeError("no way back")

@@ -128,7 +128,9 @@ class Rollback:
         merge.window.drop_since(merge.last.step + 1 if self._since is None else self._since)
         self._capturing.forget()
         self._training_loss.restart()
-        for optimizer in self._optimizers if self._config.spike_moments == "reset" else []:
+        # Moments that are not numbers would spoil the next step.
+        moments = self._config.spike_moments if math.isfinite(loss) else "reset"
+        for optimizer in self._optimizers if moments == "reset" else []:
             optimizer.state.clear()
         for warm_up in self._warm_ups:
             warm_up.begin()
@@ -141,7 +143,7 @@ class Rollback:
             min(state.live_losses, default=math.nan),
             merge.last.step,
             merge.last.loss,
-            self._config.spike_moments,
+            moments,
             self._config.spike_warmup,
         )
 
