@@ -271,7 +271,8 @@ def faults_at_the_end(life: Life, reference: Path, state_was_there: bool) -> Ite
     steps = [json.loads(line)["step"] for line in (life.folder / "merged" / "metrics.jsonl").read_text().splitlines()]
     if steps != sorted(set(steps)):
         yield "metrics", f"steps {steps}"
-    if state_was_there and steps[-1:] != [STEPS]:
+    # transformers.Trainer takes one more step where it resumes at the last one.
+    if state_was_there and steps[-1] < STEPS:
         yield "no_merge_at_the_end", f"steps {steps}"
     # A run that goes on without its state is another run, which keeps its own.
     kept = Counter(snapshots.read_merge(path)["run"] for path in (life.folder / "merged").glob("step-*"))
