@@ -102,7 +102,8 @@ def recover(kind: str, arm: str, steps: int, spike: int, heldout: Tensor, seed: 
             optimizer=run.optimizer,
             **ARMS[arm],
         )
-        looks_at = None
+        # The first row after three losses that are far off.
+        reload_at = spike + EVERY if kind == "overflow" else spike + 2 * EVERY
         for step, loss in run:
             before = merger.rollbacks
             merger.step(run.model, step, loss=loss)
@@ -111,9 +112,7 @@ def recover(kind: str, arm: str, steps: int, spike: int, heldout: Tensor, seed: 
             if arm == "last checkpoint":
                 if step % MERGE_EVERY == 0 and step <= spike:
                     saved = copy.deepcopy({"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()})
-                # The first row after three losses that are far off.
-                looks_at = spike + EVERY if kind == "overflow" else spike + 2 * EVERY
-                if step == looks_at:
+                if step == reload_at:
                     merger.settle()
                     run.model.load_state_dict(saved["model"])
                     run.optimizer.load_state_dict(saved["optimizer"])

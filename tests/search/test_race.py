@@ -96,8 +96,8 @@ def test_after_a_spike_of_the_training_loss_rows_are_raced_and_good_ones_all_sta
     known = {"memory": {"merged": live}, "before": (live + 0.1, live + 0.05)}
     _, seen, problem = merge(loss, gradient, gram, evaluations=12, astray=True, **known)
     assert [parts for _, _, parts in seen[:7]] == [(0,)] * 7
-    worst_first = [loss(row) for row in np.eye(8)]
-    good = all(one <= min(worst_first[: at + 1]) * 1.02 for at, one in enumerate(worst_first))
+    alone = [loss(row) for row in np.eye(8)]
+    good = all(one <= min(alone[: at + 1]) * 1.02 for at, one in enumerate(alone))
     assert bool(problem.memory["spoiled"]) != good
 
 

@@ -247,8 +247,6 @@ class Chooser:
                 chosen = yield from select(make, grouped, measure, chosen, {}, self._processes)
             self._succeeded()
         state.restored = self._remembers = False
-        # The live losses with which this one was compared, and this one.
-        state.in_a_spike |= state.is_astray(problem.live_loss)
         state.live_losses = [*state.live_losses, problem.live_loss][-_REMEMBERED:]
         state.previous, state.spans = (None if shared is None else shared.tolist()), list(window.spans)
         state.row_losses = {row: losses for row, losses in state.row_losses.items() if row in problem.names}
@@ -327,6 +325,8 @@ class Chooser:
         if state.previous is not None and len(state.previous) == len(state.spans):
             again = carried_over(state.previous, state.spans, window.spans, by_age=False)
         objective, gram = self.objective(live), None
+        rose = state.is_astray(objective.live_loss)
+        state.in_a_spike |= rose
         if self._search.needs_gradients and self._is_possible("gradients", step):
             gram = yield from window.gram_pieces()
         return Problem(
@@ -342,5 +342,5 @@ class Chooser:
             parts=self._heldout.parts,
             memory=state.memory,
             spans=spans,
-            astray=state.spiked or state.is_astray(objective.live_loss),
+            astray=state.spiked or rose,
         )

@@ -58,8 +58,8 @@ class Rollback:
         self._optimizers = own_optimizers(optimizer, config)
         self._warm_ups = [_WarmUp(one, config.spike_warmup) for one in self._optimizers]
         self._processes = processes
-        self._merge: Merge | None = None
-        self._at_once: Callable[[Pieces[Any], nn.Module], Any] = lambda pieces, model: None
+        # While there is a window: see :meth:`begin`.
+        self._acting: tuple[Merge, Callable[[Pieces[Any], nn.Module], Any]] | None = None
         # What gave reason to look at live, when that was done last, and how often.
         self._since: int | None = None
         self._reason: tuple[Any, ...] = ()
@@ -76,11 +76,11 @@ class Rollback:
             merge: has the last merge.
             at_once: does pieces while training waits, and returns what they return; None after a SIGTERM.
         """
-        self._merge, self._at_once = merge, at_once
+        self._acting = merge, at_once
 
     def end(self) -> None:
         """The window is released."""
-        self._merge, self._at_once = None, lambda pieces, model: None
+        self._acting = None
         for warm_up in self._warm_ups:
             warm_up.end()
 
@@ -115,14 +115,14 @@ class Rollback:
             step: the optimizer step.
             state: what the last merge remembers.
         """
-        merge = self._merge
-        assert merge is not None
+        assert self._acting is not None
+        merge, at_once = self._acting
         assert merge.last is not None
-        loss = self._at_once(merge.live_loss(model), model)
+        loss = at_once(merge.live_loss(model), model)
         if loss is None or not self._is_wanted(step, loss, merge.last, state):
             return
         self._capturing.settle(merge.window)
-        if not self._at_once(merge.put_back(model), model):
+        if not at_once(merge.put_back(model), model):
             return
         assert merge.last.step is not None
         merge.window.drop_since(merge.last.step + 1 if self._since is None else self._since)
