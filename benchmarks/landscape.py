@@ -19,10 +19,10 @@ from trajectories import load
 from traj_merge_callback import Problem
 from traj_merge_callback.distributed import Processes
 from traj_merge_callback.engine.choose import select
-from traj_merge_callback.pieces import finish
 from traj_merge_callback.search import Observed
 from traj_merge_callback.search.space import PrincipalAxes
 from traj_merge_callback.search.surrogate import SurrogateSearch
+from traj_merge_callback.window.pieces import finish
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -37,13 +37,13 @@ from traj_merge_callback.evaluate.candidate import Candidates, weights_in
 from traj_merge_callback.evaluate.heldout import Split, device_of
 from traj_merge_callback.evaluate.parking import Parking
 from traj_merge_callback.evaluate.weights import installed
-from traj_merge_callback.pieces import finish
 from traj_merge_callback.search import Observed, Search, resolve_search
 from traj_merge_callback.search.evaluation import Gradient
 from traj_merge_callback.search.grouped import GroupedSearch
 from traj_merge_callback.search.objective import Objective
 from traj_merge_callback.search.space import PrincipalAxes
 from traj_merge_callback.search.surrogate import SurrogateSearch
+from traj_merge_callback.window.pieces import finish
 
 SPECS = (Spec("llama", "python", 3e-3), Spec("gpt2", "cpp", 1.5e-3), Spec("llama", "cpp", 1e-3))
 QUICK = Spec("llama", "python", 1e-2, steps=240, points=(240,), sample_every=5, width=32, layers=1)

@@ -20,7 +20,7 @@ from traj_merge_callback import Evaluation
 from traj_merge_callback.distributed import Processes
 from traj_merge_callback.engine import choose
 from traj_merge_callback.evaluate.language_model import language_model_nll
-from traj_merge_callback.pieces import finish
+from traj_merge_callback.window.pieces import finish
 
 torch.set_num_threads(1)
 transformers_logging.set_verbosity_error()

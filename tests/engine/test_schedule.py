@@ -19,7 +19,7 @@ from traj_merge_callback.distributed import Processes
 from traj_merge_callback.engine.budget import Durations, MergeCost, Overhead, affordable, budgets
 from traj_merge_callback.engine.schedule import Run
 from traj_merge_callback.evaluate.parking import Parking
-from traj_merge_callback.pieces import COMBINE, FORWARD
+from traj_merge_callback.window.pieces import COMBINE, FORWARD
 
 OPTIONS = {"window_size": 4, "capture_every": 2, "merge_every": 12, "evaluations": 8, "heldout_batches": 8}
 # A limit that no piece keeps: one piece after each step, so that a merge is spread as far as it can be.

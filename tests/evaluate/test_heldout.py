@@ -17,7 +17,7 @@ from traj_merge_callback.evaluate.data import merge_shares
 from traj_merge_callback.evaluate.isolation import isolated
 from traj_merge_callback.evaluate.parking import Parking
 from traj_merge_callback.evaluate.weights import installed
-from traj_merge_callback.pieces import finish
+from traj_merge_callback.window.pieces import finish
 
 
 def ragged_batches(heldout, lengths=(32, 17, 9, 25)):

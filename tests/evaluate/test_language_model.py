@@ -23,7 +23,7 @@ from transformers import (
 from traj_merge_callback import CheckpointWindow, HeldOutLoss
 from traj_merge_callback.evaluate.candidate import Candidates, weights_in
 from traj_merge_callback.evaluate.parking import Parking
-from traj_merge_callback.pieces import finish
+from traj_merge_callback.window.pieces import finish
 
 SMALL = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2}
 

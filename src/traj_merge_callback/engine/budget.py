@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from ..config import MergeConfig
-from ..pieces import COMBINE, FORWARD, PROJECT, PUBLISH
 from ..search.problem import GRADIENT_COST
+from ..window.pieces import COMBINE, FORWARD, PROJECT, PUBLISH
 
 logger = logging.getLogger("traj_merge_callback")
 # Passes that the default search can still do something useful with.

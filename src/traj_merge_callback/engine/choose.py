@@ -12,13 +12,13 @@ import numpy as np
 from ..config import MergeConfig
 from ..distributed import Processes
 from ..evaluate.heldout import HeldOutLoss
-from ..pieces import SEARCH, Pieces
 from ..search import Observed, Problem, Search, resolve_search
 from ..search.evaluation import Evaluation, Gradient
 from ..search.grouped import GroupedSearch
 from ..search.objective import Objective
 from ..search.problem import GRADIENT_COST, SearchState
 from ..search.spans import carried_over
+from ..window.pieces import SEARCH, Pieces
 from ..window.window import CheckpointWindow
 
 logger = logging.getLogger("traj_merge_callback")

@@ -19,10 +19,10 @@ from ..evaluate.isolation import isolated
 from ..evaluate.kept import Keeper, Kept
 from ..evaluate.parking import Parking
 from ..metrics import MergeRecord, report_losses
-from ..pieces import PUBLISH, Pieces
 from ..search.problem import SearchState
 from ..window.memory import refused_on_all
 from ..window.names import unwrap
+from ..window.pieces import PUBLISH, Pieces
 from ..window.window import CheckpointWindow
 from .choose import Chooser
 from .first_pass import first_pass

@@ -26,7 +26,7 @@ from ..disk.snapshots import SnapshotStore
 from ..distributed import ENDS, FailedOnAllRanks, Processes
 from ..evaluate.fsdp import ShardedWeights
 from ..evaluate.weights import Weights, WholeWeights
-from ..pieces import PUBLISH, WAIT, Pieces
+from ..window.pieces import PUBLISH, WAIT, Pieces
 from ..window.window import CheckpointWindow
 from .failures import Failures
 

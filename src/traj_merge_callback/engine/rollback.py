@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from ..config import MergeConfig
 from ..distributed import Processes
-from ..pieces import Pieces
 from ..search.checks import shown
 from ..search.problem import SearchState
+from ..window.pieces import Pieces
 from .capturing import Capturing
 from .merge import LastMerge, Merge
 from .training_loss import TrainingLoss

@@ -20,11 +20,11 @@ from ..evaluate.heldout import HeldOutLoss, device_of
 from ..evaluate.isolation import delayed_signals, preserved_rng, terminations
 from ..evaluate.parking import Parking
 from ..metrics import MergeRecord
-from ..pieces import BACKWARD, FORWARD, WAIT, Pieces
 from ..search.grouped import GroupedSearch
 from ..search.problem import GRADIENT_COST, SearchState
 from ..window import devices
 from ..window.memory import let_go, ran_out
+from ..window.pieces import BACKWARD, FORWARD, WAIT, Pieces
 from .budget import Durations, MergeCost, Overhead, Stopwatch, affordable, budgets
 from .merge import Merge
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import nn
 
-from ..pieces import Pieces
 from ..search.evaluation import Evaluation, Gradient
+from ..window.pieces import Pieces
 from ..window.window import CheckpointWindow
 from .fsdp import ShardedWeights, Units
 from .heldout import HeldOutLoss, Split, device_of

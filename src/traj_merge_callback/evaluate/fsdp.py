@@ -23,10 +23,10 @@ from ..distributed import (
     described,
     reduce_scatter_sum,
 )
-from ..pieces import EXCHANGE, Pieces
 from ..window.layout import ParameterLayout, Slot
 from ..window.memory import let_go
 from ..window.names import unwrap
+from ..window.pieces import EXCHANGE, Pieces
 from ..window.sharding import Unit
 from .isolation import isolated
 from .kept import Kept

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import Processes
-from ..pieces import BACKWARD, EXCHANGE, FORWARD, Pieces, finish
 from ..search.checks import LARGEST_SEED, function, integer, names, share, shown
 from ..search.evaluation import PARTS, Evaluation, Gradient
 from ..window.names import unwrap
+from ..window.pieces import BACKWARD, EXCHANGE, FORWARD, Pieces, finish
 from .data import (
     NAMELESS,
     Held,

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import all_gather_into, reduce_scatter_sum
-from ..pieces import EXCHANGE, Pieces
 from ..window.layout import BufferPlace, ParameterLayout, Slot, persistent_buffers
 from ..window.names import clean_name, unwrap
+from ..window.pieces import EXCHANGE, Pieces
 from ..window.sharding import EqualShares
 from .isolation import Watch, delayed_signals, isolated
 from .kept import Kept

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from ..distributed import Processes
-from ..pieces import COMBINE, EXCHANGE, Pieces
 from .devices import side_stream
 from .layout import ParameterGroups, ParameterLayout, Slot
+from .pieces import COMBINE, EXCHANGE, Pieces
 from .storage import BLOCK, CHUNK, Rows, StoredRow
 
 # Columns of a piece: a few milliseconds' reading.

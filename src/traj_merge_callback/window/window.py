@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import Processes
-from ..pieces import COMBINE, PROJECT, Pieces, finish
 from ..search.spans import Span
 from . import products
 from .capture import Capture
@@ -22,6 +21,7 @@ from .in_use import InUse
 from .layout import ParameterGroups, ParameterLayout, parameter_groups
 from .memory import check_room, refused_on_all
 from .modes import evaluated
+from .pieces import COMBINE, PROJECT, Pieces, finish
 from .storage import DTYPES, Allocate, DenseRows, Ring, StoredRow, in_memory
 
 
