@@ -15,10 +15,12 @@ import gc
 import json
 import logging
 import os
+import stat
 import statistics
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +42,19 @@ MAX_PAUSE = 0.05
 def process_now(folder: Path) -> dict[str, float]:
     """What this process holds now, and what is in its folder."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    files: dict[int, int] = {}  # files that states share are counted once
+    count = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # it was removed meanwhile
+            found = path.lstat()
+            if stat.S_ISREG(found.st_mode):
+                files[found.st_ino], count = found.st_size, count + 1
     return {
         "memory_mb": int(status["VmRSS"].split()[0]) / 1024,
         "file_handles": len(list(Path("/proc/self/fd").iterdir())),
         "threads": threading.active_count(),
-        # Files that states share are counted once; metrics.jsonl grows by a line a merge.
-        "disk_mb": sum({path.stat().st_ino: path.stat().st_size for path in files}.values()) / 1e6,
-        "files": len(files),
+        "disk_mb": sum(files.values()) / 1e6,  # metrics.jsonl grows by a line a merge
+        "files": count,
     }
 
 

@@ -6,9 +6,11 @@ import os
 import shutil
 from pathlib import Path
 
+from safetensors.torch import save_file
+
 from .atomic import whole_folder
 from .checksums import check_document, check_files, checksums_of
-from .model_files import SHARD_BYTES, write_shards
+from .model_files import METADATA, SHARD_BYTES, write_shards
 from .parts import PartsIndex, check_parts, read_tensors, tensor_sizes
 from .snapshots import read_merge, snapshot_folder, write_document
 from .untrusted import own_file
@@ -51,7 +53,11 @@ def consolidate_snapshot(folder: str | Path, output: str | Path, *, shard_bytes:
     if output.is_dir():
         output.rmdir()
     with whole_folder(output) as temporary:
-        write_shards(temporary, tensor_sizes(index), lambda names: read_tensors(folder, index, names), shard_bytes)
+
+        def write(path: Path, names: list[str]) -> None:
+            save_file(read_tensors(folder, index, names), path, metadata=METADATA)
+
+        write_shards(temporary, tensor_sizes(index), write, shard_bytes)
         for path in folder.iterdir():
             # Weights are those of the parts, whatever other weights there may be.
             if path.is_file() and ".safetensors" not in path.suffixes and path.name != "merge.json":

@@ -40,6 +40,26 @@ def on_disk(folder: Path, processes: Processes) -> Allocate:
     return _OnDisk(folder, free, processes.all_gather_object(place).count(place))
 
 
+def unnamed(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor in a file without a name, mapped into memory.
+
+    Raises:
+        OSError: the folder's file system has too little space, or cannot be written to.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if not size:
+        return torch.empty(shape, dtype=dtype)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+            mapped = np.memmap(file, dtype=np.uint8, mode="r+", shape=(size,))
+    except OSError as error:
+        free = in_bytes(shutil.disk_usage(folder).free)
+        text = f"{in_bytes(size)} are needed in {folder}, and {free} are free; TMPDIR names another folder"
+        raise OSError(error.errno, f"{error.strerror}: {text}") from error
+    return torch.from_numpy(mapped).view(dtype).view(shape)
+
+
 class _OnDisk:
     """Allocates one window's rows.
 

@@ -26,6 +26,8 @@ from .untrusted import damage_of, read_json_object, safetensors_in, texts
 STATE_DICT, TRANSFORMERS, PEFT = "state_dict", "transformers", "peft"
 # Bytes of a weights file at most; a model of more is sharded, as Hugging Face does.
 SHARD_BYTES = 5_000_000_000
+#: Of a safetensors file, without which transformers reads none.
+METADATA = {"format": "pt"}
 
 
 def weights_format(model: nn.Module) -> str:
@@ -171,19 +173,21 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _write_shards(folder: Path, state: dict[str, Tensor], shard_bytes: int) -> None:
-    sizes = {name: tensor.nbytes for name, tensor in state.items()}
-    write_shards(folder, sizes, lambda names: {name: state[name] for name in names}, shard_bytes)
+    def write(path: Path, names: list[str]) -> None:
+        save_file({name: state[name] for name in names}, path, metadata=METADATA)
+
+    write_shards(folder, {name: tensor.nbytes for name, tensor in state.items()}, write, shard_bytes)
 
 
 def write_shards(
-    folder: Path, sizes: dict[str, int], read: Callable[[list[str]], dict[str, Tensor]], shard_bytes: int = SHARD_BYTES
+    folder: Path, sizes: dict[str, int], write: Callable[[Path, list[str]], None], shard_bytes: int = SHARD_BYTES
 ) -> None:
     """One ``model.safetensors``, or several with ``model.safetensors.index.json`` like Hugging Face's.
 
     Args:
         folder: where to.
         sizes: bytes of each tensor.
-        read: gives the tensors of a shard.
+        write: writes a safetensors file of the tensors with these names, with ``METADATA``.
         shard_bytes: of a shard at most, unless it is one tensor.
     """
     shards: list[list[str]] = [[]]
@@ -195,12 +199,12 @@ def write_shards(
         shards[-1].append(name)
         size += nbytes
     if len(shards) == 1:
-        save_file(read(shards[0]), folder / "model.safetensors", metadata={"format": "pt"})
+        write(folder / "model.safetensors", shards[0])
         return
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(read(names), folder / file_name, metadata={"format": "pt"})
+        write(folder / file_name, names)
         weight_map |= dict.fromkeys(names, file_name)
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")

@@ -18,8 +18,8 @@ from ..search.grouped import GroupedSearch
 from ..search.objective import Objective
 from ..search.problem import GRADIENT_COST, SearchState
 from ..search.spans import carried_over
+from ..window.matrix import Matrix
 from ..window.pieces import SEARCH, Pieces
-from ..window.window import CheckpointWindow
 
 logger = logging.getLogger("traj_merge_callback")
 
@@ -200,7 +200,7 @@ class Chooser:
     def choose(
         self,
         measure: Measure,
-        window: CheckpointWindow,
+        window: Matrix,
         live: Evaluation,
         state: SearchState,
         step: int,
@@ -312,7 +312,7 @@ class Chooser:
         return True
 
     def _problem(
-        self, window: CheckpointWindow, live: Evaluation, state: SearchState, step: int, evaluations: int
+        self, window: Matrix, live: Evaluation, state: SearchState, step: int, evaluations: int
     ) -> Pieces[Problem]:
         config, size = self._config, window.num_weights
         previous = again = None

@@ -20,10 +20,10 @@ from ..evaluate.kept import Keeper, Kept
 from ..evaluate.parking import Parking
 from ..metrics import MergeRecord, report_losses
 from ..search.problem import SearchState
+from ..window.matrix import Matrix
 from ..window.memory import refused_on_all
 from ..window.names import unwrap
 from ..window.pieces import PUBLISH, Pieces
-from ..window.window import CheckpointWindow
 from .choose import Chooser
 from .first_pass import first_pass
 from .publish import Publisher
@@ -66,7 +66,7 @@ class Merge:
     def __init__(
         self,
         model: nn.Module,
-        window: CheckpointWindow,
+        window: Matrix,
         config: MergeConfig,
         heldout: HeldOutLoss,
         chooser: Chooser,

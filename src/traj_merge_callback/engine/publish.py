@@ -26,8 +26,8 @@ from ..disk.snapshots import SnapshotStore
 from ..distributed import ENDS, FailedOnAllRanks, Processes
 from ..evaluate.fsdp import ShardedWeights
 from ..evaluate.weights import Weights, WholeWeights
+from ..window.matrix import Matrix
 from ..window.pieces import PUBLISH, WAIT, Pieces
-from ..window.window import CheckpointWindow
 from .failures import Failures
 
 Extra = Callable[[], Callable[[Path], None]]
@@ -52,7 +52,7 @@ class Publisher:
     def __init__(
         self,
         config: MergeConfig,
-        window: CheckpointWindow,
+        window: Matrix,
         index: PartsIndex,
         store: SnapshotStore,
         writer: Writer,

@@ -8,8 +8,8 @@ import numpy as np
 from torch import nn
 
 from ..search.evaluation import Evaluation, Gradient
+from ..window.matrix import Matrix
 from ..window.pieces import Pieces
-from ..window.window import CheckpointWindow
 from .fsdp import ShardedWeights, Units
 from .heldout import HeldOutLoss, Split, device_of
 from .kept import Kept
@@ -19,7 +19,7 @@ from .weights import Weights, WholeWeights
 
 def weights_in(
     model: nn.Module,
-    window: CheckpointWindow,
+    window: Matrix,
     seed: int,
     parking: Parking,
     *,
@@ -57,7 +57,7 @@ class Candidates:
         heldout: the held-out loss.
     """
 
-    def __init__(self, weights: Weights, window: CheckpointWindow, heldout: HeldOutLoss) -> None:
+    def __init__(self, weights: Weights, window: Matrix, heldout: HeldOutLoss) -> None:
         self.weights = weights
         #: Names of the buffers that are live's in every candidate.
         self.unmerged = frozenset[str]()
@@ -115,7 +115,7 @@ class Candidates:
 class _WindowGradient:
     """A :class:`MergeGradient`: ``dL/da = W @ dL/dtheta``, the window times the gradient in the candidate's weights."""
 
-    def __init__(self, weights: Weights, window: CheckpointWindow, grouped: bool) -> None:
+    def __init__(self, weights: Weights, window: Matrix, grouped: bool) -> None:
         self._weights = weights
         self._window = window
         self._grouped = grouped

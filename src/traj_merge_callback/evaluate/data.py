@@ -50,6 +50,22 @@ class Held:
     packed: int | None = None
 
 
+@dataclass(frozen=True)
+class Dealt:
+    """Batches that are dealt to the splits already, for instance by document; they stand for a loader.
+
+    Args:
+        batches: each with the split that all its sequences are for.
+        total: how many sequences there were to choose from; None: not known.
+    """
+
+    batches: Sequence[tuple[Any, Split]]
+    total: int | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch for batch, _ in self.batches)
+
+
 def read_domains(
     loaders: Mapping[str, Any], count: int, seed: int, processes: Processes, fractions: Mapping[str, float]
 ) -> dict[str, Held]:
@@ -214,6 +230,8 @@ def _read(
     splits: Sequence[Split | None] | None = None
     wanted: list[Any] = []
     asked: int | None = None  # sequences in the first batch
+    if isinstance(loader, Dealt):
+        return Held([*loader.batches], loader.total)
     if isinstance(loader, DataLoader):
         # A shallow copy, so that persistent workers of the original keep the state they are in.
         loader = copy.copy(loader)

@@ -25,7 +25,8 @@ from ..distributed import Processes
 from .devices import side_stream
 from .layout import ParameterGroups, ParameterLayout, Slot
 from .pieces import COMBINE, EXCHANGE, Pieces
-from .storage import BLOCK, CHUNK, Rows, StoredRow
+from .storage import BLOCK, CHUNK, Rows
+from .stored import StoredRow
 
 # Columns of a piece: a few milliseconds' reading.
 PIECE = 1 << 23

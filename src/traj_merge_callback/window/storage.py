@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..search.spans import Span, to_join
 from .devices import page_locked
+from .stored import StoredRow
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 # Neighbouring int8 deltas that share one float32 scale: 4 bytes for 64 of them, 1/16 of a byte each.
@@ -242,13 +243,6 @@ def rows_of(count: int, numel: int, dtype: str, allocate: Allocate) -> Rows:
 def rows_nbytes(count: int, numel: int, dtype: str) -> int:
     """Bytes that such rows take, the anchor of int8 rows included."""
     return rows_of(count, numel, dtype, in_memory(device=torch.device("meta"))).nbytes
-
-
-class StoredRow(NamedTuple):
-    """One row of the window: the storage that keeps it, and its index there."""
-
-    storage: Rows
-    place: int
 
 
 class Room(NamedTuple):

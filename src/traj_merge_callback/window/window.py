@@ -1,15 +1,10 @@
-"""The window: the last k checkpoints of one run as a matrix of shape ``(k, N)``, and its two products.
-
-``combine(weights)`` is ``theta(a) = a @ W``, the merged model. ``project(vector)`` is ``W @ v``: with ``v`` the
-gradient of a loss in the parameters it is the gradient of that loss in the merge weights. Each reads the window once.
-"""
+"""The window: the last k checkpoints of a run that goes on, captured from the model that is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,15 +12,15 @@ from ..distributed import Processes
 from ..search.spans import Span
 from . import products
 from .capture import Capture
-from .in_use import InUse
-from .layout import ParameterGroups, ParameterLayout, parameter_groups
+from .layout import ParameterLayout
+from .matrix import Matrix
 from .memory import check_room, refused_on_all
 from .modes import evaluated
-from .pieces import COMBINE, PROJECT, Pieces, finish
-from .storage import DTYPES, Allocate, DenseRows, Ring, StoredRow, in_memory
+from .storage import DTYPES, Allocate, DenseRows, Ring, in_memory
+from .stored import StoredRow
 
 
-class CheckpointWindow(InUse):
+class CheckpointWindow(Matrix):
     """The last ``size`` checkpoints of a model, oldest first, in memory allocated once.
 
     Args:
@@ -88,17 +83,15 @@ class CheckpointWindow(InUse):
         asynchronous: bool = False,
         processes: Processes | None = None,
     ) -> None:
-        super().__init__()
         if size < 2:
             raise ValueError(f"size={size}: a window needs at least 2 rows for there to be something to merge")
-        self.processes = Processes(alone=True) if processes is None else processes
-        self.layout = ParameterLayout.divided(model, self.processes, trainable_only=trainable_only)
+        processes = Processes(alone=True) if processes is None else processes
+        super().__init__(ParameterLayout.divided(model, processes, trainable_only=trainable_only), groups, processes)
         all_bfloat16 = all(slot.dtype is torch.bfloat16 for slot in self.layout.slots)
         if dtype == "auto":
             dtype = "bfloat16" if all_bfloat16 else "float32"
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not one of {['auto', *DTYPES]}")
-        self.groups: ParameterGroups | None = None if groups is None else parameter_groups(self.layout, groups)
         devices = [tensor.device for tensor in self.layout.tensors(model)]
         self._device = next((device for device in devices if device.type == "cuda"), devices[0])
 
@@ -124,14 +117,11 @@ class CheckpointWindow(InUse):
         check_room(ring, size, dtype, self.processes, rows_on=room, disk_free=disk_free)
         with refused_on_all(self.processes, size):
             self._ring = ring(size, dtype, rows, beside)
-        self._columns = products.Columns(self.layout, self.groups, self.processes)
         self._average_rate = average_rate
         self._capture = Capture(asynchronous=asynchronous, device=self._device)
         # What the last capture was of, whether it has been waited for, and whether it was left out as not finite.
         self._last: Literal["row", "sample"] | None = None
         self._settled, self._left_out = True, False
-        # Buffers that once held a number that is not finite: rows hold other numbers in their place.
-        self._not_finite: set[str] = set()
 
     @property
     def size(self) -> int:
@@ -143,24 +133,15 @@ class CheckpointWindow(InUse):
         """How rows are kept."""
         return self._ring.dtype
 
-    def __len__(self) -> int:
-        """The number of rows held now, at most ``size``, and live beside rows that are means."""
-        return len(self.spans)
-
     @property
     def spans(self) -> tuple[Span, ...]:
-        """Which steps the rows held are the means of, oldest first; single checkpoints are means of one."""
+        """See :class:`Matrix`: of the rows held now, at most ``size``, and of live beside rows that are means."""
         spans = self._ring.spans
         return (*spans, Span(spans[-1].last, spans[-1].last, 1)) if self._ring.live_is_beside else tuple(spans)
 
     @property
-    def steps(self) -> tuple[int, ...]:
-        """The optimizer steps of the checkpoints held, oldest first; of rows that are means their last ones."""
-        return tuple(span.last for span in self.spans)
-
-    @property
     def num_weights(self) -> int:
-        """How many merge weights ``combine`` takes: ``len(self)``, and two more in front for the leading rows."""
+        """See :class:`Matrix`: ``len(self)``, and two more in front for the leading rows."""
         return len(self._ring.in_order())
 
     @property
@@ -347,110 +328,15 @@ class CheckpointWindow(InUse):
         """A float32 row, shape ``(N,)``, for a merged model on a device: on the CPU always the same, else a new one."""
         return self._ring.staging if device.type == "cpu" else torch.empty(self.layout.numel, device=device)
 
-    # Products
+    # What the products read
 
-    def combine(self, weights: Sequence[float] | np.ndarray | None, out: Tensor | None = None) -> Tensor:
-        """``theta(a) = sum_i a_i row_i`` in float32, shape ``(N,)``; a weight of 1 gives its row exactly.
+    @property
+    def _live(self) -> Tensor | None:
+        return self._ring.arrival
 
-        Args:
-            weights: merge weights, oldest row first, shape ``(num_weights,)`` for the whole model or
-                ``(groups, num_weights)`` with a vector for each parameter group; normally they sum to 1. None stands
-                for the live weights of the last capture, which are exact however rows are kept.
-            out: tensor of shape ``(N,)`` to write to, on any device; by default a new one.
-
-        Raises:
-            ValueError: the number of weights is not the number of rows, or one is not finite.
-        """
-        return finish(self.combine_pieces(weights, out))
-
-    def combine_pieces(self, weights: Sequence[float] | np.ndarray | None, out: Tensor | None = None) -> Pieces[Tensor]:
-        """:meth:`combine` as a generator that yields before each piece."""
-        out = torch.empty(self.layout.numel) if out is None else out
-        rows = self.num_weights
-        values = np.eye(rows)[-1] if weights is None else np.asarray(weights, dtype=np.float64)
-        grouped = values.ndim == 2 and self.groups is not None
-        if values.shape != ((self._columns.num_groups(True), rows) if grouped else (rows,)):
-            raise ValueError(f"weights has shape {values.shape}; the window has {rows} rows")
-        if not np.isfinite(values).all():
-            raise ValueError(f"weights={values.tolist()} are not all finite")
-        by_region = np.atleast_2d(values)[[region.group for region in self._columns.regions(grouped)]]
-        for piece in self._columns.pieces(grouped, out.device):
-            yield COMBINE
-            stored = self._stored_rows()
-            live = self._ring.arrival
-            if weights is not None or live is None:
-                products.combine(stored, by_region, piece, out)
-                continue
-            for _, columns in piece:
-                out[columns].copy_(live[columns])
-        return out
-
-    def project(self, vector: Tensor, *, grouped: bool = False) -> np.ndarray:
-        """``W @ vector`` in float64, shape ``(num_weights,)``.
-
-        Rows of one run are nearly equal, and the small differences between their products are what a search uses.
-        Therefore float32 products are computed of each row's delta to the newest row, and added to the newest row's
-        product in float64: no digits cancel.
-
-        Args:
-            vector: shape ``(N,)``, for instance the flattened gradient of a loss; each rank passes its own columns.
-            grouped: sum over the columns of each parameter group separately: shape ``(groups, num_weights)``.
-
-        Raises:
-            ValueError: ``vector`` has another shape.
-        """
-        return finish(self.project_pieces(vector, grouped=grouped))
-
-    def project_pieces(self, vector: Tensor, *, grouped: bool = False, summands: bool = False) -> Pieces[np.ndarray]:
-        """:meth:`project` as a generator that yields before each piece; computed on the device of ``vector``.
-
-        Args:
-            vector, grouped: see :meth:`project`.
-            summands: where several ranks hold the same columns, each passes one summand of the vector there (such as
-                the gradient on its own batches); otherwise all of them pass the same numbers.
-        """
-        if tuple(vector.shape) != (self.layout.numel,):
-            raise ValueError(f"vector has shape {tuple(vector.shape)}; rows have shape ({self.layout.numel},)")
-        regions = self._columns.regions(grouped)
-        found = torch.zeros(len(regions), self.num_weights, dtype=torch.float64, device=vector.device)
-        for piece in self._columns.pieces(grouped, vector.device):
-            yield PROJECT
-            products.project(self._stored_rows(), piece, vector, found)
-        found[:, :-1] += found[:, -1:]
-        return (yield from self._columns.sum(found, grouped=grouped, summands=summands))
-
-    def gram(self, *, grouped: bool = False) -> np.ndarray:
-        """Inner products of the rows' deltas to the newest row, shape ``(num_weights, num_weights)``, in float64.
-
-        With ``d`` the difference of two vectors of merge weights, which sums to 0, ``d' G d`` is the squared distance
-        between the two merged models' parameters. Buffers do not count: their numbers have scales of their own.
-
-        Args:
-            grouped: sum over the columns of each parameter group separately: shape
-                ``(groups, num_weights, num_weights)``.
-        """
-        return finish(self.gram_pieces(grouped=grouped))
-
-    def gram_pieces(self, *, grouped: bool = False) -> Pieces[np.ndarray]:
-        """:meth:`gram` as a generator that yields before each piece."""
-        rows = self.num_weights
-        found = torch.zeros(len(self._columns.regions(grouped)), rows, rows, dtype=torch.float64)
-        for piece in self._columns.pieces(grouped, found.device):
-            yield PROJECT
-            products.gram(self._stored_rows(), products.until(piece, self.layout.parameters_end), found)
-        return (yield from self._columns.sum(found, grouped=grouped, summands=False))
-
-    # What is not merged
-
-    def unmerged_pieces(self) -> Pieces[frozenset[str]]:
-        """The names of the buffers that a merge takes from live, in pieces; see :func:`.products.unmerged_pieces`."""
-        rows = self._stored_rows()
-        rows = rows[: len(rows) - self._ring.live_is_beside]  # live is not rounded as the others may be
-        return products.unmerged_pieces(self.layout, rows, self._not_finite)
-
-    def not_finite_pieces(self, row: Tensor, unmerged: Set[str]) -> Pieces[str | None]:
-        """The name of a tensor of a merge that is not finite, in pieces; see :func:`.products.not_finite_pieces`."""
-        return products.not_finite_pieces(self.layout, self._columns, row, unmerged)
+    @property
+    def _live_is_beside(self) -> bool:
+        return self._ring.live_is_beside
 
     def _stored_rows(self) -> list[StoredRow]:
         """The rows that merge weights belong to, oldest first, once the last capture is complete."""

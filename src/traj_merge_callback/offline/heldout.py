@@ -1,0 +1,246 @@
+"""Held-out text for offline commands: files become token blocks, dealt to the two splits by document."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ..evaluate.data import NAMELESS, Dealt
+from ..evaluate.sample import Split
+from ..search.checks import integer, names, share
+
+# With fewer documents than this, sections of them are dealt, and this share of each is left out between two.
+_FEW, _GAP = 16, 1 / 16
+# Of one document at most so many blocks are taken, so that a long one does not stand for all.
+_MOST_BLOCKS = 8
+# Characters that a token has at most, on average.
+_CHARACTERS = 8
+_TEXT_KEYS = ("text", "content", "document")
+_DOMAIN = re.compile(r"([\w.-]+)=(.+)")
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer of transformers."""
+
+    eos_token_id: int | None
+
+    def __call__(self, text: str, **options: Any) -> Mapping[str, Any]:
+        """``{"input_ids": [...]}``."""
+
+
+class ByteTokenizer:
+    """Tokens that are the bytes of the text in UTF-8: for models that read bytes (``tokenizer="bytes"``)."""
+
+    eos_token_id = None
+
+    def __call__(self, text: str, **options: Any) -> Mapping[str, Any]:
+        """See :class:`Tokenizer`."""
+        return {"input_ids": list(text.encode())}
+
+
+def heldout_batches(
+    given: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    sequences: int,
+    block_size: int,
+    batch_size: int,
+    search_fraction: float = 0.5,
+    report_only: Sequence[str] = (),
+    seed: int = 0,
+) -> dict[str, Dealt]:
+    """Batches of each domain, ``{"input_ids", "labels"}`` of shape ``(batch_size, block_size)``.
+
+    Documents are drawn at random and dealt to the splits, so that none is in both; in each split they are packed one
+    behind another, with an end-of-text token between them if the tokenizer has one. Of fewer than 16 documents sections
+    are dealt instead, with gaps between them.
+
+    Args:
+        given: files or folders of text (a document each), ``.jsonl`` and ``.parquet`` files (a document a row, in
+            "text", "content" or "document"), or datasets of the Hub as ``name[:config[:split]]``; each may have the
+            name of its domain in front: ``code=src.jsonl``.
+        tokenizer: of the model.
+        sequences: of each domain, both splits together.
+        block_size: tokens of a sequence.
+        batch_size: sequences of a batch.
+        search_fraction: share of the sequences in the search split.
+        report_only: domains that are all report split.
+        seed: of the draw.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: there is too little text for one sequence in each split, or a row has no text.
+    """
+    share("search_fraction", search_fraction)
+    least = {"sequences": 2, "block_size": 2, "batch_size": 1}
+    numbers = {"sequences": sequences, "block_size": block_size, "batch_size": batch_size}
+    for name, number in numbers.items():
+        integer(name, number, least[name])
+    domains: dict[str, list[str]] = {}
+    for one in given:
+        match = None if Path(one).exists() else _DOMAIN.fullmatch(one)
+        name, source = (match[1], match[2]) if match else (NAMELESS, one)
+        domains.setdefault(name, []).append(source)
+    if not domains:
+        raise ValueError("heldout is empty: name files with text that the model was not trained on")
+    names("report_only", list(report_only), domains, "held-out domains")
+    found = {}
+    for name, sources in domains.items():
+        to_search = 0 if name in report_only else min(max(1, round(sequences * search_fraction)), sequences - 1)
+        wanted: dict[Split, int] = {"search": to_search, "report": sequences - to_search}
+        blocks = _blocks(name, _Documents(sources), tokenizer, wanted, block_size, seed)
+        batches = [
+            ({"input_ids": part, "labels": part.clone()}, split)
+            for split, rows in blocks.items()
+            for part in rows.split(batch_size)
+            if len(part)
+        ]
+        found[name] = Dealt(batches)
+    return found
+
+
+def _blocks(
+    domain: str, documents: _Documents, tokenizer: Tokenizer, wanted: dict[Split, int], block_size: int, seed: int
+) -> dict[Split, torch.Tensor]:
+    """Token blocks of each split, shape ``(sequences, block_size)``."""
+    rng = np.random.default_rng(seed)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokens: dict[Split, list[int]] = {split: [] for split in wanted}
+    for text in documents.drawn(rng, _MOST_BLOCKS * block_size * _CHARACTERS):
+        left = {split: wanted[split] * block_size - len(tokens[split]) for split in wanted}
+        if max(left.values()) <= 0:
+            break
+        # The split that lacks the larger part of what it is to have.
+        split = max(left, key=lambda name: left[name] / max(1, wanted[name]))
+        found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end
+        tokens[split] += found[: _MOST_BLOCKS * block_size]
+    blocks = {}
+    for split, count in wanted.items():
+        count = min(count, len(tokens[split]) // block_size)
+        if not count and wanted[split]:
+            raise ValueError(
+                f"heldout {domain!r} has {sum(map(len, tokens.values()))} tokens, too few for a sequence of block_size="
+                f"{block_size} in each split: give more text, or a smaller block_size"
+            )
+        blocks[split] = torch.tensor(tokens[split][: count * block_size], dtype=torch.long).view(count, block_size)
+    return blocks
+
+
+class _Documents:
+    """The texts of some sources.
+
+    Args:
+        sources: see :func:`heldout_batches`.
+    """
+
+    def __init__(self, sources: Sequence[str]) -> None:
+        self._parts = [part for source in sources for part in _parts_of(source)]
+
+    def drawn(self, rng: np.random.Generator, longest: int) -> Iterator[str]:
+        """All texts, none empty, in random order; of longer ones than ``longest`` characters a part."""
+        starts = np.cumsum([0, *map(len, self._parts)])
+        if starts[-1] < _FEW:
+            texts = [self._parts[part][index] for part in range(len(self._parts)) for index in range(len(self._parts[part]))]
+            sections = [section for text in texts for section in _sections(text, -(-_FEW // max(1, len(texts))))]
+            order = iter(sections[index] for index in rng.permutation(len(sections)))
+        else:
+            places = rng.permutation(int(starts[-1]))
+            parts = np.searchsorted(starts, places, side="right") - 1
+            order = (self._parts[part][int(place - starts[part])] for part, place in zip(parts, places, strict=True))
+        for text in order:
+            first = int(rng.integers(max(1, len(text) - longest)))
+            if text.strip():
+                yield text[first : first + longest]
+
+
+def _sections(text: str, count: int) -> list[str]:
+    """Some sections of a text, as long as one another, with gaps between them."""
+    length = len(text) / count
+    return [text[round(index * length) : round((index + 1 - _GAP) * length)] for index in range(count)]
+
+
+class _Rows(Sequence[str]):
+    """Texts in the rows of a dataset or of a file of JSON lines.
+
+    Args:
+        source: for messages.
+        rows: mappings, or lines of JSON.
+    """
+
+    def __init__(self, source: str, rows: Any) -> None:
+        self._source = source
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        row = self._rows[index]
+        try:
+            row = json.loads(row) if isinstance(row, bytes) else row
+        except ValueError as error:
+            raise ValueError(f"{self._source}: row {index + 1} is no JSON ({error})") from error
+        text = next((row[key] for key in _TEXT_KEYS if isinstance(row, Mapping) and isinstance(row.get(key), str)), None)
+        if text is None:
+            raise ValueError(f"{self._source}: row {index + 1} has no text in {', '.join(map(repr, _TEXT_KEYS))}")
+        return text
+
+
+class _Files(Sequence[str]):
+    """Texts that are whole files."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._paths[index].read_text(encoding="utf-8", errors="replace")
+
+
+def _parts_of(source: str) -> list[Sequence[str]]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(one for one in path.rglob("*") if one.is_file() and not one.name.startswith("."))
+        rows = [part for one in files if one.suffix in (".jsonl", ".parquet") for part in _parts_of(str(one))]
+        return [*rows, _Files([one for one in files if one.suffix not in (".jsonl", ".parquet")])]
+    if not path.exists():
+        return [_Rows(source, _dataset(source))]
+    if path.suffix == ".jsonl":
+        return [_Rows(source, [line for line in path.read_bytes().splitlines() if line.strip()])]
+    if path.suffix == ".parquet":
+        return [_Rows(source, _datasets().Dataset.from_parquet(str(path)))]
+    if b"\0" in path.open("rb").read(4096):
+        raise ValueError(f"heldout={source}: is no text; give text, .jsonl or .parquet")
+    return [_Files([path])]
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError("parquet files and datasets of the Hub need: pip install datasets") from None
+    return datasets
+
+
+def _dataset(source: str) -> Any:
+    """A dataset of the Hub; without a split in its name the smallest of its test, validation and train split."""
+    name, _, rest = source.partition(":")
+    config, _, split = rest.partition(":")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or "." in Path(name).suffix[:1] and "/" not in name:
+        raise FileNotFoundError(f"heldout={source} is not there, and is no dataset's name")
+    try:
+        found = _datasets().load_dataset(name, config or None)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"heldout={source} is not there, and no dataset that could be loaded: {error}") from error
+    split = split or next((one for one in ("test", "validation", "train") if one in found), next(iter(found)))
+    if split not in found:
+        raise ValueError(f"heldout={source}: there is no split {split!r}; there are {', '.join(found)}")
+    return found[split]
