@@ -48,8 +48,8 @@ def weights_of(path: Path, *, allow_pickle: bool = False) -> Mapping[str, Tensor
 
     Args:
         path: a folder or a file.
-        allow_pickle: read ``pytorch_model.bin`` and torch.distributed.checkpoint, which are pickles. Of the first, as of
-            ``.ckpt`` files always, nothing but tensors and plain values is unpickled; the metadata of the second is
+        allow_pickle: read ``pytorch_model.bin`` and torch.distributed.checkpoint, which are pickles. Of the first, as
+            of ``.ckpt`` files always, nothing but tensors and plain values is unpickled; the metadata of the second is
             unpickled whole, and may run whatever whoever wrote it wants.
 
     Raises:
@@ -78,7 +78,9 @@ def weights_of(path: Path, *, allow_pickle: bool = False) -> Mapping[str, Tensor
 
 def _no_weights(path: Path) -> Exception:
     if any(path.glob("*.rank-*.safetensors")):
-        return ValueError(f"{path} is a snapshot in parts: make a model folder of it first, with traj-merge consolidate")
+        return ValueError(
+            f"{path} is a snapshot in parts: make a model folder of it first, with traj-merge consolidate"
+        )
     return FileNotFoundError(f"{path} holds no weights: none of {', '.join(_IN_FOLDERS)}")
 
 

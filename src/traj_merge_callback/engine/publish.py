@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class Publisher:
         writer_processes: the ranks, for the writer's thread.
         extra: called while the model holds the merged weights (under FSDP, its own); what it returns adds files to a
             snapshot's folder later.
+        about: what merge.json says besides.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Publisher:
         failures: Failures,
         writer_processes: Processes,
         extra: Extra | None,
+        about: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self._config = config
         self._window = window
@@ -69,6 +72,7 @@ class Publisher:
         self._failures = failures
         self._writer_processes = writer_processes
         self._extra = extra
+        self._about = about
 
     def publish(
         self,
@@ -197,6 +201,7 @@ class Publisher:
             "weights_format": weights_format(model),
             "merged_tensors": [slot.name for slot in self._window.layout.slots],
             "sharded": self._index.to_json() if sharded else None,
+            **self._about,
         }
 
 

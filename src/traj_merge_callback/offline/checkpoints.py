@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import itertools
 import logging
 import os
 import re
@@ -108,7 +109,7 @@ def find_checkpoints(
 
 def _in_order(found: Iterable[Checkpoint]) -> list[Checkpoint]:
     ordered = sorted(found, key=lambda one: one.step)
-    for one, two in zip(ordered, ordered[1:], strict=False):
+    for one, two in itertools.pairwise(ordered):
         if one.step == two.step:
             raise ValueError(f"{one.name} and {two.name} are both of step {one.step}: name one of them")
     return ordered
@@ -116,11 +117,11 @@ def _in_order(found: Iterable[Checkpoint]) -> list[Checkpoint]:
 
 def _say_missing(steps: list[int], every: int | None) -> None:
     """Warn of steps between the first and the last that would be there if steps were regular."""
-    distances = Counter(two - one for one, two in zip(steps, steps[1:], strict=False))
+    distances = Counter(two - one for one, two in itertools.pairwise(steps))
     usual, times = (every, len(steps)) if every else distances.most_common(1)[0] if distances else (0, 0)
     if not usual or times < 2:
         return
-    missing = [step for one, two in zip(steps, steps[1:], strict=False) for step in range(one + usual, two, usual)]
+    missing = [step for one, two in itertools.pairwise(steps) for step in range(one + usual, two, usual)]
     if missing:
         logger.warning("steps %s are missing: the rows are not evenly spaced there", _listed(missing))
 
@@ -218,7 +219,9 @@ def _known_revisions(repo: str) -> list[str]:
         raise FileNotFoundError(f"{repo} is not a folder here, and not a repository on the Hub") from error
     except (HfHubHTTPError, OSError) as error:
         if not (cached := _cached_revisions(repo)):
-            raise FileNotFoundError(f"{repo}: the Hub does not answer, and nothing of it is cached ({error})") from error
+            raise FileNotFoundError(
+                f"{repo}: the Hub does not answer, and nothing of it is cached ({error})"
+            ) from error
         logger.info("the Hub does not answer: taking revisions of %s from the local cache", repo)
         return cached
 

@@ -146,7 +146,9 @@ class _Documents:
         """All texts, none empty, in random order; of longer ones than ``longest`` characters a part."""
         starts = np.cumsum([0, *map(len, self._parts)])
         if starts[-1] < _FEW:
-            texts = [self._parts[part][index] for part in range(len(self._parts)) for index in range(len(self._parts[part]))]
+            texts = [
+                self._parts[part][index] for part in range(len(self._parts)) for index in range(len(self._parts[part]))
+            ]
             sections = [section for text in texts for section in _sections(text, -(-_FEW // max(1, len(texts))))]
             order = iter(sections[index] for index in rng.permutation(len(sections)))
         else:
@@ -186,7 +188,9 @@ class _Rows(Sequence[str]):
             row = json.loads(row) if isinstance(row, bytes) else row
         except ValueError as error:
             raise ValueError(f"{self._source}: row {index + 1} is no JSON ({error})") from error
-        text = next((row[key] for key in _TEXT_KEYS if isinstance(row, Mapping) and isinstance(row.get(key), str)), None)
+        text = next(
+            (row[key] for key in _TEXT_KEYS if isinstance(row, Mapping) and isinstance(row.get(key), str)), None
+        )
         if text is None:
             raise ValueError(f"{self._source}: row {index + 1} has no text in {', '.join(map(repr, _TEXT_KEYS))}")
         return text
@@ -234,12 +238,14 @@ def _dataset(source: str) -> Any:
     """A dataset of the Hub; without a split in its name the smallest of its test, validation and train split."""
     name, _, rest = source.partition(":")
     config, _, split = rest.partition(":")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or "." in Path(name).suffix[:1] and "/" not in name:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ("." in Path(name).suffix[:1] and "/" not in name):
         raise FileNotFoundError(f"heldout={source} is not there, and is no dataset's name")
     try:
         found = _datasets().load_dataset(name, config or None)
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"heldout={source} is not there, and no dataset that could be loaded: {error}") from error
+        raise FileNotFoundError(
+            f"heldout={source} is not there, and no dataset that could be loaded: {error}"
+        ) from error
     split = split or next((one for one in ("test", "validation", "train") if one in found), next(iter(found)))
     if split not in found:
         raise ValueError(f"heldout={source}: there is no split {split!r}; there are {', '.join(found)}")

@@ -185,7 +185,9 @@ def _by_slot(layout: ParameterLayout, aliases: Mapping[str, list[str]], checkpoi
                 f"{slot.shape}: all checkpoints must be of one architecture"
             )
         if not value.is_floating_point():
-            raise ValueError(f"{checkpoint.name} has {best[slot.name]!r} as {value.dtype}: quantized weights are not merged")
+            raise ValueError(
+                f"{checkpoint.name} has {best[slot.name]!r} as {value.dtype}: quantized weights are not merged"
+            )
         found[slot.name] = value
     return found
 

@@ -1,0 +1,269 @@
+"""Data-driven merge weights for checkpoints that are there already: the engine of a live merge, without a run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..config import MergeConfig
+from ..disk.atomic import Writer
+from ..disk.metrics_file import MetricsFile
+from ..disk.model_files import collect_pretrained
+from ..disk.parts import PartsIndex
+from ..disk.snapshots import SnapshotStore
+from ..engine.choose import Chooser
+from ..engine.failures import Failures
+from ..engine.merge import Merge
+from ..engine.publish import Publisher
+from ..evaluate.heldout import HeldOutLoss, Nll
+from ..metrics import MergeRecord
+from ..search import resolve_search
+from ..search.checks import did_you_mean
+from ..search.problem import GRADIENT_COST, SearchState
+from ..window.pieces import BACKWARD, FORWARD, WAIT, Pieces
+from .checkpoints import Checkpoint, find_checkpoints
+from .heldout import heldout_batches
+from .models import check_alike, device_named, load_model, load_tokenizer, longest_block, model_named
+from .progress import bar
+from .rows import CheckpointRows
+
+#: Options of :class:`MergeConfig` that mean something here.
+OPTIONS = (
+    "search",
+    "search_options",
+    "groups",
+    "heldout_batches",
+    "objective",
+    "domain_weights",
+    "tolerance",
+    "evaluations",
+    "search_fraction",
+    "report_only",
+    "seed",
+)
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """How merges are evaluated.
+
+    Args:
+        model: computes with their weights.
+        heldout: the two splits.
+        config: the options.
+        about: what merge.json says of it.
+        tokenizer: saved beside a merge; None: there is none.
+    """
+
+    model: nn.Module
+    heldout: HeldOutLoss
+    config: MergeConfig
+    about: dict[str, Any]
+    tokenizer: Any = None
+
+
+def search(
+    checkpoints: str | Path | Sequence[str | Path],
+    heldout: Any,
+    *,
+    output: str | Path = "merged",
+    last: int | None = None,
+    every: int | None = None,
+    steps: tuple[int | None, int | None] | None = None,
+    allow_pickle: bool = False,
+    progress: bool = True,
+    model: nn.Module | str | None = None,
+    tokenizer: str | None = None,
+    nll: Nll | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    sequences: int = 128,
+    block_size: int | None = None,
+    batch_size: int = 8,
+    **options: Any,
+) -> MergeRecord:
+    """Choose merge weights of checkpoints on held-out data, and write the merge as a snapshot.
+
+    Args:
+        checkpoints, last, every, steps, allow_pickle: see :func:`find_checkpoints`.
+        heldout: names of files, folders or datasets, see :func:`heldout_batches`; or, as the engine takes them, a
+            loader of batches or a mapping from domain names to such.
+        output: new folder for the snapshot, metrics.jsonl and index.json, laid out as a live run's.
+        progress: show a bar on what takes longer than a second.
+        model: that computes with the weights; a name or folder of transformers for checkpoints without config.json.
+            None: that of the newest checkpoint.
+        tokenizer: see :func:`load_tokenizer`.
+        nll: see :class:`HeldOutLoss`.
+        device: by default the first GPU, or else the CPU.
+        dtype: that the model computes in, and of the snapshot: "float32", "bfloat16", "float16"; None: the files'.
+        sequences: of each domain, for both splits together.
+        block_size: tokens of a sequence; None: the model's context, at most 1024.
+        batch_size: sequences of a batch.
+        **options: of :class:`MergeConfig`: search, search_options, groups, objective, domain_weights, tolerance,
+            evaluations, heldout_batches (for loaders), search_fraction, report_only, seed.
+
+    Returns:
+        The record; its ``snapshot`` is the folder written.
+
+    Raises:
+        ValueError, TypeError, OSError: what is wrong with which argument or file; nothing half-written is left.
+
+    Example::
+
+        record = search("runs/checkpoints", ["heldout.jsonl"], search="auto")
+        print(record.live_loss, record.merged_loss, record.snapshot)
+    """
+    config = _config(options)
+    output = new_folder(output)
+    found = find_checkpoints(checkpoints, last=last, every=every, steps=steps, allow_pickle=allow_pickle)
+    reading = {"sequences": sequences, "block_size": block_size, "batch_size": batch_size}
+    evaluating = prepare(found, heldout, config, model, tokenizer, nll, device, dtype, reading)
+    rows = CheckpointRows(evaluating.model, found, config.groups)
+    if model is None:
+        rows.check_newest(evaluating.model)
+    with bar("reading checkpoints", len(found), show=progress) as reading_bar:
+        for _ in rows.check():
+            reading_bar.advance()
+    store = SnapshotStore(output, keep_last=1, keep_best=True)
+    record = merge_rows(evaluating, rows, found, store, SearchState(), progress=progress)
+    MetricsFile(output / "metrics.jsonl").append(record)
+    return record
+
+
+def _config(options: dict[str, Any]) -> MergeConfig:
+    for name in options.keys() - set(OPTIONS):
+        meant = did_you_mean(name, OPTIONS) or f"; there are {', '.join(OPTIONS)}"
+        raise TypeError(f"{name}={options[name]!r}: there is no such option{meant}")
+    config = MergeConfig(row="last", capture_every=1, merge_every=1, on_error="raise", **options)
+    if resolve_search(config.search).average_rate is not None:
+        raise ValueError(
+            f"search={config.search!r} needs an average of every step of a run, which its checkpoints do not tell; it "
+            "can be used in the callback"
+        )
+    return config
+
+
+def new_folder(output: str | Path) -> Path:
+    """A folder that is yet to be written.
+
+    Raises:
+        FileExistsError: something is there.
+    """
+    output = Path(output).expanduser()
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise FileExistsError(f"output={str(output)!r} is there already: remove it, or name a new folder")
+    return output
+
+
+def prepare(
+    checkpoints: Sequence[Checkpoint],
+    heldout: Any,
+    config: MergeConfig,
+    model: nn.Module | str | None,
+    tokenizer: str | None,
+    nll: Nll | None,
+    device: str | None,
+    dtype: str | None,
+    reading: Mapping[str, int | None],
+) -> Evaluating:
+    """The model and the held-out data for merges of some checkpoints; see :func:`search`."""
+    check_alike(checkpoints)
+    place = device_named(device)
+    if model is None:
+        model = load_model(checkpoints[-1], dtype, place)
+    elif isinstance(model, str):
+        model = model_named(model, dtype, place)
+    about: dict[str, Any] = {"checkpoints": [one.name for one in checkpoints]}
+    saved = None
+    if _are_names(heldout):
+        names = [heldout] if isinstance(heldout, (str, Path)) else [*heldout]
+        tokens, name = load_tokenizer(checkpoints, tokenizer)
+        saved = None if name == "bytes" else tokens
+        about["heldout_data"] = {
+            "sources": [str(one) for one in names],
+            "tokenizer": name,
+            **reading,
+            "block_size": reading["block_size"] or longest_block(model),
+            **{key: getattr(config, key) for key in ("search_fraction", "report_only", "seed")},
+        }
+        heldout = heldout_of(about["heldout_data"], tokens)
+    loss = HeldOutLoss(
+        heldout,
+        nll=nll,
+        batches=config.heldout_batches,
+        search_fraction=config.search_fraction,
+        report_only=config.report_only,
+        seed=config.seed,
+    )
+    return Evaluating(model, loss, config, about, saved)
+
+
+def _are_names(heldout: Any) -> bool:
+    if isinstance(heldout, (str, Path)):
+        return True
+    return isinstance(heldout, (list, tuple)) and bool(heldout) and all(isinstance(o, (str, Path)) for o in heldout)
+
+
+def heldout_of(described: Mapping[str, Any], tokenizer: Any) -> Mapping[str, Iterable[Any]]:
+    """The batches that a merge.json describes under "heldout_data"."""
+    keys = ("sequences", "block_size", "batch_size", "search_fraction", "report_only", "seed")
+    return heldout_batches(described["sources"], tokenizer, **{key: described[key] for key in keys})
+
+
+def merge_rows(
+    evaluating: Evaluating,
+    rows: CheckpointRows,
+    checkpoints: Sequence[Checkpoint],
+    store: SnapshotStore,
+    state: SearchState,
+    *,
+    progress: bool,
+) -> MergeRecord:
+    """One merge of some rows, searched for, measured and written.
+
+    Args:
+        evaluating: how merges are evaluated.
+        rows: the rows.
+        checkpoints: which they are, oldest first.
+        store: where the snapshot goes.
+        state: what the merge before remembers.
+        progress: show a bar.
+    """
+    config, model, heldout = evaluating.config, evaluating.model, evaluating.heldout
+    store.heldout = heldout.digest
+    started, step, processes = time.perf_counter(), checkpoints[-1].step, rows.processes
+    index, writer = (
+        PartsIndex.of(rows.layout.slots, processes),
+        Writer(rows.staging_on(next(model.parameters()).device).device),
+    )
+    extra: Callable[[], Callable[[Path], None]] = lambda: collect_pretrained(evaluating.tokenizer)  # noqa: E731
+    failures = Failures("raise")
+    publisher = Publisher(config, rows, index, store, writer, failures, processes, extra, about=evaluating.about)
+    merge = Merge(model, rows, config, heldout, Chooser(config, heldout, processes), publisher)
+    total = config.evaluations * heldout.num_batches("search") + 2 * heldout.num_batches("report")
+    try:
+        with bar("evaluating merges", total, show=progress) as shown:
+            pieces = merge.pieces(model, merge.keep(model), state, step, config.evaluations)
+            record = _driven(pieces, shown.advance, writer.wait)
+    finally:
+        merge.parking.release()
+        writer.close()
+    return replace(record, finished_step=step, seconds=time.perf_counter() - started, run=store.run)
+
+
+def _driven(pieces: Pieces[MergeRecord], advance: Callable[[float], None], wait: Callable[[], None]) -> MergeRecord:
+    costs = {FORWARD: 1.0, BACKWARD: float(GRADIENT_COST)}
+    while True:
+        try:
+            kind = next(pieces)
+        except StopIteration as done:
+            record: MergeRecord = done.value
+            return record
+        if kind == WAIT:
+            wait()
+        advance(costs.get(kind, 0.0))
