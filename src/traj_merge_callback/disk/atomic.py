@@ -213,6 +213,19 @@ def remove_tree(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
+def check_space(path: Path, nbytes: int) -> None:
+    """Check that so many bytes may be written at a path that is yet to be made.
+
+    Raises:
+        OSError: its file system has too little space, with the numbers.
+    """
+    there = next(folder for folder in path.absolute().parents if folder.is_dir())
+    if (free := shutil.disk_usage(there).free) < nbytes:
+        raise OSError(
+            errno.ENOSPC, f"{path} needs {nbytes / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free: name another folder"
+        )
+
+
 def point_link(link: Path, target_name: str) -> None:
     """Let the symbolic link ``link`` point to its neighbour ``target_name``, in one step.
 

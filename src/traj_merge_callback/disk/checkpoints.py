@@ -25,11 +25,11 @@ from .untrusted import damage_of, own_file, read_json_object, texts
 
 #: Files of ``torch.save``.
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
-_INDEX, _WHOLE, _ADAPTER = "model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors"
+_INDEX, _WHOLE, ADAPTER = "model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors"
 _PICKLED_INDEX, _PICKLED_WHOLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 # The second is transformers' with FSDP.
 _DISTRIBUTED = (".metadata", "pytorch_model_fsdp_0/.metadata")
-_IN_FOLDERS = (_INDEX, _WHOLE, _ADAPTER, _PICKLED_INDEX, _PICKLED_WHOLE, *_DISTRIBUTED)
+_IN_FOLDERS = (_INDEX, _WHOLE, ADAPTER, _PICKLED_INDEX, _PICKLED_WHOLE, *_DISTRIBUTED)
 # Where trainers keep a model's tensors in a file that holds more.
 _STATES = ("state_dict", "model", "model_state_dict")
 # What begins like this in a folder of torch.distributed.checkpoint is not of a model.
@@ -60,7 +60,7 @@ def weights_of(path: Path, *, allow_pickle: bool = False) -> Mapping[str, Tensor
         return _pickled(path) if path.suffix in PICKLED else _mapped(path)
     if os.path.lexists(index := path / _INDEX):
         return _all_of(index, _mapped)
-    for name in (_WHOLE, _ADAPTER):
+    for name in (_WHOLE, ADAPTER):
         if os.path.lexists(path / name):
             return _mapped(path / name)
     found = next((name for name in _IN_FOLDERS[3:] if os.path.lexists(path / name)), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..metrics import MergeRecord
 from .atomic import clear_for_file, set_aside, set_aside_before, write_whole
@@ -106,6 +106,15 @@ class MetricsFile:
             except BaseException:
                 file.truncate(size)
                 raise
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a file by step, without lines that are none; the last of several of one step; no file has none."""
+    if not path.is_file():
+        return []
+    lines = [line for line in path.read_bytes().split(b"\n") if _parsed(line) is not None]
+    found = {record["step"]: record for record in map(parse_json, lines)}
+    return [found[step] for step in sorted(found)]
 
 
 class _Line(NamedTuple):

@@ -257,7 +257,7 @@ def load_merged(folder: str | Path, model: nn.Module, *, verify: bool = False) -
     with damage_of(folder / "merge.json"):
         merged = set(texts(merge["merged_tensors"]))
     if verify:
-        _verify(folder, merge)
+        check_snapshot(folder, merge)
     if weights_format == PEFT:
         _load_adapter(folder, model)
         return merge
@@ -280,7 +280,12 @@ def load_merged(folder: str | Path, model: nn.Module, *, verify: bool = False) -
     return merge
 
 
-def _verify(folder: Path, merge: dict[str, Any]) -> None:
+def check_snapshot(folder: Path, merge: dict[str, Any]) -> None:
+    """Check that a snapshot's files are what was written, by the checksums in its merge.json.
+
+    Raises:
+        FileNotFoundError, ValueError: one is missing, or was changed, or is not of the snapshot.
+    """
     check_document(folder / "merge.json", merge)
     check_files(folder, merge)
     strangers = {path.name for path in folder.iterdir() if ".safetensors" in path.suffixes} - merge["checksums"].keys()

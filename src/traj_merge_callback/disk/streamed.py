@@ -1,16 +1,23 @@
-"""A safetensors file written piece by piece, so that no tensor of it has to be in memory."""
+"""Weights files and model folders written piece by piece, so that no tensor of them has to be in memory."""
 
 from __future__ import annotations
 
 import io
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .atomic import check_space, whole_folder
+from .checksums import checksums_of
+from .model_files import METADATA, PEFT, write_shards
+from .snapshots import FORMAT_VERSION, write_document
+from .untrusted import own_file
 
 #: The dtypes of the format, by the names that it has for them.
 DTYPES = {
@@ -27,6 +34,9 @@ DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
+# What a model folder holds beside weights: configurations, tokenizers, code.
+_SMALL = (".json", ".model", ".txt", ".jinja", ".py")
+_NOT_COPIED = ("trainer_state.json", "merge.json")
 
 
 class Described(NamedTuple):
@@ -87,3 +97,44 @@ def write_streamed(
 def _write_all(file: io.FileIO, data: memoryview) -> None:
     while data:
         data = data[file.write(data) :]
+
+
+def write_model_folder(
+    output: Path,
+    beside: Path | None,
+    tensors: Mapping[str, Described],
+    pieces: Callable[[str], Iterable[Tensor]],
+    document: Mapping[str, Any],
+    shard_bytes: int,
+) -> None:
+    """Write a folder with weights, a merge.json, and the small files of another model folder; whole or not at all.
+
+    Args:
+        output: the new folder.
+        beside: whose configuration and tokenizer are copied; None: nobody's.
+        tensors, pieces: see :func:`write_streamed`.
+        document: of merge.json.
+        shard_bytes: of a weights file at most.
+
+    Raises:
+        OSError: there is too little space, or it cannot be written to.
+    """
+    sizes = {name: one.nbytes for name, one in tensors.items()}
+    check_space(output, sum(sizes.values()))
+    if output.is_dir():
+        output.rmdir()
+
+    is_adapter = document.get("weights_format") == PEFT
+
+    def write(path: Path, names: list[str]) -> None:
+        if is_adapter:
+            path = path.with_name("adapter_model.safetensors")
+        write_streamed(path, {name: tensors[name] for name in names}, pieces, METADATA)
+
+    with whole_folder(output) as temporary:
+        # Adapters are read from one file.
+        write_shards(temporary, sizes, write, sum(sizes.values()) if is_adapter else shard_bytes)
+        for path in sorted(beside.iterdir()) if beside is not None else []:
+            if path.is_file() and path.suffix in _SMALL and path.name not in _NOT_COPIED and ".index." not in path.name:
+                shutil.copyfile(own_file(path), temporary / path.name)
+        write_document(temporary, {"version": FORMAT_VERSION, **document}, checksums_of(temporary))

@@ -118,7 +118,7 @@ def search(
         record = search("runs/checkpoints", ["heldout.jsonl"], search="auto")
         print(record.live_loss, record.merged_loss, record.snapshot)
     """
-    config = _config(options)
+    config = checked_config(options)
     output = new_folder(output)
     found = find_checkpoints(checkpoints, last=last, every=every, steps=steps, allow_pickle=allow_pickle)
     reading = {"sequences": sequences, "block_size": block_size, "batch_size": batch_size}
@@ -135,11 +135,16 @@ def search(
     return record
 
 
-def _config(options: dict[str, Any]) -> MergeConfig:
+def checked_config(options: dict[str, Any], **fixed: Any) -> MergeConfig:
+    """The options of an offline merge, with some that are not the user's.
+
+    Raises:
+        ValueError, TypeError: see :class:`MergeConfig`; an option that has no meaning here, or that search.
+    """
     for name in options.keys() - set(OPTIONS):
         meant = did_you_mean(name, OPTIONS) or f"; there are {', '.join(OPTIONS)}"
         raise TypeError(f"{name}={options[name]!r}: there is no such option{meant}")
-    config = MergeConfig(row="last", capture_every=1, merge_every=1, on_error="raise", **options)
+    config = MergeConfig(row="last", capture_every=1, merge_every=1, on_error="raise", **options, **fixed)
     if resolve_search(config.search).average_rate is not None:
         raise ValueError(
             f"search={config.search!r} needs an average of every step of a run, which its checkpoints do not tell; it "
