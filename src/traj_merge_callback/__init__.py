@@ -2,13 +2,15 @@
 
 Use :class:`traj_merge_callback.lightning.TrajMergeCallback` with Lightning,
 :class:`traj_merge_callback.transformers.TrajMergeCallback` with Hugging Face, and :class:`TrajectoryMerger` in a loop
-of your own. :func:`load_merged` puts a published snapshot into a model.
+of your own. :func:`load_merged` puts a published snapshot into a model. :mod:`traj_merge_callback.offline` merges
+checkpoints that are there already.
 """
 
 import sys
 from typing import NoReturn
 
 from .config import MergeConfig
+from .disk.consolidate import consolidate_snapshot
 from .disk.model_files import load_merged
 from .disk.snapshots import find_snapshot, read_merge
 from .evaluate.heldout import HeldOutLoss
@@ -28,6 +30,7 @@ __all__ = [
     "Search",
     "TrajectoryMerger",
     "available_searches",
+    "consolidate_snapshot",
     "find_snapshot",
     "load_merged",
     "read_merge",

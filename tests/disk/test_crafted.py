@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_run import Run
 from torch import nn
 
-from traj_merge_callback import find_snapshot, load_merged, read_merge
-from traj_merge_callback.consolidate import consolidate_snapshot
+from traj_merge_callback import consolidate_snapshot, find_snapshot, load_merged, read_merge
 from traj_merge_callback.disk.checksums import checksums_of, with_checksums
 
 

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from traj_merge_callback import CheckpointWindow
-from traj_merge_callback.consolidate import consolidate_snapshot
+from traj_merge_callback import CheckpointWindow, consolidate_snapshot
 from traj_merge_callback.disk.checksums import checksums_of, with_checksums
 from traj_merge_callback.disk.parts import PartsIndex, Range
 from traj_merge_callback.disk.state import RunState, Saved, load_state, save_state

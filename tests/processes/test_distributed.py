@@ -14,8 +14,7 @@ import torch
 from conftest import tiny_llama
 from transformers import LlamaForCausalLM
 
-from traj_merge_callback import HeldOutLoss, load_merged, read_merge
-from traj_merge_callback.consolidate import consolidate_snapshot
+from traj_merge_callback import HeldOutLoss, consolidate_snapshot, load_merged, read_merge
 
 HERE = Path(__file__).parent
 SAVED = {"steps": 12, "save_at": 8}

@@ -250,9 +250,7 @@ def load_merged(folder: str | Path, model: nn.Module, *, verify: bool = False) -
     if has_fsdp(model):
         raise ValueError("load_merged needs a whole model: load the snapshot before FSDP is applied")
     if merge.get("sharded"):
-        raise ValueError(
-            f"snapshot {folder} is in parts: make a model folder of it first, with traj_merge_callback.consolidate"
-        )
+        raise ValueError(f"snapshot {folder} is in parts: make a model folder of it first, with traj-merge consolidate")
     weights_format = merge.get("weights_format")
     with damage_of(folder / "merge.json"):
         merged = set(texts(merge["merged_tensors"]))

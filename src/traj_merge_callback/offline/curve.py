@@ -126,7 +126,7 @@ def _begun(output: Path, settings: dict[str, Any], store: SnapshotStore) -> set[
         before = known.get("settings", {})
         if differ := [key for key, value in settings.items() if before.get(key) != json.loads(json.dumps(value))]:
             raise ValueError(
-                f"output={str(output)!r} holds a curve with another {', '.join(differ)}: name another folder, or remove it"
+                f"output={str(output)!r} holds a curve with another {', '.join(differ)}: name another folder"
             )
         return {record["step"] for record in read_records(output / "metrics.jsonl")}
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):

@@ -1,0 +1,15 @@
+"""Merging checkpoints that are there already, as functions here and as the ``traj-merge`` command.
+
+:func:`search` chooses merge weights on held-out data, :func:`curve` does so all along a trajectory, :func:`merge`
+writes a merge with given weights, :func:`verify` measures a snapshot again, :func:`export` writes its recipe for
+mergekit.
+"""
+
+from .checkpoints import find_checkpoints
+from .curve import curve
+from .export import export
+from .merge import merge
+from .search import search
+from .verify import Verified, verify
+
+__all__ = ["Verified", "curve", "export", "find_checkpoints", "merge", "search", "verify"]
