@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,15 +37,17 @@ def compiled_flex_attention() -> Iterator[None]:
 def _fused(*args: Any) -> Any:
     with torch.compiler.set_stance("default"):
         if args[0].device.type == "cpu":  # whose kernel has no other outputs
-            return _compiled_first(*args), None, None
-        return _compiled(*args)
+            return _compiled(only_first=True)(*args), None, None
+        return _compiled(only_first=False)(*args)
 
 
-def _operator(*args: Any) -> Any:
-    from torch._higher_order_ops.flex_attention import flex_attention
+@functools.cache
+def _compiled(*, only_first: bool) -> Callable[..., Any]:
+    """The operator, or its first output; made when it is first needed, as torch.compile takes seconds to import."""
 
-    return flex_attention(*args)
+    def operator(*args: Any) -> Any:
+        from torch._higher_order_ops.flex_attention import flex_attention
 
+        return flex_attention(*args)[0] if only_first else flex_attention(*args)
 
-_compiled = torch.compile(_operator, fullgraph=True)
-_compiled_first = torch.compile(lambda *args: _operator(*args)[0], fullgraph=True)
+    return torch.compile(operator, fullgraph=True)
