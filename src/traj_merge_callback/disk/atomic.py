@@ -176,6 +176,12 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise
 
 
+def make_folder(path: Path) -> Path:
+    """Make a folder, and those above it, if it is not there."""
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def clear_for_file(path: Path) -> None:
     """Before a file of ours is written at ``path``: what is there and is no regular file is given another name.
 

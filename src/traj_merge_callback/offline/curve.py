@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..disk.atomic import write_whole
+from ..disk.atomic import make_folder, write_whole
 from ..disk.metrics_file import MetricsFile, read_records
 from ..disk.snapshots import SnapshotStore
 from ..disk.untrusted import read_json_object
@@ -131,5 +131,6 @@ def _begun(output: Path, settings: dict[str, Any], store: SnapshotStore) -> set[
         return {record["step"] for record in read_records(output / "metrics.jsonl")}
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise FileExistsError(f"output={str(output)!r} is there already, and is no curve: name a new folder")
+    make_folder(output)
     write_whole(document, json.dumps({"version": 1, "run": store.run, "settings": settings}, indent=2) + "\n")
     return set()

@@ -101,7 +101,7 @@ def heldout_batches(
             for part in rows.split(batch_size)
             if len(part)
         ]
-        found[name] = Dealt(batches)
+        found[name] = Dealt(batches, sum(map(len, blocks.values())))
     return found
 
 

@@ -21,8 +21,8 @@ from .checkpoints import Checkpoint, find_checkpoints
 from .progress import bar
 from .search import new_folder
 
-# Numbers that one operation works on: few enough for the cache of a core.
-_CHUNK = 1 << 18
+# Numbers that one operation works on.
+_CHUNK = 1 << 22
 
 
 def merge(
@@ -89,7 +89,7 @@ def merge(
 
         def pieces(name: str) -> Iterator[Tensor]:
             for piece in merged(tensors[name], values) if name in tensors else [newest[name].contiguous()]:
-                if piece.is_floating_point() and not piece.isfinite().all():
+                if not _is_finite(piece):
                     raise ValueError(
                         f"the merge is not finite in {name!r}: one of the checkpoints is not; leave it out"
                     )
@@ -108,8 +108,14 @@ def merged(tensors: Sequence[Tensor], weights: np.ndarray) -> Iterator[Tensor]:
         parts = [(tensor[start : start + _CHUNK], weight) for tensor, weight in used]
         total = parts[0][0].to(sums, copy=True).mul_(parts[0][1])
         for part, weight in parts[1:]:
-            total.add_(part.to(sums), alpha=weight)
+            # There is no arithmetic between float8 and other dtypes.
+            total.add_(part if part.itemsize > 1 else part.to(sums), alpha=weight)
         yield total.to(dtype)
+
+
+def _is_finite(piece: Tensor) -> bool:
+    # A sum is made faster than numbers are looked at one by one, and shows that one is not finite.
+    return math.isfinite(float(piece.sum(dtype=torch.float32))) or bool(piece.isfinite().all())
 
 
 def _format(folder: Path | None) -> str:

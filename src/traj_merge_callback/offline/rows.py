@@ -61,8 +61,8 @@ class CheckpointRows(Matrix):
                 if slot.is_parameter and not all(within(chunk, largest) for chunk in values.split(CHUNK)):
                     raise ValueError(f"{one.name} has numbers in {slot.name!r} that are not finite: leave it out")
 
-    def check_newest(self, model: nn.Module) -> None:
-        """Compare the newest checkpoint with the model that was loaded from it.
+    def take_over(self, model: nn.Module) -> None:
+        """Let a model that was loaded from the newest checkpoint compute with the file itself, and not with a copy.
 
         Raises:
             ValueError: the model holds other numbers: whoever loaded it has converted them.
@@ -74,6 +74,8 @@ class CheckpointRows(Matrix):
                     f"{self._checkpoints[-1].name} stores {slot.name!r} in another way than {type(model).__name__} "
                     "computes with it, so its files cannot be merged under this model"
                 )
+            if tensor.device.type == "cpu" and values.dtype is tensor.dtype:
+                tensor.data = values.view(tensor.shape)
 
     @property
     def spans(self) -> tuple[Span, ...]:

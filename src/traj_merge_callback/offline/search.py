@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..config import MergeConfig
-from ..disk.atomic import Writer
+from ..disk.atomic import Writer, check_space
 from ..disk.metrics_file import MetricsFile
 from ..disk.model_files import collect_pretrained
 from ..disk.parts import PartsIndex
@@ -124,8 +124,9 @@ def search(
     reading = {"sequences": sequences, "block_size": block_size, "batch_size": batch_size}
     evaluating = prepare(found, heldout, config, model, tokenizer, nll, device, dtype, reading)
     rows = CheckpointRows(evaluating.model, found, config.groups)
+    check_space(output, sum(slot.numel * slot.dtype.itemsize for slot in rows.layout.slots))
     if model is None:
-        rows.check_newest(evaluating.model)
+        rows.take_over(evaluating.model)
     with bar("reading checkpoints", len(found), show=progress) as reading_bar:
         for _ in rows.check():
             reading_bar.advance()
