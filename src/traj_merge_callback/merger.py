@@ -154,7 +154,7 @@ class TrajectoryMerger:
         self._merging, self._writer, self._saver, self.window = made, made.writer, made.saver, made.window
         known = (self.config, self.heldout, made.merge, self._overhead, made.writer.wait, self.processes)
         self._schedule = Schedule(*known)
-        self._rollback.begin(made.merge, self._schedule.at_once)
+        self._rollback.begin(made.merge, made.window, self._schedule.at_once)
         is_first, self._waited_s, self._renewing = not self._renewing, 0.0, False
         if is_first:
             self._first_pass(model)

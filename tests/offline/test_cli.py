@@ -1,10 +1,10 @@
 """The traj-merge command as a user types it, each command in a process of its own."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,25 +19,26 @@ from traj_merge_callback.offline.cli import app
 SMALL = ["--tokenizer", "bytes", "--block-size", "32", "--sequences", "32"]
 
 
-def run(*arguments, cwd=None, code=0):
-    command = [sys.executable, "-m", "traj_merge_callback", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
-    assert done.returncode == code, (arguments, done.stdout[-2000:], done.stderr[-3000:])
-    assert "Traceback" not in done.stderr
-    return done
-
-
-def invoked(*arguments):
-    """The command in this process, as it takes seconds to start; it must end with exit code 1."""
+def run(*arguments, code=0):
+    """The command in this process, as it takes seconds to start."""
     done = CliRunner().invoke(app, [*map(str, arguments)])
-    assert done.exit_code == 1, (done.output, done.exception)
+    assert done.exit_code == code, (arguments, done.output, done.exception)
     return done
 
 
-def test_search_inspect_verify_export_and_what_verify_finds(trainer_run, heldout, tmp_path):
+@pytest.mark.parametrize("command", [["-m", "traj_merge_callback"], ["traj-merge"]])
+def test_the_command_starts_as_a_program_and_as_a_module(command, tmp_path):
+    program = Path(sys.executable).with_name(command[0]) if command[0] == "traj-merge" else sys.executable
+    arguments = [program, *command[command[0] == "traj-merge" :], "merge", tmp_path, "--output", tmp_path / "mean"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "traj-merge: weights=None, recipe=None: give one of them\n"
+
+
+def test_search_inspect_verify_export_and_what_verify_finds(trainer_run, heldout, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     copy = shutil.copy(heldout, tmp_path / "text.jsonl")
-    said = run("search", trainer_run, "--heldout", "text.jsonl", "--output", "merged", *SMALL, cwd=tmp_path).stdout
+    said = run("search", trainer_run, "--heldout", "text.jsonl", "--output", "merged", *SMALL).stdout
     snapshot = tmp_path / "merged" / "best"
     merge = json.loads((snapshot / "merge.json").read_text())
     split = merge["report_split"]
@@ -48,7 +49,7 @@ def test_search_inspect_verify_export_and_what_verify_finds(trainer_run, heldout
     assert f"{split['merged_loss']:.4f}" in run("inspect", snapshot).stdout
     assert "latest" in run("inspect", tmp_path / "merged").stdout
     assert json.loads(run("inspect", snapshot, "--json").stdout) == merge
-    found = json.loads(run("verify", snapshot, "--json", cwd=tmp_path).stdout)
+    found = json.loads(run("verify", snapshot, "--json").stdout)
     assert found["differs"] == []
     assert found["same_data"] is True
     assert found["recomputed"] == pytest.approx(split["merged_loss"], abs=1e-6)
@@ -58,13 +59,13 @@ def test_search_inspect_verify_export_and_what_verify_finds(trainer_run, heldout
     # Other text, then other weights.
     lines = copy.read_text().splitlines(keepends=True)
     copy.write_text("".join(lines[:-20]))
-    found = json.loads(run("verify", snapshot, "--json", cwd=tmp_path, code=3).stdout)
+    found = json.loads(run("verify", snapshot, "--json", code=3).stdout)
     assert found["same_data"] is False
     weights = snapshot / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert "damaged" in run("verify", snapshot, cwd=tmp_path, code=1).stderr
+    assert "damaged" in run("verify", snapshot, code=1).stderr
 
 
 def test_merge_writes_what_was_asked_for(tmp_path):
@@ -172,7 +173,7 @@ def test_what_is_wrong_is_one_sentence_and_nothing_is_written(make, options, wor
     given = {"--heldout": str(heldout), "--output": str(tmp_path / "merged"), "--tokenizer": "bytes"}
     given |= {"--block-size": "32", "--sequences": "32"}
     given |= dict(zip(options[::2], options[1::2], strict=True))
-    done = invoked("search", tmp_path / "run", *(part for pair in given.items() for part in pair))
+    done = run("search", tmp_path / "run", *(part for pair in given.items() for part in pair), code=1)
     assert len(done.stderr.strip().splitlines()) == 1
     for word in words:
         assert word in done.stderr

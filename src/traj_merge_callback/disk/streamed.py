@@ -87,7 +87,7 @@ def write_streamed(
         for name, one in tensors.items():
             written = 0
             for piece in pieces(name):
-                data = memoryview(piece.reshape(-1).view(torch.uint8).numpy())
+                data = memoryview(piece.reshape(-1).view(torch.uint8).numpy().data)
                 _write_all(file, data)
                 written += len(data)
             if written != one.nbytes:

@@ -16,6 +16,7 @@ from ..distributed import Processes
 from ..search.checks import shown
 from ..search.problem import SearchState
 from ..window.pieces import Pieces
+from ..window.window import CheckpointWindow
 from .capturing import Capturing
 from .merge import LastMerge, Merge
 from .training_loss import TrainingLoss
@@ -59,7 +60,7 @@ class Rollback:
         self._warm_ups = [_WarmUp(one, config.spike_warmup) for one in self._optimizers]
         self._processes = processes
         # While there is a window: see :meth:`begin`.
-        self._acting: tuple[Merge, Callable[[Pieces[Any], nn.Module], Any]] | None = None
+        self._acting: tuple[Merge, CheckpointWindow, Callable[[Pieces[Any], nn.Module], Any]] | None = None
         # What gave reason to look at live, when that was done last, and how often.
         self._since: int | None = None
         self._reason: tuple[Any, ...] = ()
@@ -69,14 +70,15 @@ class Rollback:
         #: How often the run was rolled back.
         self.count = 0
 
-    def begin(self, merge: Merge, at_once: Callable[[Pieces[Any], nn.Module], Any]) -> None:
+    def begin(self, merge: Merge, window: CheckpointWindow, at_once: Callable[[Pieces[Any], nn.Module], Any]) -> None:
         """There is a window.
 
         Args:
             merge: has the last merge.
+            window: the rows.
             at_once: does pieces while training waits, and returns what they return; None after a SIGTERM.
         """
-        self._acting = merge, at_once
+        self._acting = merge, window, at_once
 
     def end(self) -> None:
         """The window is released."""
@@ -116,16 +118,16 @@ class Rollback:
             state: what the last merge remembers.
         """
         assert self._acting is not None
-        merge, at_once = self._acting
+        merge, window, at_once = self._acting
         assert merge.last is not None
         loss = at_once(merge.live_loss(model), model)
         if loss is None or not self._is_wanted(step, loss, merge.last, state):
             return
-        self._capturing.settle(merge.window)
+        self._capturing.settle(window)
         if not at_once(merge.put_back(model), model):
             return
         assert merge.last.step is not None
-        merge.window.drop_since(merge.last.step + 1 if self._since is None else self._since)
+        window.drop_since(merge.last.step + 1 if self._since is None else self._since)
         self._capturing.forget()
         self._training_loss.restart()
         # Moments that are not numbers would spoil the next step.

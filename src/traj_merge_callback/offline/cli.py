@@ -348,9 +348,8 @@ def _print_losses(record: MergeRecord) -> None:
     table = Table(box=None, pad_edge=False)
     for name in ("", "live", "merged", "gain"):
         table.add_column(name, justify="left" if not name else "right")
-    whole = {"live_loss": record.live_loss, "merged_loss": record.merged_loss}
-    whole |= {"gain": record.gain, "gain_stderr": record.gain_stderr}  # type: ignore[dict-item]
-    for name, losses in {"all": whole, **record.domains}.items():
+    domains: dict[str, Any] = {"all": vars(record), **record.domains}
+    for name, losses in domains.items():
         table.add_row(name, f"{losses['live_loss']:.4f}", f"{losses['merged_loss']:.4f}", _gain(losses))
     out.print(f"{len(record.weights)} checkpoints, steps {record.checkpoint_steps[0]} to {record.step}; held-out loss")
     out.print("(report split, nats per token, live is the newest checkpoint):\n")

@@ -70,9 +70,9 @@ def curve(
     window = integer("window", window, 2)
     config = checked_config({**options}, keep_last=0, keep_best=False)
     found = find_checkpoints(checkpoints, last=last, every=every, steps=steps, allow_pickle=allow_pickle)
-    ends = range(1, len(found))
+    ends = [*range(1, len(found))]
     if not every_step and len(ends) > _POINTS:
-        ends = np.unique(np.linspace(1, len(found) - 1, _POINTS).round().astype(int))  # type: ignore[assignment]
+        ends = np.unique(np.linspace(1, len(found) - 1, _POINTS).round().astype(int)).tolist()
     output = Path(output).expanduser()
     reading = {"sequences": sequences, "block_size": block_size, "batch_size": batch_size}
     evaluating = prepare(found[-window:], heldout, config, model, tokenizer, nll, device, dtype, reading)

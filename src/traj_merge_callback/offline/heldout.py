@@ -37,7 +37,7 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """Tokens that are the bytes of the text in UTF-8: for models that read bytes (``tokenizer="bytes"``)."""
 
-    eos_token_id = None
+    eos_token_id: int | None = None
 
     def __call__(self, text: str, **options: Any) -> Mapping[str, Any]:
         """See :class:`Tokenizer`."""

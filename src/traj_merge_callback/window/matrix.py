@@ -99,6 +99,11 @@ class Matrix(InUse, ABC):
         """How many merge weights ``combine`` takes."""
         return len(self.spans)
 
+    @property
+    def num_pieces(self) -> int:
+        """How many pieces a product on the CPU has."""
+        return self._columns.num_pieces
+
     # Products
 
     def combine(self, weights: Sequence[float] | np.ndarray | None, out: Tensor | None = None) -> Tensor:

@@ -155,11 +155,6 @@ class CheckpointWindow(Matrix):
         return sum(tensor.nbytes for tensor in self._ring.rows.state(0).values())
 
     @property
-    def num_pieces(self) -> int:
-        """How many pieces a product on the CPU has."""
-        return self._columns.num_pieces
-
-    @property
     def waited_s(self) -> float:
         """Seconds that optimizer steps have waited for captures."""
         return self._capture.waited_s
