@@ -17,10 +17,11 @@ import glob
 import itertools
 import json
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -29,8 +30,8 @@ from torch import Tensor
 from ..distributed import Processes
 from ..search.problem import SearchState
 from ..search.spans import Span, live_is_beside
+from ..window.layout import ParameterLayout
 from ..window.storage import BLOCK, decode_int8
-from ..window.window import CheckpointWindow
 from .atomic import TEMPORARY, remove_folder, remove_leftovers, remove_tree, shared_folder, write_tensors
 from .checksums import check_document, check_files, with_checksums
 from .parts import PartsIndex, Range, part_path, ranges_of
@@ -226,7 +227,23 @@ def save_state(
         shared.note(kept, [part_path(folder, name, processes.rank) for name in parts])
 
 
-def load_state(folder: Path, window: CheckpointWindow, step: int) -> Saved:
+class Restorable(Protocol):
+    """A window that is filled from files; see :class:`CheckpointWindow`."""
+
+    layout: ParameterLayout
+    processes: Processes
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore rows of these very columns."""
+
+    def load_rows(self, state: dict[str, Any], read: Callable[[str, Tensor], None]) -> None:
+        """Restore rows of other columns."""
+
+    def drop_since(self, step: int) -> None:
+        """Remove the rows from a step on."""
+
+
+def load_state(folder: Path, window: Restorable, step: int) -> Saved:
     """Fill the window from a folder of :func:`save_state`; a collective. The window is empty if a part cannot be read.
 
     Raises:
@@ -295,7 +312,7 @@ def _row_name(index: int) -> str:
 
 
 def _read_document(
-    folder: Path, window: CheckpointWindow, step: int
+    folder: Path, window: Restorable, step: int
 ) -> tuple[Saved, PartsIndex, dict[str, Any], dict[str, Any]]:
     """A state.json, checked before anything is restored: the state, the index, the window's numbers, all of it."""
     path = folder / "state.json"
@@ -350,7 +367,7 @@ def _checked_window(kept: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _fill(folder: Path, saved: dict[str, Any], index: PartsIndex, window: CheckpointWindow) -> None:
+def _fill(folder: Path, saved: dict[str, Any], index: PartsIndex, window: Restorable) -> None:
     """Fill the window: from one part where a rank wrote these very columns, else from all parts that have some."""
     slots = window.layout.slots
     fronts_differ = any(index.tensors[slot.name]["front"] != slot.shard.dim for slot in slots)
