@@ -165,3 +165,20 @@ def test_of_a_search_no_document_is_in_both_splits(tmp_path):
         found[split] |= set(np.unique(batch["input_ids"].numpy()).tolist())
     assert not found["search"] & found["report"]
     assert min(map(len, found.values())) > 5
+
+
+def test_where_memory_runs_out_batches_become_smaller(trainer_run, heldout, tmp_path, caplog):
+    seen = []
+
+    def nll(model, batch):
+        seen.append(len(batch["input_ids"]))
+        if len(batch["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("no memory")
+        output = model(**batch)
+        return output.loss * (batch["labels"].numel() - len(batch["labels"])), batch["labels"][:, 1:].numel()
+
+    loader = [{"input_ids": part, "labels": part} for part in blocks(seed=1).split(8)]
+    record = search(trainer_run, loader, output=tmp_path / "merged", last=3, nll=nll, progress=False)
+    assert record.snapshot is not None
+    assert "at most 2 sequences in a batch" in caplog.text
+    assert max(seen[-10:]) <= 2

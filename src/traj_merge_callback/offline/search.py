@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from ..metrics import MergeRecord
 from ..search import resolve_search
 from ..search.checks import did_you_mean
 from ..search.problem import GRADIENT_COST, SearchState
+from ..window.memory import let_go, ran_out
 from ..window.pieces import BACKWARD, FORWARD, WAIT, Pieces
 from .checkpoints import Checkpoint, find_checkpoints
 from .heldout import heldout_batches
@@ -32,6 +34,7 @@ from .models import check_alike, device_named, load_model, load_tokenizer, longe
 from .progress import bar
 from .rows import CheckpointRows
 
+logger = logging.getLogger("traj_merge_callback")
 #: Options of :class:`MergeConfig` that mean something here.
 OPTIONS = (
     "search",
@@ -250,16 +253,33 @@ def merge_rows(
     extra: Callable[[], Callable[[Path], None]] = lambda: collect_pretrained(evaluating.tokenizer)  # noqa: E731
     failures = Failures("raise")
     publisher = Publisher(config, rows, index, store, writer, failures, processes, extra, about=evaluating.about)
-    merge = Merge(model, rows, config, heldout, Chooser(config, heldout, processes), publisher)
-    total = config.evaluations * heldout.num_batches("search") + 2 * heldout.num_batches("report")
+    chooser = Chooser(config, heldout, processes)
+    merge = Merge(model, rows, config, heldout, chooser, publisher)
     try:
-        with bar("evaluating merges", total, show=progress) as shown:
-            pieces = merge.pieces(model, merge.keep(model), state, step, config.evaluations)
-            record = _driven(pieces, shown.advance, writer.wait)
+        while True:
+            total = config.evaluations * heldout.num_batches("search") + 2 * heldout.num_batches("report")
+            try:
+                with bar("evaluating merges", total, show=progress) as shown:
+                    pieces = merge.pieces(model, merge.keep(model), state, step, config.evaluations)
+                    record = _driven(pieces, shown.advance, writer.wait)
+                break
+            except Exception as error:
+                if not _can_go_on(error, heldout, chooser, step):
+                    raise
+                let_go(error)
     finally:
         merge.parking.release()
         writer.close()
     return replace(record, finished_step=step, seconds=time.perf_counter() - started, run=store.run)
+
+
+def _can_go_on(error: Exception, heldout: HeldOutLoss, chooser: Chooser, step: int) -> bool:
+    """Whether a merge that failed may be made with smaller batches, or without gradients."""
+    if ran_out(error) and heldout.longest > 1:
+        heldout.cut(2)
+        logger.warning("memory ran out: going on with at most %d sequences in a batch", heldout.longest)
+        return True
+    return chooser.fall_back(error, step)
 
 
 def _driven(pieces: Pieces[MergeRecord], advance: Callable[[float], None], wait: Callable[[], None]) -> MergeRecord:
