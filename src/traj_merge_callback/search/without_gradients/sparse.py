@@ -70,10 +70,9 @@ class SparseSearch(Search):
             return self._first.pop(0)
         seen, losses = np.array(self._seen), self._finite_losses()
         model = _fitted(seen, losses)
-        best, free = seen[np.argmin(losses)], np.arange(self.problem.size)
-        if len(seen) > self.problem.evaluations // 2:
-            free = np.argsort(model.kernel_.k2.length_scale, kind="stable")[: self._active]
-        pool = self._pool(best, free)
+        most_relevant = np.argsort(model.kernel_.k2.length_scale, kind="stable")
+        is_first_stage = len(seen) <= self.problem.evaluations // 2
+        pool = self._pool(seen[np.argmin(losses)], most_relevant[: None if is_first_stage else self._active])
         with warnings.catch_warnings():
             # Of variances that rounding makes negative, which scikit-learn sets to 0.
             warnings.simplefilter("ignore")
