@@ -16,7 +16,7 @@ STEPS = 40
 def run(loader, train, tmp_path):
     """A function that trains with a search: the record of the last merge, and the weights after every step."""
 
-    def training(search, options, **more):
+    def training(search, options, steps=STEPS, **more):
         model, trajectory = tiny_llama(), {}
         often = {"capture_every": 2, "merge_every": 8, "heldout_batches": 4} | AT_ONCE
         chosen = {"search": search, "search_options": options, "output_dir": tmp_path / "merged", "on_error": "raise"}
@@ -26,7 +26,7 @@ def run(loader, train, tmp_path):
             merger.step(model, step)
             trajectory[step] = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
 
-        train_steps(model, train, STEPS, each, lr=3e-2)
+        train_steps(model, train, steps, each, lr=3e-2)
         record = merger.records[-1]
         merger.close()
         return record, trajectory
@@ -71,7 +71,7 @@ def test_a_running_average_is_made_of_the_rows_nearly(run, search, options, rate
 @pytest.mark.parametrize("row", ["last", "mean", "multiscale"])
 @pytest.mark.parametrize("search", ["tail-ema", "half-life", "mean-of-steps", "posthoc-ema", "sparse"])
 def test_every_method_merges_rows_of_every_kind(run, search, row):
-    record, _ = run(search, {}, row=row, evaluations=5)
+    record, _ = run(search, {}, steps=16, row=row, evaluations=5)
     assert record.search == search
     assert sum(record.weights) == pytest.approx(1)
     assert np.isfinite(record.merged_loss)
