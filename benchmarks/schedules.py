@@ -38,7 +38,7 @@ from trajectories import BATCH, WARM_UP, Spec, blocks_of, put
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 from traj_merge_callback import TrajectoryMerger
-from traj_merge_callback.search.recipes import wsm
+from traj_merge_callback.search.recipes import half_life_rate, wsm
 
 MERGE_EVERY = 100
 DECAY = 0.4
@@ -123,7 +123,7 @@ class Averages:
     def update(self, row: Tensor, step: int) -> None:
         """One more optimizer step was taken."""
         self.emas.lerp_(row.expand_as(self.emas), self.rates)
-        self.anytime.lerp_(row, 1 - 0.5 ** (1 / (0.05 * step)))
+        self.anytime.lerp_(row, half_life_rate(step))
         self.total.add_(row)
         if any(step in (point, *(point - length for length in LENGTHS)) for point in self.points):
             self.totals[step] = self.total.clone()

@@ -52,10 +52,11 @@ ROWS = 8
 DEFAULT = "auto"
 # What may be spent by methods without an entry here: what a merge of the library may spend by default.
 EVALUATIONS = 9
-BUDGETS = {"gp": 50, "greedy": 16, "pairwise": 12, "reach": 12, "trajectory": 36}
+BUDGETS = {"gp": 50, "greedy": 16, "pairwise": 12, "reach": 12, "sparse": 50, "trajectory": 36}
 RECIPES = ("lawa", "ema", "wma", "wsm", "mwa-loss", "mwa-step", "perplexity")
-SEARCHES = ("auto", "trajectory", "reach", "gp", "pairwise", "greedy")
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in SEARCHES + RECIPES}
+AVERAGES = ("tail-ema", "half-life", "mean-of-steps", "posthoc-ema")
+SEARCHES = ("auto", "trajectory", "reach", "gp", "pairwise", "sparse", "greedy")
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in SEARCHES + RECIPES + AVERAGES}
 METHODS["auto, simplex"] = ("auto", {"space": "simplex"})
 
 
@@ -116,6 +117,7 @@ class Case:
             gram=self.window.gram(),
             batches=self.heldout.num_batches("search"),
             parts=self.heldout.parts,
+            spans=self.window.spans if window.samples > 1 else (),
         )
 
     def choose(self, name: str, options: dict[str, Any], evaluations: int) -> Selection:

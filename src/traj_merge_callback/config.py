@@ -59,15 +59,16 @@ class MergeConfig:
         row: what a row is: "last", a checkpoint as it was at its step; "mean", the mean of ``samples_per_row``
             checkpoints sampled evenly over the ``capture_every`` steps up to it; "multiscale", such a mean, which
             becomes one with its neighbour later, so that spans grow with age and all rows reach back over at least
-            half of the run; "auto": "multiscale" for search="auto" and "surrogate", "last" for all others, which were
-            published for single checkpoints or are your own.
+            half of the run; "auto": "multiscale" for search="auto", "surrogate" and recipes that average over steps
+            ("tail-ema", "half-life", "mean-of-steps", "posthoc-ema"), "last" for all others, which were published for
+            single checkpoints or are your own.
         samples_per_row: must divide ``capture_every`` if ``row="mean"``. None: the largest number up to 8 that does;
             of multiscale rows 5 to 8, or ``capture_every`` if that is less.
         merge_every: optimizer steps between two merges; a multiple of ``capture_every``, so that live is a row.
         start_step: no checkpoint is taken before this step (for instance the end of warm-up).
-        search: how merge weights are chosen: "auto", "surrogate", "trajectory", "reach", "gp", "pairwise", "greedy",
-            a recipe ("lawa", "ema", "wma", "wsm", "mwa-loss", "mwa-step", "perplexity", "bema"), a registered name or
-            "package.module:Class".
+        search: how merge weights are chosen: "auto", "surrogate", "trajectory", "reach", "gp", "pairwise", "sparse",
+            "greedy", a recipe ("lawa", "ema", "wma", "wsm", "mwa-loss", "mwa-step", "perplexity", "bema", "tail-ema",
+            "half-life", "mean-of-steps", "posthoc-ema"), a registered name or "package.module:Class".
         search_options: options of the search or recipe, for instance ``{"decay": 0.9}`` for "ema" or
             ``{"space": "simplex"}`` for "auto".
         groups: merge weights for each parameter group of its own, starting from the best ones for the whole model:

@@ -29,15 +29,16 @@ from .problem import Observed, Problem, Search
 
 __all__ = ["Observed", "Problem", "Search", "available_searches", "register_search", "resolve_search"]
 
-# As "module:class", so that a search's module is imported when the search is used: gp imports scikit-learn.
+# As "module:class", so that a search's module is imported when the search is used: some import scikit-learn.
 _BUILT_IN = {
     "auto": "race:RacedSearch",
     "surrogate": "race:RacedSearch",
     "trajectory": "trajectory:TrajectorySearch",
-    "reach": "gp:ReachSearch",
-    "gp": "gp:GaussianProcessSearch",
-    "pairwise": "gp:PairwiseSearch",
-    "greedy": "greedy:GreedySearch",
+    "reach": "without_gradients.gp:ReachSearch",
+    "gp": "without_gradients.gp:GaussianProcessSearch",
+    "pairwise": "without_gradients.gp:PairwiseSearch",
+    "sparse": "without_gradients.sparse:SparseSearch",
+    "greedy": "without_gradients.greedy:GreedySearch",
     "lawa": "recipes:Lawa",
     "ema": "recipes:Ema",
     "wma": "recipes:Wma",
@@ -45,6 +46,10 @@ _BUILT_IN = {
     "mwa-loss": "recipes:MwaLoss",
     "mwa-step": "recipes:MwaStep",
     "perplexity": "recipes:Perplexity",
+    "tail-ema": "recipes:TailEma",
+    "half-life": "recipes:HalfLife",
+    "mean-of-steps": "recipes:MeanOfSteps",
+    "posthoc-ema": "recipes:PosthocEma",
     "bema": "recipes:Bema",
 }
 _REQUIRED = "a subclass of traj_merge_callback.Search that overrides ask"

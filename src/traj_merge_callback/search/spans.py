@@ -77,6 +77,28 @@ def average(spans: Sequence[Span]) -> np.ndarray:
     return np.diff(remaining)
 
 
+def stretches(spans: Sequence[Span]) -> np.ndarray:
+    """Where rows begin and end if all steps belong to rows: to each those since the row before.
+
+    How far back the oldest row goes is told by how far its checkpoints are apart, or, if it is a single one, by how far
+    the next row is from it.
+
+    Args:
+        spans: of the rows, oldest first.
+
+    Returns:
+        Steps of shape ``(k + 1,)``: row i stands for those above entry i, up to entry i + 1. Live beside rows that are
+        means stands for none.
+    """
+    edges, oldest = _edges(spans), spans[0]
+    if oldest.samples > 1:
+        edges[0] = oldest.first - (oldest.last - oldest.first) / (oldest.samples - 1)
+    elif len(spans) > 1:
+        edges[0] = oldest.first - (spans[1].last - oldest.last)
+    edges[0] = max(edges[0], 0.0)
+    return edges
+
+
 def live_is_beside(spans: Sequence[Span]) -> bool:
     """Whether the newest row is live beside rows that are means: a checkpoint that is in the row before too."""
     return len(spans) > 1 and spans[-1].first == spans[-2].last

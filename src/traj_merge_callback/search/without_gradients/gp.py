@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from skopt import Optimizer
 
-from .problem import Observed, Problem, Search
-from .recipes import ema, lawa
+from ..problem import Observed, Problem, Search
+from ..recipes import ema, lawa
 
 
 class _BayesianSearch(Search):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .problem import Observed, Problem, Search
+from ..problem import Observed, Problem, Search
 
 
 class GreedySearch(Search):

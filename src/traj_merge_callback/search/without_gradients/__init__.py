@@ -1,0 +1,1 @@
+"""Searches that are told losses of candidates and no gradients."""

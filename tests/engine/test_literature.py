@@ -1,0 +1,78 @@
+"""Methods of the literature by name, on a real run: what they publish is the average that their sources keep."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import AT_ONCE, tiny_llama, train_steps
+from transformers import AutoModelForCausalLM
+
+from traj_merge_callback import TrajectoryMerger
+from traj_merge_callback.search.recipes import half_life_rate
+
+STEPS = 40
+
+
+@pytest.fixture
+def run(loader, train, tmp_path):
+    """A function that trains with a search: the record of the last merge, and the weights after every step."""
+
+    def training(search, options, steps=STEPS, **more):
+        model, trajectory = tiny_llama(), {}
+        often = {"capture_every": 2, "merge_every": 8, "heldout_batches": 4} | AT_ONCE
+        chosen = {"search": search, "search_options": options, "output_dir": tmp_path / "merged", "on_error": "raise"}
+        merger = TrajectoryMerger(loader, **often, **chosen, **more)
+
+        def each(step):
+            merger.step(model, step)
+            trajectory[step] = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+        train_steps(model, train, steps, each, lr=3e-2)
+        record = merger.records[-1]
+        merger.close()
+        return record, trajectory
+
+    return training
+
+
+def published(record):
+    """The parameters of the snapshot."""
+    return torch.nn.utils.parameters_to_vector(AutoModelForCausalLM.from_pretrained(record.snapshot).parameters())
+
+
+def running_average(trajectory, rate):
+    average = trajectory[1].clone()
+    for step in range(2, STEPS + 1):
+        average.lerp_(trajectory[step], rate(step))
+    return average
+
+
+def test_mean_of_steps_is_the_mean_of_the_last_steps(run):
+    record, trajectory = run("mean-of-steps", {"last": 8}, window_size=6)
+    assert record.row_spans[-1] == (STEPS, STEPS, 1)  # live, beside rows that are means of every step
+    expected = torch.stack([trajectory[step] for step in range(STEPS - 7, STEPS + 1)]).mean(dim=0)
+    torch.testing.assert_close(published(record), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("search", "options", "rate"),
+    [
+        ("half-life", {"fraction": 0.2}, lambda step: half_life_rate(step, fraction=0.2)),
+        ("posthoc-ema", {"length": 0.2}, lambda step: 1 - (1 - 1 / step) ** 2.83),
+        ("tail-ema", {"tau": 5.0, "lambda_": 1.0}, lambda step: 1 / 5),
+    ],
+)
+def test_a_running_average_is_made_of_the_rows_nearly(run, search, options, rate):
+    record, trajectory = run(search, options)
+    live, average = trajectory[STEPS], running_average(trajectory, rate)
+    assert record.source == "merge"
+    assert (published(record) - average).norm() < 0.25 * (live - average).norm()
+
+
+@pytest.mark.parametrize("row", ["last", "mean", "multiscale"])
+@pytest.mark.parametrize("search", ["tail-ema", "half-life", "mean-of-steps", "posthoc-ema", "sparse"])
+def test_every_method_merges_rows_of_every_kind(run, search, row):
+    record, _ = run(search, {}, steps=16, row=row, evaluations=5)
+    assert record.search == search
+    assert sum(record.weights) == pytest.approx(1)
+    assert np.isfinite(record.merged_loss)
+    assert record.search_losses["merged"] <= record.search_losses["live"]
