@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 from traj_merge_callback.offline import merge
 from traj_merge_callback.offline.cli import app
 
+pytest_plugins = ["folders"]
+
 SMALL = ["--tokenizer", "bytes", "--block-size", "32", "--sequences", "32"]
 
 
@@ -35,9 +37,9 @@ def test_the_command_starts_as_a_program_and_as_a_module(command, tmp_path):
     assert done.stderr == "traj-merge: weights=None, recipe=None: give one of them\n"
 
 
-def test_search_inspect_verify_export_and_what_verify_finds(trainer_run, heldout, tmp_path, monkeypatch):
+def test_search_inspect_verify_export_and_what_verify_finds(trainer_run, heldout_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    copy = shutil.copy(heldout, tmp_path / "text.jsonl")
+    copy = shutil.copy(heldout_file, tmp_path / "text.jsonl")
     said = run("search", trainer_run, "--heldout", "text.jsonl", "--output", "merged", *SMALL).stdout
     snapshot = tmp_path / "merged" / "best"
     merge = json.loads((snapshot / "merge.json").read_text())
@@ -84,8 +86,9 @@ def test_merge_writes_what_was_asked_for(tmp_path):
     assert weights == pytest.approx([1 / 7, 2 / 7, 4 / 7])
 
 
-def test_a_curve_goes_on_where_it_was_stopped(trainer_run, heldout, tmp_path):
-    options = [trainer_run, "--heldout", heldout, "--window", 3, "--every-step", *SMALL, "--output", tmp_path / "curve"]
+def test_a_curve_goes_on_where_it_was_stopped(trainer_run, heldout_file, tmp_path):
+    output = ["--output", tmp_path / "curve"]
+    options = [trainer_run, "--heldout", heldout_file, "--window", 3, "--every-step", *SMALL, *output]
     whole = json.loads(run("curve", *options, "--json").stdout)
     assert [one["step"] for one in whole] == [40, 60, 80, 100, 120]
     assert [len(one["weights"]) for one in whole] == [2, 3, 3, 3, 3]
@@ -168,9 +171,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("make", "options", "words"), BAD, ids=lambda value: None)
-def test_what_is_wrong_is_one_sentence_and_nothing_is_written(make, options, words, heldout, tmp_path):
+def test_what_is_wrong_is_one_sentence_and_nothing_is_written(make, options, words, heldout_file, tmp_path):
     make(tmp_path / "run")
-    given = {"--heldout": str(heldout), "--output": str(tmp_path / "merged"), "--tokenizer": "bytes"}
+    given = {"--heldout": str(heldout_file), "--output": str(tmp_path / "merged"), "--tokenizer": "bytes"}
     given |= {"--block-size": "32", "--sequences": "32"}
     given |= dict(zip(options[::2], options[1::2], strict=True))
     done = run("search", tmp_path / "run", *(part for pair in given.items() for part in pair), code=1)

@@ -9,6 +9,8 @@ from folders import llama
 
 from traj_merge_callback.offline import find_checkpoints
 
+pytest_plugins = ["folders"]
+
 NAMES = {
     "checkpoint-500": 500,
     "step1000": 1000,

@@ -16,6 +16,8 @@ from traj_merge_callback import HeldOutLoss, load_merged, read_merge
 from traj_merge_callback.offline import merge, search
 from traj_merge_callback.offline.heldout import ByteTokenizer, heldout_batches
 
+pytest_plugins = ["folders"]
+
 OPTIONS = {"tokenizer": "bytes", "block_size": 32, "sequences": 32, "progress": False}
 
 
@@ -30,8 +32,8 @@ def close(found, expected, tolerance=1e-6):
         torch.testing.assert_close(value.double(), expected[name], rtol=0, atol=tolerance)
 
 
-def test_a_search_over_a_trainers_folder_is_better_than_its_newest_checkpoint(trainer_run, heldout, tmp_path):
-    record = search(trainer_run, heldout, output=tmp_path / "merged", **OPTIONS)
+def test_a_search_over_a_trainers_folder_is_better_than_its_newest_checkpoint(trainer_run, heldout_file, tmp_path):
+    record = search(trainer_run, heldout_file, output=tmp_path / "merged", **OPTIONS)
     assert record.checkpoint_steps == [20, 40, 60, 80, 100, 120]
     assert record.gain > 2 * record.gain_stderr > 0
     assert record.search_losses["merged"] < record.search_losses["live"]
@@ -47,21 +49,25 @@ def test_a_search_over_a_trainers_folder_is_better_than_its_newest_checkpoint(tr
     assert load_merged(best, llama(), verify=True)["step"] == 120
 
 
-@pytest.mark.parametrize("name", ["lawa", "ema", "gp", "pairwise", "greedy", "trajectory", "surrogate", "perplexity"])
-def test_every_search_goes_by_name(trainer_run, heldout, tmp_path, name):
-    record = search(trainer_run, heldout, output=tmp_path / "merged", search=name, last=4, evaluations=7, **OPTIONS)
+@pytest.mark.parametrize(
+    "name", ["lawa", "gp", "greedy", "trajectory", "perplexity", "sparse", "half-life", "posthoc-ema"]
+)
+def test_every_search_goes_by_name(trainer_run, heldout_file, tmp_path, name):
+    record = search(
+        trainer_run, heldout_file, output=tmp_path / "merged", search=name, last=4, evaluations=7, **OPTIONS
+    )
     assert record.search == name
     assert record.checkpoint_steps == [60, 80, 100, 120]
     if name == "lawa" and record.source == "merge":
         assert record.weights == [0.25] * 4
 
 
-def test_domains_groups_and_report_only(trainer_run, heldout, tmp_path):
+def test_domains_groups_and_report_only(trainer_run, heldout_file, tmp_path):
     text = tmp_path / "plain.txt"
-    text.write_text(heldout.read_text() * 2)
+    text.write_text(heldout_file.read_text() * 2)
     record = search(
         trainer_run,
-        [f"words={heldout}", f"raw={text}"],
+        [f"words={heldout_file}", f"raw={text}"],
         output=tmp_path / "merged",
         groups="blocks",
         evaluations=12,
@@ -167,7 +173,7 @@ def test_of_a_search_no_document_is_in_both_splits(tmp_path):
     assert min(map(len, found.values())) > 5
 
 
-def test_where_memory_runs_out_batches_become_smaller(trainer_run, heldout, tmp_path, caplog):
+def test_where_memory_runs_out_batches_become_smaller(trainer_run, heldout_file, tmp_path, caplog):
     seen = []
 
     def nll(model, batch):
