@@ -75,6 +75,8 @@ def _told(command: Callable[..., None]) -> Callable[..., None]:
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
         try:
             command(**arguments)
+        except (typer.Exit, typer.Abort):  # both of them RuntimeErrors
+            raise
         except (ValueError, TypeError, OSError, RuntimeError) as error:
             logging.getLogger("traj_merge_callback").debug("failed", exc_info=True)
             text = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else error
