@@ -17,13 +17,13 @@ from ..disk.model_files import collect_checkpoint
 from ..disk.state import remove_other_states
 from ..disk.untrusted import folder_name_of_step
 from ..engine.capturing import say_if_too_short
-from ..evaluate.data import as_tensors, check_heldout, say_if_trained_on
+from ..evaluate.data import check_heldout, say_if_trained_on
 from ..merger import TrajectoryMerger
-from ..metrics import MergeRecord
 from ..window.capture import LossScaleWatch
 from ..window.names import unwrap
 from ..window.sharding import has_fsdp
 from .data import by_loader, by_name, steps_of, transfer, validation_loaders
+from .logs import log_merge, prepare_for_images
 from .monitors import let_wait, stop_waiting
 from .others import others_may_write
 from .validation_step import ValidationStep
@@ -132,12 +132,13 @@ class TrajMergeCallback(pl.Callback):
             nll=by_name(ValidationStep(trainer, pl_module).of, indices) if self._nll is None else self._nll,
             precision=trainer.precision_plugin.val_step_context,
             to_device=by_name(lambda index: functools.partial(transfer, trainer, index), indices),
-            log=lambda record: self._log(trainer, record),
+            log=lambda record: log_merge(trainer, record, self.merger),
             log_everywhere=True,
             extra=extra if self._save_ckpt else None,
             optimizer=trainer.optimizers,
             **{**self._options, "output_dir": self.config.output_dir or str(default_folder)},
         )
+        prepare_for_images(trainer)
         self.merger.start(self._model)
         if self._resumed:
             self.merger.resume_from(lambda: self._saved_window(trainer), self._model, trainer.global_step)
@@ -228,19 +229,6 @@ class TrajMergeCallback(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Note that the window is to be restored when training starts."""
         self._resumed = True
-
-    # Logging
-
-    def _log(self, trainer: pl.Trainer, record: MergeRecord) -> None:
-        scalars = record.scalars()
-        for logger in trainer.loggers if trainer.is_global_zero else []:
-            logger.log_metrics(scalars, step=record.step)
-            logger.save()
-        trainer.logged_metrics.update(scalars)
-        trainer.callback_metrics.update(as_tensors(scalars))
-        names = [f"{self.config.name}/{name}" for name in ("loss", "gain")]
-        shown = {name: scalars[name] for name in names if name in scalars}
-        trainer.progress_bar_metrics.update(shown)
 
 
 def _merge_before(ours: list[TrajMergeCallback], end: Callable[[], None]) -> None:

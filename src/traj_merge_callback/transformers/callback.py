@@ -18,11 +18,12 @@ from ..engine.capturing import say_if_too_short
 from ..evaluate.data import check_heldout, say_if_trained_on
 from ..evaluate.isolation import preserved_rng
 from ..merger import TrajectoryMerger
-from ..metrics import MergeRecord
+from ..metrics import MergeRecord, for_console
 from ..search.checks import shown
 from ..window.capture import LossScaleWatch
 from .hub import leave_out_of_uploads
-from .logs import preserved_averages, preserved_flags
+from .images import log_image, prepare_for_images
+from .logs import one_line, preserved_averages, preserved_flags
 from .trained_loss import say_if_another
 
 logger = logging.getLogger("traj_merge_callback")
@@ -175,6 +176,8 @@ class TrajMergeCallback(TrainerCallback):
                 "output_dir": self.config.output_dir or str(Path(args.output_dir) / self.config.named("merged")),
             },
         )
+        if self._trainer is not None:
+            prepare_for_images(self._trainer)
         if args.push_to_hub:
             leave_out_of_uploads(self.config.named(_STATE_FOLDER))
         self.merger.start(kwargs["model"])
@@ -270,12 +273,13 @@ class TrajMergeCallback(TrainerCallback):
     def _log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, record: MergeRecord) -> None:
         scalars = record.scalars()
         if self._trainer is not None:
-            with preserved_flags(control), preserved_averages(self._trainer):
+            with preserved_flags(control), preserved_averages(self._trainer), one_line(self._trainer, record.line()):
                 self._trainer.log(scalars)
+            log_image(self._trainer, self.merger)
             return
         state.log_history.append({**scalars, "epoch": state.epoch, "step": state.global_step})
         if state.is_world_process_zero:
-            tqdm.write(str({name: f"{value:.4g}" for name, value in scalars.items()}))
+            tqdm.write(for_console(record.line()))
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
