@@ -141,7 +141,7 @@ def _weights(runs: list[Run]) -> Drawn:
         _mark_events(axis, run, lambda merge: 0.0)
         if len(runs) > 1:
             axis.set_title(run.name)
-    figure.colorbar(drawn[0], ax=list(axes), pad=0.015, aspect=20 * len(shown), label="merge weight")
+    figure.colorbar(drawn[0], ax=list(axes), pad=0.015, aspect=20 * len(shown), extend="both", label="merge weight")
     caption = (
         "A column is a merge, a box one of its rows: the checkpoint, or the mean of checkpoints, of that age. The "
         "deeper the blue, the larger the weight; orange is negative. The strip at the bottom is live itself."
@@ -194,13 +194,12 @@ def _domains(runs: list[Run]) -> Drawn:
     cut = ""
     for axis, name in zip(axes, shown, strict=False):
         cut = _plot_losses(axis, runs, lambda merge, name=name: merge.domains.get(name, nothing)) or cut
-        axis.set_title(name[:40])
+        axis.set(title=name[:40], xlabel="optimizer step")
     for axis in axes[len(shown) :]:
         axis.set_visible(False)
     for axis in axes[::columns]:
         axis.set_ylabel("nats per token")
-    _legend(axes[0], runs)
-    caption = "As above, of each named domain, those that are only reported included."
+    caption = "As the first figure, of each named domain, those that are only reported included."
     if len(names) > len(shown):
         caption += f" The first {len(shown)} of {len(names)} domains are shown."
     return Drawn("domains", title, caption + cut, figure)

@@ -21,6 +21,8 @@ COLORS = LinearSegmentedColormap.from_list(
 )
 # Of a longer run an even selection of merges is drawn: no screen shows more.
 _MOST_MERGES = 200
+# Share of the weights that are within the range of colours.
+_WITHIN = 0.98
 # Height of live's strip, as a share of the height for ages.
 _STRIP = 0.09
 
@@ -63,8 +65,9 @@ def ages(merge: Weighted) -> list[tuple[float, float, float]]:
 
 
 def colors_of(merges: Iterable[Weighted]) -> Normalize:
-    """Colours for the weights of merges: the largest, of either sign, has the full colour."""
-    largest = max((abs(weight) for merge in merges for weight in merge.weights), default=1.0)
+    """Colours for the weights of merges: all but a few outliers, which would leave the others pale, differ in them."""
+    sizes = [abs(weight) for merge in merges for weight in merge.weights]
+    largest = float(np.quantile(sizes, _WITHIN)) if any(sizes) else 1.0
     return Normalize(-(largest or 1.0), largest or 1.0)
 
 
