@@ -52,8 +52,8 @@ def report(runs: str | Path | Iterable[str | Path], output: str | Path = "report
         # Of letters that matplotlib's font does not have; the browser's has.
         warnings.filterwarnings("ignore", "Glyph", UserWarning)
         drawn = draw(found) if any(run.merges for run in found) else []
-        text = page(found, drawn)
         images = {f"{one.name}.png": png(one.figure) for one in drawn if one.figure is not None}
+        text = page(found, drawn)
     folder = page_file.with_name(f"{page_file.stem}-figures")
     with whole_folder(folder, replaces=lambda there: (there / _CAPTIONS).is_file()) as temporary:
         for name, data in images.items():
