@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import AT_ONCE, same_weights, tiny_llama, train_steps
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
@@ -184,14 +184,19 @@ def test_without_matplotlib_there_is_no_image_and_one_line_says_so(tmp_path, tra
 
 
 def test_wandb_and_trackio_have_the_image(tmp_path, train, heldout, monkeypatch):
-    pytest.importorskip("wandb")
-    pytest.importorskip("trackio")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # which is read when it is imported
+    wandb = pytest.importorskip("wandb")
+    pytest.importorskip("trackio")
     trainer = hf_trainer(tmp_path, train, heldout, report_to=["wandb", "trackio"])
     traj_merge_callback.transformers.TrajMergeCallback(on_error="raise", **OPTIONS).attach(trainer)
     trainer.train()
     for kept in ("wandb", "trackio"):
         found = [path for path in (tmp_path / kept).rglob("*.png") if len(colors(Image.open(path))) > 10]
         assert len(found) == 2, kept
+    wandb.finish()
+    callback = traj_merge_callback.lightning.TrajMergeCallback(on_error="raise", **OPTIONS)
+    fit(tmp_path, train, heldout, [callback], logger=WandbLogger(save_dir=tmp_path / "lightning", offline=True))
+    found = [path for path in (tmp_path / "lightning").rglob("*.png") if len(colors(Image.open(path))) > 10]
+    assert len(found) == 2

@@ -118,7 +118,7 @@ def _gains(runs: list[Run]) -> Drawn:
     left.axhline(0, color=INK, linewidth=0.8, alpha=0.6)
     left.set(title="gain: live - merged (nats per token)", xlabel="optimizer step")
     right.set(title="steps saved", xlabel="optimizer step")
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, max(1.0, right.get_ylim()[1]))
     if len(runs) > 1:
         _handles(left, [(run.name, {"color": color}) for color, run in _colored(runs, _MERGED)])
     caption = (
@@ -145,7 +145,8 @@ def _weights(runs: list[Run]) -> Drawn:
     figure.colorbar(drawn[0], ax=list(axes), pad=0.015, aspect=20 * len(shown), extend="both", label="merge weight")
     caption = (
         "A column is a merge, a box one of its rows: the checkpoint, or the mean of checkpoints, of that age. The "
-        "deeper the blue, the larger the weight; orange is negative. The strip at the bottom is live itself."
+        "deeper the blue, the larger the weight; orange is negative. The strip at the bottom is live itself, the line "
+        "above is where rows end."
     )
     if any(merge.group_weights for run in shown for merge in run.merges):
         caption += " Of merges with weights by parameter group those of the whole model are shown."

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
@@ -100,6 +101,9 @@ def draw_weights(axis: Axes, merges: Sequence[Weighted], colors: Normalize) -> P
         corners, array=np.array(weights), cmap=COLORS, norm=colors, linewidths=0, antialiaseds=False, rasterized=True
     )
     axis.add_collection(drawn)
+    # How far back rows reach, where the oldest have next to no weight.
+    ends = [math.sqrt(max(old for _, old, _ in cells)) for _, cells in shown]
+    axis.stairs(ends, edges, color=matplotlib.rcParams["axes.edgecolor"], alpha=0.4, linewidth=0.8)
     axis.set(xlim=(edges[0], edges[-1]), ylim=(-_STRIP * top, top))
     oldest = top**2
     axis.set_yticks(
