@@ -132,7 +132,7 @@ class TrajMergeCallback(pl.Callback):
             nll=by_name(ValidationStep(trainer, pl_module).of, indices) if self._nll is None else self._nll,
             precision=trainer.precision_plugin.val_step_context,
             to_device=by_name(lambda index: functools.partial(transfer, trainer, index), indices),
-            log=lambda record: log_merge(trainer, record, self.merger),
+            log=lambda record: log_merge(trainer, self.merger.records if self.merger else [record]),
             log_everywhere=True,
             extra=extra if self._save_ckpt else None,
             optimizer=trainer.optimizers,

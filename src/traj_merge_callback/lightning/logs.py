@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,7 +10,6 @@ import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from ..evaluate.data import as_tensors
-from ..merger import TrajectoryMerger
 from ..metrics import MergeRecord, for_console
 
 
@@ -21,8 +21,9 @@ def prepare_for_images(trainer: pl.Trainer) -> None:
         weights_image([])
 
 
-def log_merge(trainer: pl.Trainer, record: MergeRecord, merger: TrajectoryMerger | None) -> None:
-    """Log a merge, on every rank: its numbers, a line, and a heat map of the weights of all merges so far."""
+def log_merge(trainer: pl.Trainer, records: Sequence[MergeRecord]) -> None:
+    """Log the last of a run's merges, on every rank: its numbers, a line, and a heat map of the weights of all."""
+    record = records[-1]
     scalars = record.scalars()
     for logger in trainer.loggers if trainer.is_global_zero else []:
         logger.log_metrics(scalars, step=record.step)
@@ -32,11 +33,11 @@ def log_merge(trainer: pl.Trainer, record: MergeRecord, merger: TrajectoryMerger
     names = [f"{record.name}/{name}" for name in ("loss", "gain")]
     trainer.progress_bar_metrics.update({name: scalars[name] for name in names if name in scalars})
     trainer.lightning_module.print(for_console(record.line()))  # on rank 0, above the progress bar
-    if merger is not None and (loggers := _take_images(trainer)):
+    if loggers := _take_images(trainer):
         # It loads matplotlib, which nobody needs whose loggers take no images.
         from ..offline.report.image import weights_image
 
-        if (image := weights_image(merger.records)) is not None:
+        if (image := weights_image(records)) is not None:
             for logger in loggers:
                 _send(logger, f"{record.name}/weights", image, record.step)
 

@@ -275,7 +275,7 @@ class TrajMergeCallback(TrainerCallback):
         if self._trainer is not None:
             with preserved_flags(control), preserved_averages(self._trainer), one_line(self._trainer, record.line()):
                 self._trainer.log(scalars)
-            log_image(self._trainer, self.merger)
+            log_image(self._trainer, self.merger.records if self.merger else [record])
             return
         state.log_history.append({**scalars, "epoch": state.epoch, "step": state.global_step})
         if state.is_world_process_zero:

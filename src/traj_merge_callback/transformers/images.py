@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from ..merger import TrajectoryMerger
+from ..metrics import MergeRecord
 
 
 def prepare_for_images(trainer: Trainer) -> None:
@@ -19,16 +20,16 @@ def prepare_for_images(trainer: Trainer) -> None:
         weights_image([])
 
 
-def log_image(trainer: Trainer, merger: TrajectoryMerger | None) -> None:
-    """Log the weights of the merges so far as ``train/<name>/weights``, at the step of the numbers' log."""
-    if merger is None or not (trackers := _trackers(trainer)):
+def log_image(trainer: Trainer, records: Sequence[MergeRecord]) -> None:
+    """Log the weights of a run's merges so far as ``train/<name>/weights``, at the step of the numbers' log."""
+    if not (trackers := _trackers(trainer)):
         return
     # It loads matplotlib, which nobody needs whose trackers take no images.
     from ..offline.report.image import weights_image
 
-    if (image := weights_image(merger.records)) is not None:
+    if (image := weights_image(records)) is not None:
         for tracker in trackers:
-            _send(tracker, f"train/{merger.config.name}/weights", image, trainer.state.global_step)
+            _send(tracker, f"train/{records[-1].name}/weights", image, trainer.state.global_step)
 
 
 def _trackers(trainer: Trainer) -> list[Any]:
