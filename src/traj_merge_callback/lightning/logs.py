@@ -16,9 +16,9 @@ from ..metrics import MergeRecord, for_console
 def prepare_for_images(trainer: pl.Trainer) -> None:
     """Load what draws, if a logger takes images, before training begins."""
     if _take_images(trainer):
-        from ..offline.report.image import weights_image
+        from ..offline.report.image import can_draw
 
-        weights_image([])
+        can_draw()
 
 
 def log_merge(trainer: pl.Trainer, records: Sequence[MergeRecord]) -> None:

@@ -15,9 +15,9 @@ from ..metrics import MergeRecord
 def prepare_for_images(trainer: Trainer) -> None:
     """Load what draws, if a tracker takes images, before training begins."""
     if _trackers(trainer):
-        from ..offline.report.image import weights_image
+        from ..offline.report.image import can_draw
 
-        weights_image([])
+        can_draw()
 
 
 def log_image(trainer: Trainer, records: Sequence[MergeRecord]) -> None:

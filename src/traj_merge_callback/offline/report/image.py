@@ -14,16 +14,34 @@ logger = logging.getLogger("traj_merge_callback")
 
 
 def weights_image(records: Sequence[MergeRecord]) -> np.ndarray | None:
-    """The heat map, of shape (height, width, 3) and uint8; None where matplotlib is missing."""
-    if not _can_draw():
-        return None
+    """The heat map, of shape (height, width, 3) and uint8; None where it cannot be drawn."""
+    return _drawn(records) if can_draw() else None
+
+
+@functools.cache
+def can_draw() -> bool:
+    """Whether matplotlib is there and works; the first call loads it, for which no training step should wait."""
+    try:
+        _drawn([])
+    except Exception as error:  # whatever a damaged installation raises
+        logger.info(
+            "loggers get no image of the merge weights (%s: %s); pip install 'traj-merge-callback[report]' brings what "
+            "draws it",
+            type(error).__name__,
+            error,
+        )
+        return False
+    return True
+
+
+def _drawn(records: Sequence[MergeRecord]) -> np.ndarray:
     import matplotlib.style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from .heatmap import colors_of, draw_weights
 
-    # Neither pyplot nor a style: those are the user's.
+    # Neither pyplot nor a style of the user's: they stay as they are.
     with matplotlib.style.context("default"):
         figure = Figure(figsize=(6.4, 3.0), dpi=100)
         canvas = FigureCanvasAgg(figure)
@@ -31,19 +49,6 @@ def weights_image(records: Sequence[MergeRecord]) -> np.ndarray | None:
         drawn = draw_weights(axis, records, colors_of(records))
         axis.set_title("merge weights", fontsize=10)
         if drawn is not None:
-            figure.colorbar(drawn, cax=figure.add_axes((0.89, 0.17, 0.02, 0.72)))
+            figure.colorbar(drawn, cax=figure.add_axes((0.89, 0.17, 0.02, 0.72)), extend="both")
         canvas.draw()
         return np.array(canvas.buffer_rgba())[..., :3].copy()
-
-
-@functools.cache
-def _can_draw() -> bool:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        logger.info(
-            "loggers get no image of the merge weights: matplotlib is missing (pip install "
-            "'traj-merge-callback[report]')"
-        )
-        return False
-    return True
