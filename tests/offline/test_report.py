@@ -8,15 +8,18 @@ import signal
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from conftest import AT_ONCE, tiny_llama, train_steps
 from PIL import Image
 from torch.utils.data import DataLoader
+from typer.testing import CliRunner
 
 from realtext import Blocks
 from traj_merge_callback import TrajectoryMerger
-from traj_merge_callback.offline.report import report
+from traj_merge_callback.offline import report
+from traj_merge_callback.offline.cli import app
 
 
 class Page(HTMLParser):
@@ -313,6 +316,18 @@ def test_a_full_disk_leaves_the_old_report_as_it_was(tmp_path):
         signal.signal(signal.SIGXFSZ, handler)
     assert {path: path.read_bytes() for path in paths} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "report-figures", "report.html"]
+
+
+def test_the_command_says_where_the_page_is_and_errors_are_a_sentence(tmp_path):
+    folder, output = write(tmp_path / "merged", record(100)), tmp_path / "page.html"
+    done = CliRunner().invoke(app, ["report", str(folder), "--output", str(output), "--json"])
+    assert done.exit_code == 0, done.output
+    assert [tmp_path / "page.html", *sorted((tmp_path / "page-figures").glob("*.png"))] == sorted(
+        map(Path, json.loads(done.output)), key=lambda path: (path.suffix, path)
+    )
+    failed = CliRunner().invoke(app, ["report", str(tmp_path / "nowhere")])
+    assert failed.exit_code == 1
+    assert failed.output.startswith("traj-merge: run '")
 
 
 @pytest.mark.parametrize(

@@ -109,12 +109,26 @@ class MetricsFile:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file by step, without lines that are none; the last of several of one step; no file has none."""
+    """The records of a file by step, without lines that are none; see :func:`read_lines`."""
+    return read_lines(path)[0]
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """What is in a file that a run may still be writing, by any version of the library; no file has nothing.
+
+    Returns:
+        The records in the order of their steps, the last one of each step; of their values only ``step`` is checked.
+        And how many lines are no records, not counting a last line that is not whole yet.
+
+    Raises:
+        ValueError: see :func:`own_file`.
+    """
     if not path.is_file():
-        return []
-    lines = [line for line in path.read_bytes().split(b"\n") if _parsed(line) is not None]
-    found = {record["step"]: record for record in map(parse_json, lines)}
-    return [found[step] for step in sorted(found)]
+        return [], 0
+    *lines, unfinished = own_file(path).read_bytes().split(b"\n")
+    found = [_record_in(line) for line in lines if line.strip(b"\0 \r")]
+    records = {record["step"]: record for record in [*found, _record_in(unfinished)] if record is not None}
+    return [records[step] for step in sorted(records)], found.count(None)
 
 
 class _Line(NamedTuple):
@@ -145,19 +159,3 @@ def _record_in(line: bytes) -> dict[str, Any] | None:
     except (KeyError, TypeError, ValueError):
         return None
     return record
-
-
-def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records in a file that a run may still be writing, by any version of the library.
-
-    Returns:
-        The records in the order of their steps, the last one of each step; of their values only ``step`` is checked.
-        And how many lines hold none, not counting a last line that is not whole yet.
-
-    Raises:
-        FileNotFoundError, ValueError: see :func:`own_file`.
-    """
-    *lines, unfinished = own_file(path).read_bytes().split(b"\n")
-    found = [_record_in(line) for line in lines if line.strip()]
-    records = {record["step"]: record for record in [*found, _record_in(unfinished)] if record is not None}
-    return [records[step] for step in sorted(records)], found.count(None)

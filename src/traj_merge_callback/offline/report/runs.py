@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...disk.metrics_file import read_records
+from ...disk.metrics_file import read_lines
 from ...disk.output import LOCK
 from ...disk.untrusted import integer, is_step_name, mapping, number, numbers, read_json_object, sequence
 from ...search.spans import Span
@@ -155,7 +155,7 @@ def _names(folders: list[Path]) -> list[str]:
 
 def _read(file: Path, name: str) -> Run:
     folder, notes = file.parent, []
-    records, damaged = read_records(file) if file.exists() else ([], 0)
+    records, damaged = read_lines(file)
     if damaged and not records:
         raise ValueError(f"{file} has no merge in it: none of its {damaged} lines is a record of one")
     if damaged:
