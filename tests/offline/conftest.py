@@ -4,9 +4,10 @@ import json
 
 import lightning.pytorch as pl
 import pytest
-from folders import Module, blocks, documents, llama
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
+
+from offline.folders import Module, blocks, documents, llama
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import llama, perturbed, saved
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
+from offline.folders import llama, perturbed, saved
 from traj_merge_callback.offline import merge
 from traj_merge_callback.offline.cli import app
 

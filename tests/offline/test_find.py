@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from folders import llama
 
+from offline.folders import llama
 from traj_merge_callback.offline import find_checkpoints
 
 NAMES = {

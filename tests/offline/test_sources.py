@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from folders import Module, blocks, llama, perturbed, saved
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from offline.folders import Module, blocks, llama, perturbed, saved
 from traj_merge_callback import HeldOutLoss, load_merged, read_merge
 from traj_merge_callback.offline import merge, search
 from traj_merge_callback.offline.heldout import ByteTokenizer, heldout_batches

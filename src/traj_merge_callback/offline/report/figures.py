@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -135,14 +137,15 @@ def _weights(runs: list[Run]) -> Drawn:
         return Drawn("weights", title, "The records say nothing of merge weights.", None)
     shown = drawable[:_MOST_MAPS]
     figure = Figure(figsize=(_WIDTH, 0.5 + 2.7 * len(shown)))
-    axes = figure.subplots(len(shown), squeeze=False)[:, 0]
+    axes = list(figure.subplots(len(shown), squeeze=False)[:, 0])
     colors = colors_of(merge for run in shown for merge in run.merges)
-    drawn = [draw_weights(axis, run.merges, colors) for axis, run in zip(axes, shown, strict=True)]
     for axis, run in zip(axes, shown, strict=True):
+        draw_weights(axis, run.merges, colors)
         _mark_events(axis, run, lambda merge: 0.0)
         if len(runs) > 1:
             axis.set_title(run.name)
-    figure.colorbar(drawn[0], ax=list(axes), pad=0.015, aspect=20 * len(shown), extend="both", label="merge weight")
+    bar = ScalarMappable(colors, COLORS)
+    figure.colorbar(bar, ax=axes, pad=0.015, aspect=20 * len(shown), extend="both", label="merge weight")
     caption = (
         "A column is a merge, a box one of its rows: the checkpoint, or the mean of checkpoints, of that age. The "
         "deeper the blue, the larger the weight; orange is negative. The strip at the bottom is live itself, the line "
@@ -192,10 +195,9 @@ def _domains(runs: list[Run]) -> Drawn:
     rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(_WIDTH, 0.4 + 2.7 * rows))
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    nothing = Losses(*[math.nan] * 4)
     cut = ""
     for axis, name in zip(axes, shown, strict=False):
-        cut = _plot_losses(axis, runs, lambda merge, name=name: merge.domains.get(name, nothing)) or cut
+        cut = _plot_losses(axis, runs, functools.partial(_losses_of, name)) or cut
         axis.set(title=name[:40], xlabel="optimizer step")
     for axis in axes[len(shown) :]:
         axis.set_visible(False)
@@ -239,12 +241,16 @@ def _colored(runs: list[Run], alone: str) -> Iterator[tuple[str, Run]]:
         yield alone if len(runs) == 1 else _RUNS[index % len(_RUNS)], run
 
 
+def _losses_of(domain: str, merge: Merge) -> Losses:
+    return merge.domains.get(domain, Losses(*[math.nan] * 4))
+
+
 def _columns(run: Run, of: Callable[[Merge], tuple[float, ...]]) -> np.ndarray:
     """Values of all merges, shape ``(number of values, merges)``."""
     return np.array([of(merge) for merge in run.merges], dtype=np.float64).T
 
 
-def _marks(steps: list[int]) -> dict[str, object]:
+def _marks(steps: list[int]) -> dict[str, Any]:
     """A few merges are points too; of many, lines are clearer."""
     return {"marker": "o", "markersize": 3.2} if len(steps) <= 60 else {}
 
@@ -291,7 +297,7 @@ def _cut_early_losses(axis: Axes, runs: list[Run], losses: Callable[[Merge], Los
 
 def _legend(axis: Axes, runs: list[Run]) -> None:
     if len(runs) == 1:
-        lines = [("live", {"color": _LIVE}), ("merged", {"color": _MERGED})]
+        lines: list[tuple[str, dict[str, Any]]] = [("live", {"color": _LIVE}), ("merged", {"color": _MERGED})]
     else:
         lines = [(run.name, {"color": color}) for color, run in _colored(runs, _MERGED)]
         lines += [("live", {"color": INK, "linestyle": (0, (4, 2))}), ("merged", {"color": INK})]
@@ -303,7 +309,7 @@ def _legend(axis: Axes, runs: list[Run]) -> None:
     _handles(axis, lines)
 
 
-def _handles(axis: Axes, lines: list[tuple[str, dict]]) -> None:
+def _handles(axis: Axes, lines: list[tuple[str, dict[str, Any]]]) -> None:
     # A label that begins with an underscore is left out of legends.
     labels = [f" {label[:40]}" if label.startswith("_") else label[:40] for label, _ in lines]
     axis.legend([Line2D([], [], **look) for _, look in lines], labels, fontsize=8.5, handlelength=2.2)

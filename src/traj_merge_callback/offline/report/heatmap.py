@@ -72,7 +72,7 @@ def colors_of(merges: Iterable[Weighted]) -> Normalize:
     return Normalize(-(largest or 1.0), largest or 1.0)
 
 
-def draw_weights(axis: Axes, merges: Sequence[Weighted], colors: Normalize) -> PolyCollection | None:
+def draw_weights(axis: Axes, merges: Sequence[Weighted], colors: Normalize) -> None:
     """Draw the weights of merges into an axis: a column for each merge, ages upwards, live in a strip at the bottom.
 
     Heights go with the square root of the age: spans of rows grow with age, and each is to be seen.
@@ -81,14 +81,11 @@ def draw_weights(axis: Axes, merges: Sequence[Weighted], colors: Normalize) -> P
         axis: empty.
         merges: of one run, in the order of their steps.
         colors: see :func:`colors_of`.
-
-    Returns:
-        What was drawn, for a colour bar; None if no merge has weights.
     """
     chosen = np.unique(np.linspace(0, len(merges) - 1, _MOST_MERGES).round().astype(int)) if merges else []
     shown = [(merges[index].step, cells) for index in chosen if (cells := ages(merges[index]))]
     if not shown:
-        return None
+        return
     edges = _edges([step for step, _ in shown])
     top = max((math.sqrt(old) for _, cells in shown for _, old, _ in cells), default=0.0) or 1.0
     corners, weights = [], []
@@ -112,7 +109,6 @@ def draw_weights(axis: Axes, merges: Sequence[Weighted], colors: Normalize) -> P
     )
     axis.set(xlabel="optimizer step", ylabel="age in steps")
     axis.grid(False)
-    return drawn
 
 
 def _edges(steps: list[int]) -> list[float]:

@@ -37,18 +37,20 @@ def can_draw() -> bool:
 def _drawn(records: Sequence[MergeRecord]) -> np.ndarray:
     import matplotlib.style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
-    from .heatmap import colors_of, draw_weights
+    from .heatmap import COLORS, colors_of, draw_weights
 
     # Neither pyplot nor a style of the user's: they stay as they are.
     with matplotlib.style.context("default"):
         figure = Figure(figsize=(6.4, 3.0), dpi=100)
         canvas = FigureCanvasAgg(figure)
         axis = figure.add_axes((0.11, 0.17, 0.75, 0.72))
-        drawn = draw_weights(axis, records, colors_of(records))
+        colors = colors_of(records)
+        draw_weights(axis, records, colors)
         axis.set_title("merge weights", fontsize=10)
-        if drawn is not None:
-            figure.colorbar(drawn, cax=figure.add_axes((0.89, 0.17, 0.02, 0.72)), extend="both")
+        bar = figure.add_axes((0.89, 0.17, 0.02, 0.72))
+        figure.colorbar(ScalarMappable(colors, COLORS), cax=bar, extend="both")
         canvas.draw()
         return np.array(canvas.buffer_rgba())[..., :3].copy()
