@@ -38,7 +38,8 @@ class TrajMergeCallback(pl.Callback):
     - Held-out data: ``heldout``, or the trainer's validation dataloaders. The loss is ``nll``, or what the module's own
       ``validation_step`` returns, with its logging silenced.
     - Metrics go to every logger at the step of the merge, to ``trainer.callback_metrics`` (so
-      ``ModelCheckpoint(monitor="merge/loss")`` and ``EarlyStopping`` see them) and to the progress bar.
+      ``ModelCheckpoint(monitor="merge/loss")`` and ``EarlyStopping`` see them) and to the progress bar; the console has
+      a line for each merge. TensorBoard and W&B get the merge weights as an image.
     - Snapshots go to ``output_dir``, by default "merged" in the trainer's log folder; ``load_merged(folder, module)``
       reads one. With ``save_ckpt=True`` each also holds ``merged.ckpt`` for ``load_from_checkpoint``.
     - Resuming with ``fit(ckpt_path=...)`` restores the window from ``<checkpoint>.ckpt.merge``, which is written and

@@ -40,11 +40,12 @@ class TrajMergeCallback(TrainerCallback):
     Use it as ``TrajMergeCallback(...).attach(trainer)``. Then
 
     - ``heldout=None`` takes the trainer's eval dataset (a dict of datasets gives named domains);
-    - metrics go through the trainer's own ``log``: to the console, to ``trainer_state.json``, and to whatever
-      ``report_to`` names, in the same run as the training loss. TensorBoard shows them as ``train/merge/...``.
+    - metrics go through the trainer's own ``log``: to ``trainer_state.json``, and to whatever ``report_to`` names, in
+      the same run as the training loss. TensorBoard shows them as ``train/merge/...``. The console has a line for each
+      merge. TensorBoard, W&B and trackio get the merge weights as an image.
 
     In ``Trainer(callbacks=[TrajMergeCallback(heldout)])`` the callback cannot reach the trainer: it needs ``heldout``,
-    and metrics go to the console, to ``trainer_state.json`` and to ``metrics.jsonl`` only.
+    metrics go to ``trainer_state.json`` and ``metrics.jsonl`` only, and a line to the console.
 
     Snapshots go to ``output_dir``, by default "merged" in ``args.output_dir``, and load with ``from_pretrained``; the
     tokenizer is saved along. Resuming with ``train(resume_from_checkpoint=...)`` restores the window, which is saved in

@@ -41,8 +41,8 @@ def report(runs: str | Path | Iterable[str | Path], output: str | Path = "report
     if page_file.suffix.lower() not in (".html", ".htm") or page_file.is_dir():
         raise ValueError(f"output={str(output)!r}: must be the name of an HTML file, such as 'report.html'")
     try:
-        from .figures import draw, png, styled
-        from .page import page
+        from .figures import draw, png, styled, svg
+        from .page import Section, page
     except ImportError as error:
         raise ImportError(
             f"a report needs the extra 'report': pip install 'traj-merge-callback[report]' ({error})"
@@ -52,8 +52,10 @@ def report(runs: str | Path | Iterable[str | Path], output: str | Path = "report
         # Of letters that matplotlib's font does not have; the browser's has.
         warnings.filterwarnings("ignore", "Glyph", UserWarning)
         drawn = draw(found) if any(run.merges for run in found) else []
-        images = {f"{one.name}.png": png(one.figure) for one in drawn if one.figure is not None}
-        text = page(found, drawn)
+        figures = {one.name: one.figure for one in drawn if one.figure is not None}
+        images = {f"{name}.png": png(figure) for name, figure in figures.items()}
+        texts = {name: svg(figure) for name, figure in figures.items()}
+    text = page(found, [Section(one.name, one.title, one.caption, texts.get(one.name)) for one in drawn])
     folder = page_file.with_name(f"{page_file.stem}-figures")
     with whole_folder(folder, replaces=lambda there: (there / _CAPTIONS).is_file()) as temporary:
         for name, data in images.items():

@@ -5,30 +5,39 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import math
+from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from .figures import Drawn, svg
 from .runs import Run
 
 # Of a longer run the table holds the last ones.
 _MOST_ROWS = 500
 
 
-def page(runs: list[Run], drawn: list[Drawn]) -> str:
-    """The whole page.
+class Section(NamedTuple):
+    """A figure on the page.
 
     Args:
-        runs: of the tables.
-        drawn: the figures.
+        name, title, caption: of the figure, in plain text.
+        svg: the figure itself, which is not escaped; None if there is none, and the caption says why.
     """
+
+    name: str
+    title: str
+    caption: str
+    svg: str | None
+
+
+def page(runs: list[Run], sections: list[Section]) -> str:
+    """The whole page: tables of runs, and figures between them."""
     loader = PackageLoader(__package__, "")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"loss": _loss, "short": _short, "gain": _gain}
-    figures = [(one, Markup(svg(one.figure)) if one.figure else None) for one in drawn]  # escaped by matplotlib
+    figures = [(one, Markup(one.svg or "")) for one in sections]
     return environment.get_template("page.html").render(
         runs=runs,
         figures=figures,
