@@ -6,7 +6,7 @@ import functools
 import io
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -88,12 +88,16 @@ def png(figure: Figure) -> bytes:
 def draw(runs: list[Run]) -> list[Drawn]:
     """All figures of runs, of which at least one has a merge; call it :func:`styled`."""
     with_merges = [run for run in runs if run.merges]
-    one_each = (_losses, _gains, _weights, _domains, _costs)
-    found = [figure(with_merges) for figure in one_each]
-    return [*found[:3], *_groups(with_merges), *found[3:]]
+    loss, gain, weights, domains, cost = (
+        figure(with_merges) for figure in (_losses, _gains, _weights, _domains, _costs)
+    )
+    return [loss, gain, weights, *_groups(with_merges), domains, cost]
 
 
 def _losses(runs: list[Run]) -> Drawn:
+    title = "Held-out loss, live and merged"
+    if not _known(runs, lambda merge: merge.losses[:2]):
+        return Drawn("loss", title, "The records have no losses.", None)
     figure = Figure(figsize=(_WIDTH, 4.2))
     axis = figure.subplots()
     cut = _plot_losses(axis, runs, lambda merge: merge.losses)
@@ -104,10 +108,13 @@ def _losses(runs: list[Run]) -> Drawn:
         "around the merged loss is two standard errors of its distance from live; it does not say how exact either "
         "loss is by itself."
     )
-    return Drawn("loss", "Held-out loss, live and merged", caption + cut, figure)
+    return Drawn("loss", title, caption + cut, figure)
 
 
 def _gains(runs: list[Run]) -> Drawn:
+    title = "Gain and steps saved"
+    if not _known(runs, lambda merge: (merge.losses.gain, merge.steps_saved)):
+        return Drawn("gain", title, "The records have no gains.", None)
     figure = Figure(figsize=(_WIDTH, 3.4))
     left, right = figure.subplots(1, 2)
     for color, run in _colored(runs, _MERGED):
@@ -127,7 +134,7 @@ def _gains(runs: list[Run]) -> Drawn:
         "Left: by how much the merge is better than live, with a band of two standard errors. Right: how many steps "
         "ago a merged snapshot was already as good as live is now."
     )
-    return Drawn("gain", "Gain and steps saved", caption, figure)
+    return Drawn("gain", title, caption, figure)
 
 
 def _weights(runs: list[Run]) -> Drawn:
@@ -210,6 +217,9 @@ def _domains(runs: list[Run]) -> Drawn:
 
 
 def _costs(runs: list[Run]) -> Drawn:
+    title = "What merges cost"
+    if not _known(runs, lambda merge: (merge.seconds, merge.longest_pause, merge.overhead, merge.passes)):
+        return Drawn("cost", title, "The records say nothing of what merges cost.", None)
     figure = Figure(figsize=(_WIDTH, 4.8))
     panels: dict[str, Callable[[Merge], float]] = {
         "seconds a merge took from training": lambda merge: merge.seconds,
@@ -218,18 +228,18 @@ def _costs(runs: list[Run]) -> Drawn:
         "passes over the search split": lambda merge: merge.passes,
     }
     axes = list(figure.subplots(2, 2, sharex=True).flat)
-    for axis, (title, value) in zip(axes, panels.items(), strict=True):
+    for axis, (name, value) in zip(axes, panels.items(), strict=True):
         for color, run in _colored(runs, _MERGED):
             steps = [merge.step for merge in run.merges]
             axis.plot(steps, [value(merge) for merge in run.merges], color=color, **_marks(steps))
-        axis.set_title(title)
+        axis.set_title(name)
         axis.set_ylim(bottom=0)
     for axis in axes[2:]:
         axis.set_xlabel("optimizer step")
     if len(runs) > 1:
         _handles(axes[0], [(run.name, {"color": color}) for color, run in _colored(runs, _MERGED)])
     caption = "What each merge took; a candidate is one pass over the search split, with its gradient three."
-    return Drawn("cost", "What merges cost", caption, figure)
+    return Drawn("cost", title, caption, figure)
 
 
 # Parts of figures
@@ -239,6 +249,11 @@ def _colored(runs: list[Run], alone: str) -> Iterator[tuple[str, Run]]:
     """Each run with its colour."""
     for index, run in enumerate(runs):
         yield alone if len(runs) == 1 else _RUNS[index % len(_RUNS)], run
+
+
+def _known(runs: list[Run], of: Callable[[Merge], Iterable[float]]) -> bool:
+    """Whether any of these values of any merge is known."""
+    return any(math.isfinite(value) for run in runs for merge in run.merges for value in of(merge))
 
 
 def _losses_of(domain: str, merge: Merge) -> Losses:
