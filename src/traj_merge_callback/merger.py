@@ -55,8 +55,8 @@ class TrajectoryMerger:
         nll: ``nll(model, batch) -> (summed NLL in nats, target tokens)``, also by domain; by default ``.loss``.
         precision: returns a context for forward passes, such as ``lambda: torch.autocast("cuda", torch.bfloat16)``.
         to_device: moves a batch to the training device, also by domain; by default tensors go to the model's device.
-        log: called with the :class:`MergeRecord` of each merge, on rank 0.
-        log_everywhere: call ``log`` on every rank, for trainers whose metrics are to be the same on all.
+        log: called with the :class:`MergeRecord` of each merge, on rank 0. ``record.line()`` is also logged, as INFO.
+        log_everywhere: call ``log`` on every rank, for trainers whose metrics are to be the same on all; it shows them.
         optimizer: of the run, or several; needed for ``on_spike="rollback"`` where that is to reset or to slow it.
         extra: called while the model holds the merged weights, to add files to a snapshot: it returns a function that
             is called with the snapshot's folder later, in another thread.
@@ -106,7 +106,7 @@ class TrajectoryMerger:
         self._failures = Failures(self.config.on_error, is_rank_zero := self.processes.is_rank_zero)
         file = MetricsFile(self.output_dir / "metrics.jsonl", self._output.check)
         log = log if log_everywhere or is_rank_zero else None
-        self._recorder = Recorder(self.config, file, log, self._failures, is_rank_zero)
+        self._recorder = Recorder(self.config, file, log, self._failures, is_rank_zero, shown=log_everywhere)
         #: The records of all merges made here, on every rank.
         self.records = self._recorder.records
         self._training_loss = TrainingLoss(self.processes)

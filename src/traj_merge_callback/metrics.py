@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Set
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -103,6 +104,16 @@ class MergeRecord:
         """One line of JSON; numbers that are not finite become null, which every reader understands."""
         return json.dumps(_finite(asdict(self)), allow_nan=False)
 
+    def line(self) -> str:
+        """The merge in one line, for a console."""
+        took = f"{self.seconds:.3g} s, longest pause {self.longest_pause:.3g} s"
+        spike = " (in a spike)" if self.spike else ""
+        if self.source == "live":
+            return f"{self.name} at step {self.step}{spike}: live {self.live_loss:.4f}, no merge is better; {took}"
+        stderr = "" if self.gain_stderr is None else f" ± {self.gain_stderr:.4f}"
+        losses = f"live {self.live_loss:.4f} → merged {self.merged_loss:.4f}, gain {self.gain:.4f}{stderr}"
+        return f"{self.name} at step {self.step}{spike}: {losses}; {took}"
+
     def scalars(self) -> dict[str, float]:
         """The numbers for the trainer's logs, by the names of ``MEANINGS``; only finite ones."""
         values: dict[str, float | None] = {
@@ -127,6 +138,12 @@ class MergeRecord:
             values |= {f"loss/{name}": domain["merged_loss"], f"live_loss/{name}": domain["live_loss"]}
             values[f"gain/{name}"] = domain["gain"]
         return {f"{self.name}/{key}": float(v) for key, v in values.items() if v is not None and math.isfinite(v)}
+
+
+def for_console(text: str) -> str:
+    """A text that can be printed: characters that the console's encoding does not have become question marks."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def _finite(value: Any) -> Any:

@@ -26,7 +26,7 @@ from .checksums import checksums_of
 T = TypeVar("T")
 TEMPORARY = ".tmp-"
 # A folder of ours holds one of these.
-_DOCUMENTS = ("state.json", "merge.json")
+_DOCUMENTS = ("state.json", "merge.json", "traj-merge-figures.json")
 logger = logging.getLogger("traj_merge_callback")
 
 

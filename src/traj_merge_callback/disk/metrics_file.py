@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ..metrics import MergeRecord
 from .atomic import clear_for_file, set_aside, set_aside_before, write_whole
-from .untrusted import integer, mapping, parse_json
+from .untrusted import integer, mapping, own_file, parse_json
 
 logger = logging.getLogger("traj_merge_callback")
 
@@ -109,12 +109,26 @@ class MetricsFile:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file by step, without lines that are none; the last of several of one step; no file has none."""
+    """The records of a file by step, without lines that are none; see :func:`read_lines`."""
+    return read_lines(path)[0]
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """What is in a file that a run may still be writing, by any version of the library; no file has nothing.
+
+    Returns:
+        The records in the order of their steps, the last one of each step; of their values only ``step`` is checked.
+        And how many lines are no records, not counting a last line that is not whole yet.
+
+    Raises:
+        ValueError: see :func:`own_file`.
+    """
     if not path.is_file():
-        return []
-    lines = [line for line in path.read_bytes().split(b"\n") if _parsed(line) is not None]
-    found = {record["step"]: record for record in map(parse_json, lines)}
-    return [found[step] for step in sorted(found)]
+        return [], 0
+    *lines, unfinished = own_file(path).read_bytes().split(b"\n")
+    found = [_record_in(line) for line in lines if line.strip(b"\0 \r")]
+    records = {record["step"]: record for record in [*found, _record_in(unfinished)] if record is not None}
+    return [records[step] for step in sorted(records)], found.count(None)
 
 
 class _Line(NamedTuple):
@@ -131,9 +145,17 @@ def _runs_in(path: Path) -> set[str | None]:
 
 def _parsed(line: bytes) -> _Line | None:
     """A line of the file; None if it is no record."""
+    if (record := _record_in(line)) is None:
+        return None
+    run = record.get("run")
+    return _Line(record["step"], run if isinstance(run, str) and run else None)
+
+
+def _record_in(line: bytes) -> dict[str, Any] | None:
+    """The record in a line, of which only the step is sure to be there; None if the line holds none."""
     try:
         record = mapping(parse_json(line))
-        run = record.get("run")
-        return _Line(integer(record["step"]), run if isinstance(run, str) and run else None)
+        integer(record["step"])
     except (KeyError, TypeError, ValueError):
         return None
+    return record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,6 +14,8 @@ from ..metrics import MergeRecord
 from .budget import Overhead
 from .failures import Failures
 
+logger = logging.getLogger("traj_merge_callback")
+
 
 class Recorder:
     """Completes the records of a run's merges, keeps them, writes them to metrics.jsonl and logs them.
@@ -23,6 +26,7 @@ class Recorder:
         log: called with each record; None on ranks that do not log.
         failures: where a ``log`` that fails is reported.
         is_rank_zero: whether this is rank 0, which writes.
+        shown: whether ``log`` shows merges to the user; else there is a line at level INFO for each.
     """
 
     def __init__(
@@ -32,12 +36,14 @@ class Recorder:
         log: Callable[[MergeRecord], None] | None,
         failures: Failures,
         is_rank_zero: bool,
+        shown: bool,
     ) -> None:
         self._config = config
         self.file = file
         self._log = log
         self._failures = failures
         self._is_rank_zero = is_rank_zero
+        self._shown = shown
         self.records: list[MergeRecord] = []
 
     def add(
@@ -77,6 +83,8 @@ class Recorder:
         self.records.append(record)
         if self._is_rank_zero:
             writer.submit_unwatched(lambda: self.file.append(record), "writing metrics.jsonl")
+            if not self._shown:
+                logger.info("%s", record.line())
         with self._failures.contained("logging", step):
             if self._log is not None:
                 self._log(record)

@@ -17,13 +17,13 @@ from ..disk.model_files import collect_checkpoint
 from ..disk.state import remove_other_states
 from ..disk.untrusted import folder_name_of_step
 from ..engine.capturing import say_if_too_short
-from ..evaluate.data import as_tensors, check_heldout, say_if_trained_on
+from ..evaluate.data import check_heldout, say_if_trained_on
 from ..merger import TrajectoryMerger
-from ..metrics import MergeRecord
 from ..window.capture import LossScaleWatch
 from ..window.names import unwrap
 from ..window.sharding import has_fsdp
 from .data import by_loader, by_name, steps_of, transfer, validation_loaders
+from .logs import log_merge, prepare_for_images
 from .monitors import let_wait, stop_waiting
 from .others import others_may_write
 from .validation_step import ValidationStep
@@ -38,7 +38,8 @@ class TrajMergeCallback(pl.Callback):
     - Held-out data: ``heldout``, or the trainer's validation dataloaders. The loss is ``nll``, or what the module's own
       ``validation_step`` returns, with its logging silenced.
     - Metrics go to every logger at the step of the merge, to ``trainer.callback_metrics`` (so
-      ``ModelCheckpoint(monitor="merge/loss")`` and ``EarlyStopping`` see them) and to the progress bar.
+      ``ModelCheckpoint(monitor="merge/loss")`` and ``EarlyStopping`` see them) and to the progress bar; the console has
+      a line for each merge. TensorBoard and W&B get the merge weights as an image.
     - Snapshots go to ``output_dir``, by default "merged" in the trainer's log folder; ``load_merged(folder, module)``
       reads one. With ``save_ckpt=True`` each also holds ``merged.ckpt`` for ``load_from_checkpoint``.
     - Resuming with ``fit(ckpt_path=...)`` restores the window from ``<checkpoint>.ckpt.merge``, which is written and
@@ -132,12 +133,13 @@ class TrajMergeCallback(pl.Callback):
             nll=by_name(ValidationStep(trainer, pl_module).of, indices) if self._nll is None else self._nll,
             precision=trainer.precision_plugin.val_step_context,
             to_device=by_name(lambda index: functools.partial(transfer, trainer, index), indices),
-            log=lambda record: self._log(trainer, record),
+            log=lambda record: log_merge(trainer, self.merger.records if self.merger else [record]),
             log_everywhere=True,
             extra=extra if self._save_ckpt else None,
             optimizer=trainer.optimizers,
             **{**self._options, "output_dir": self.config.output_dir or str(default_folder)},
         )
+        prepare_for_images(trainer)
         self.merger.start(self._model)
         if self._resumed:
             self.merger.resume_from(lambda: self._saved_window(trainer), self._model, trainer.global_step)
@@ -228,19 +230,6 @@ class TrajMergeCallback(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Note that the window is to be restored when training starts."""
         self._resumed = True
-
-    # Logging
-
-    def _log(self, trainer: pl.Trainer, record: MergeRecord) -> None:
-        scalars = record.scalars()
-        for logger in trainer.loggers if trainer.is_global_zero else []:
-            logger.log_metrics(scalars, step=record.step)
-            logger.save()
-        trainer.logged_metrics.update(scalars)
-        trainer.callback_metrics.update(as_tensors(scalars))
-        names = [f"{self.config.name}/{name}" for name in ("loss", "gain")]
-        shown = {name: scalars[name] for name in names if name in scalars}
-        trainer.progress_bar_metrics.update(shown)
 
 
 def _merge_before(ours: list[TrajMergeCallback], end: Callable[[], None]) -> None:

@@ -77,7 +77,7 @@ def _told(command: Callable[..., None]) -> Callable[..., None]:
             command(**arguments)
         except (typer.Exit, typer.Abort):  # both of them RuntimeErrors
             raise
-        except (ValueError, TypeError, OSError, RuntimeError) as error:
+        except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
             logging.getLogger("traj_merge_callback").debug("failed", exc_info=True)
             text = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else error
             typer.echo(f"traj-merge: {text}", err=True)
@@ -299,6 +299,25 @@ def export(
 def consolidate(folder: Folder, output: Annotated[Path, typer.Argument(help="The new model folder.")]) -> None:
     """Make a model folder of a snapshot that many ranks wrote in parts."""
     out.print(f"written to {consolidate_snapshot(folder, output)}", soft_wrap=True)
+
+
+@app.command()
+@_told
+def report(
+    runs: Annotated[
+        list[str], typer.Argument(help="Output folders of runs, trainers' folders, or metrics.jsonl files.")
+    ],
+    output: Annotated[Path, typer.Option(help="The HTML file; its figures stand beside it as PNG files.")] = Path(
+        "report.html"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Show what runs have gained from merging, several over each other, on one page that needs no network."""
+    paths = offline.report(runs, output)
+    if as_json:
+        typer.echo(json.dumps([str(path) for path in paths]))
+    else:
+        out.print(f"written to {paths[0]}, and {len(paths) - 1} figures to {output.stem}-figures", soft_wrap=True)
 
 
 # What the user gives

@@ -18,11 +18,12 @@ from ..engine.capturing import say_if_too_short
 from ..evaluate.data import check_heldout, say_if_trained_on
 from ..evaluate.isolation import preserved_rng
 from ..merger import TrajectoryMerger
-from ..metrics import MergeRecord
+from ..metrics import MergeRecord, for_console
 from ..search.checks import shown
 from ..window.capture import LossScaleWatch
 from .hub import leave_out_of_uploads
-from .logs import preserved_averages, preserved_flags
+from .images import log_image, prepare_for_images
+from .logs import one_line, preserved_averages, preserved_flags
 from .trained_loss import say_if_another
 
 logger = logging.getLogger("traj_merge_callback")
@@ -39,11 +40,12 @@ class TrajMergeCallback(TrainerCallback):
     Use it as ``TrajMergeCallback(...).attach(trainer)``. Then
 
     - ``heldout=None`` takes the trainer's eval dataset (a dict of datasets gives named domains);
-    - metrics go through the trainer's own ``log``: to the console, to ``trainer_state.json``, and to whatever
-      ``report_to`` names, in the same run as the training loss. TensorBoard shows them as ``train/merge/...``.
+    - metrics go through the trainer's own ``log``: to ``trainer_state.json``, and to whatever ``report_to`` names, in
+      the same run as the training loss. TensorBoard shows them as ``train/merge/...``. The console has a line for each
+      merge. TensorBoard, W&B and trackio get the merge weights as an image.
 
     In ``Trainer(callbacks=[TrajMergeCallback(heldout)])`` the callback cannot reach the trainer: it needs ``heldout``,
-    and metrics go to the console, to ``trainer_state.json`` and to ``metrics.jsonl`` only.
+    metrics go to ``trainer_state.json`` and ``metrics.jsonl`` only, and a line to the console.
 
     Snapshots go to ``output_dir``, by default "merged" in ``args.output_dir``, and load with ``from_pretrained``; the
     tokenizer is saved along. Resuming with ``train(resume_from_checkpoint=...)`` restores the window, which is saved in
@@ -175,6 +177,8 @@ class TrajMergeCallback(TrainerCallback):
                 "output_dir": self.config.output_dir or str(Path(args.output_dir) / self.config.named("merged")),
             },
         )
+        if self._trainer is not None:
+            prepare_for_images(self._trainer)
         if args.push_to_hub:
             leave_out_of_uploads(self.config.named(_STATE_FOLDER))
         self.merger.start(kwargs["model"])
@@ -270,12 +274,13 @@ class TrajMergeCallback(TrainerCallback):
     def _log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, record: MergeRecord) -> None:
         scalars = record.scalars()
         if self._trainer is not None:
-            with preserved_flags(control), preserved_averages(self._trainer):
+            with preserved_flags(control), preserved_averages(self._trainer), one_line(self._trainer, record.line()):
                 self._trainer.log(scalars)
+            log_image(self._trainer, self.merger.records if self.merger else [record])
             return
         state.log_history.append({**scalars, "epoch": state.epoch, "step": state.global_step})
         if state.is_world_process_zero:
-            tqdm.write(str({name: f"{value:.4g}" for name, value in scalars.items()}))
+            tqdm.write(for_console(record.line()))
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from transformers import Trainer, TrainerControl
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainerState
+
+from ..metrics import for_console
 
 _FLAGS = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
 
@@ -33,3 +37,30 @@ def preserved_averages(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer._metrics = averages
+
+
+@contextmanager
+def one_line(trainer: Trainer, line: str) -> Iterator[None]:
+    """What transformers' own callbacks print of a log is this line, and not the dictionary of all that is logged.
+
+    Callbacks that show logs in another way show them as always; where nothing prints, nothing is printed.
+    """
+    printing = (PrinterCallback.on_log, ProgressCallback.on_log)
+    callbacks = [one for one in trainer.callback_handler.callbacks if type(one).on_log in printing]
+    for callback in callbacks:
+        vars(callback).setdefault("on_log", functools.partial(_print, callback, for_console(line)))
+    try:
+        yield
+    finally:
+        for callback in callbacks:
+            if getattr(vars(callback).get("on_log"), "func", None) is _print:
+                del callback.on_log
+
+
+def _print(callback: Any, line: str, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    """Where and on which ranks the callback itself prints."""
+    if isinstance(callback, PrinterCallback):
+        if state.is_local_process_zero:
+            print(line)
+    elif state.is_world_process_zero and callback.training_bar is not None:
+        callback.training_bar.write(line)
