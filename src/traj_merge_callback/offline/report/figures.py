@@ -196,7 +196,7 @@ def _domains(runs: list[Run]) -> Drawn:
     title = "Loss by held-out domain"
     names = list(dict.fromkeys(name for run in runs for merge in run.merges for name in merge.domains))
     if not names:
-        return Drawn("domains", title, "There is one held-out domain, or none of several has a name.", None)
+        return Drawn("domains", title, "There is one held-out domain.", None)
     shown = names[:_MOST_DOMAINS]
     columns = min(len(shown), 3)
     rows = math.ceil(len(shown) / columns)
