@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Set
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .config import DEFAULT_NAME
 from .search.evaluation import Evaluation
 from .search.spans import Span
 
+#: The option ``name`` where none is given, in the names of ``MEANINGS``.
+DEFAULT_NAME = "merge"
 MEANINGS = {
     "merge/loss": "held-out loss of the merged model on the report split, nats per token",
     "merge/perplexity": "exp(merge/loss)",
@@ -32,6 +33,8 @@ MEANINGS = {
     "merge/loss/<domain>": "merge/loss of one named held-out domain",
     "merge/live_loss/<domain>": "merge/live_loss of one named held-out domain",
     "merge/gain/<domain>": "merge/gain of one named held-out domain",
+    "merge/eval/<name>": "a number that on_publish found in the snapshot, when it is known",
+    "merge/eval/step": "optimizer step of the merge that published that snapshot",
 }
 
 
@@ -66,6 +69,7 @@ class MergeRecord:
         run: tells the run's records and snapshots from those of others, however often it is resumed; ``merge.json`` has
             it too.
         name: the option ``name``, which stands in place of "merge" in the names of ``MEANINGS``.
+        eval: what ``on_publish`` found in the snapshot, by name; empty until it is known.
     """
 
     step: int
@@ -98,6 +102,7 @@ class MergeRecord:
     snapshot: str | None = None
     run: str = ""
     name: str = DEFAULT_NAME
+    eval: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """One line of JSON; numbers that are not finite become null, which every reader understands."""
@@ -127,6 +132,10 @@ class MergeRecord:
             values |= {f"loss/{name}": domain["merged_loss"], f"live_loss/{name}": domain["live_loss"]}
             values[f"gain/{name}"] = domain["gain"]
         return {f"{self.name}/{key}": float(v) for key, v in values.items() if v is not None and math.isfinite(v)}
+
+    def eval_scalars(self) -> dict[str, float]:
+        """What ``on_publish`` found, for the trainer's logs."""
+        return {f"{self.name}/eval/{key}": value for key, value in {**self.eval, "step": float(self.step)}.items()}
 
 
 def _finite(value: Any) -> Any:

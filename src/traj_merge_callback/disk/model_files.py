@@ -253,7 +253,7 @@ def load_merged(folder: str | Path, model: nn.Module, *, verify: bool = False) -
     with damage_of(folder / "merge.json"):
         merged = set(texts(merge["merged_tensors"]))
     if verify:
-        _verify(folder, merge)
+        verify_snapshot(folder, merge)
     if weights_format == PEFT:
         _load_adapter(folder, model)
         return merge
@@ -276,7 +276,16 @@ def load_merged(folder: str | Path, model: nn.Module, *, verify: bool = False) -
     return merge
 
 
-def _verify(folder: Path, merge: dict[str, Any]) -> None:
+def verify_snapshot(folder: Path, merge: dict[str, Any]) -> None:
+    """Check that every file of a snapshot is what was written, but for its model card.
+
+    Args:
+        folder: its own folder.
+        merge: its merge.json.
+
+    Raises:
+        FileNotFoundError, ValueError: one is missing, was changed, or was not written with it.
+    """
     check_document(folder / "merge.json", merge)
     check_files(folder, merge)
     strangers = {path.name for path in folder.iterdir() if ".safetensors" in path.suffixes} - merge["checksums"].keys()

@@ -229,6 +229,8 @@ class Schedule:
         Returns:
             Whether one was begun; it was not if it cannot be paid for yet.
         """
+        if not self._heldout.digest:  # nothing is read yet
+            return False
         if evaluations is None:
             evaluations = self._processes.from_rank0(lambda: self._affordable(step))
         if evaluations is None:
@@ -249,7 +251,7 @@ class Schedule:
     def try_out(self, model: nn.Module) -> None:
         """Learn what pieces take, where that matters and is not known."""
         matters = self._config.schedule == "interleaved" or self._config.max_overhead is not None
-        if matters and self._run is None and not self._durations.known:
+        if matters and self._heldout.digest and self._run is None and not self._durations.known:
 
             def make() -> None:
                 self._run = self._in_pieces(self._merge.probe(model), model)

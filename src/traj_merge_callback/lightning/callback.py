@@ -19,7 +19,6 @@ from ..disk.untrusted import folder_name_of_step
 from ..engine.capturing import say_if_too_short
 from ..evaluate.data import as_tensors, check_heldout, say_if_trained_on
 from ..merger import TrajectoryMerger
-from ..metrics import MergeRecord
 from ..window.capture import LossScaleWatch
 from ..window.names import unwrap
 from ..window.sharding import has_fsdp
@@ -132,7 +131,8 @@ class TrajMergeCallback(pl.Callback):
             nll=by_name(ValidationStep(trainer, pl_module).of, indices) if self._nll is None else self._nll,
             precision=trainer.precision_plugin.val_step_context,
             to_device=by_name(lambda index: functools.partial(transfer, trainer, index), indices),
-            log=lambda record: self._log(trainer, record),
+            log=lambda record: self._log(trainer, record.step, record.scalars()),
+            log_eval=lambda record: self._log(trainer, record.step, record.eval_scalars()),
             log_everywhere=True,
             extra=extra if self._save_ckpt else None,
             optimizer=trainer.optimizers,
@@ -231,10 +231,9 @@ class TrajMergeCallback(pl.Callback):
 
     # Logging
 
-    def _log(self, trainer: pl.Trainer, record: MergeRecord) -> None:
-        scalars = record.scalars()
+    def _log(self, trainer: pl.Trainer, step: int, scalars: dict[str, float]) -> None:
         for logger in trainer.loggers if trainer.is_global_zero else []:
-            logger.log_metrics(scalars, step=record.step)
+            logger.log_metrics(scalars, step=step)
             logger.save()
         trainer.logged_metrics.update(scalars)
         trainer.callback_metrics.update(as_tensors(scalars))
