@@ -27,7 +27,6 @@ from .capturing import Capturing
 from .failures import Failures
 from .recording import Recorder
 from .saving import StateSaver
-from .schedule import Schedule
 
 logger = logging.getLogger("traj_merge_callback")
 
@@ -49,7 +48,7 @@ class Resuming:
     _failures: Failures
     _capturing: Capturing
     _recorder: Recorder
-    _schedule: Schedule
+    _schedule: Any  # a Schedule, which stands as high among the imports as this
     _saver: StateSaver
     _writer: Writer
     _timeout_ends_merging: Callable[[int], AbstractContextManager[Any]]
