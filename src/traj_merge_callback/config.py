@@ -126,6 +126,7 @@ class MergeConfig:
         on_publish_timeout: seconds after which it is ended.
         on_error: "warn": a failure during training is logged once with its cause and training goes on; "raise".
         progress: show a progress bar when a merge takes longer than a second.
+        log_details: log also what is named ``merge_details/...``; metrics.jsonl has it all.
 
     Raises:
         ValueError, TypeError: naming the argument, its value and what would be right.
@@ -169,10 +170,11 @@ class MergeConfig:
     seed: int = 0
     on_error: str = "warn"
     progress: bool = True
+    log_details: bool = True
 
     def __post_init__(self) -> None:
         self._check_integers()
-        for name in ("keep_best", "trainable_only", "merge_at_end", "load_merged_at_end", "progress"):
+        for name in ("keep_best", "trainable_only", "merge_at_end", "load_merged_at_end", "progress", "log_details"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}: must be True or False")
         if self.merge_every % self.capture_interval:

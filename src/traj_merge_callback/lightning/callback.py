@@ -142,7 +142,7 @@ class TrajMergeCallback(pl.Callback):
         if self._resumed:
             self.merger.resume_from(lambda: self._saved_window(trainer), self._model, trainer.global_step)
             self._resumed = False
-        let_wait(trainer, f"{self.config.name}/")
+        let_wait(trainer, self.config.name)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -232,8 +232,10 @@ class TrajMergeCallback(pl.Callback):
     # Logging
 
     def _log(self, trainer: pl.Trainer, step: int, scalars: dict[str, float]) -> None:
+        hidden = "" if self.config.log_details else f"{self.config.name}_details/"
+        logged = {name: value for name, value in scalars.items() if not (hidden and name.startswith(hidden))}
         for logger in trainer.loggers if trainer.is_global_zero else []:
-            logger.log_metrics(scalars, step=step)
+            logger.log_metrics(logged, step=step)
             logger.save()
         trainer.logged_metrics.update(scalars)
         trainer.callback_metrics.update(as_tensors(scalars))

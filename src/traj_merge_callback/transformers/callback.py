@@ -168,7 +168,7 @@ class TrajMergeCallback(TrainerCallback):
         self.merger = TrajectoryMerger(
             heldout,
             nll=self._nll,
-            log=lambda record: self._log(args, state, control, record.scalars()),
+            log=lambda record: self._log(args, state, control, record.scalars(details=self.config.log_details)),
             log_eval=lambda record: self._log(args, state, control, record.eval_scalars()),
             log_everywhere=True,
             extra=lambda: collect_pretrained(kwargs.get("processing_class")),
