@@ -208,11 +208,27 @@ class TrajectoryMerger(Resuming):
             self._first_pass(model, heldout)
         if not self._active or self.window is None or self._capturing.row_step != step:
             return None
-        record = None
+        return self._at_once(lambda: self._begin_due(model, step))
+
+    def complete(self) -> MergeRecord | None:
+        """Finish the merge under way while training waits.
+
+        Returns:
+            Its record; None if there was none.
+        """
+        if self.window is None or not self._schedule.merge_under_way:
+            return None
+        return self._at_once(lambda: self._record(self._schedule.complete(), self._state.last_step or 0))
+
+    def _at_once(self, work: Callable[[], MergeRecord | None]) -> MergeRecord | None:
+        """Do something of a merge between two calls of :meth:`step`."""
+        record, step = None, self._state.last_step or 0
+        self._overhead.enter(time.perf_counter())
         with self._timeout_ends_merging(step), self._failures.contained("trajectory merging", step):
-            self._overhead.enter(time.perf_counter())
-            record = self._begin_due(model, step)
-            self._overhead.leave()
+            record = work()
+        if self.window is not None:
+            self._schedule.end_pause()
+        self._overhead.leave()
         return record
 
     def start(self, model: nn.Module) -> None:

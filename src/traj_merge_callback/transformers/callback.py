@@ -22,6 +22,7 @@ from ..window.capture import LossScaleWatch
 from .data import Evaluations, eval_loaders
 from .hub import leave_out_of_uploads
 from .logs import preserved_averages, preserved_flags
+from .monitors import Monitored
 from .others import others_may_write
 from .trained_loss import say_if_another
 
@@ -81,6 +82,7 @@ class TrajMergeCallback(TrainerCallback):
         self._options = config
         self._trainer: Trainer | None = None
         self._evaluations: Evaluations | None = None  # while held-out data are waited for
+        self._monitored: Monitored | None = None
         self._resume_from: Any = None
         self._loss_scale = LossScaleWatch()
         self._loss: float | None = None  # the training loss that was logged last, until a step has used it
@@ -157,6 +159,7 @@ class TrajMergeCallback(TrainerCallback):
             )
         heldout = self._heldout if self._heldout is not None or self._trainer is None else eval_loaders(self._trainer)
         self._evaluations = Evaluations(args) if heldout is None else None
+        self._monitored = Monitored.of(args, self.config.name, self._trainer)
         if self._trainer is not None and self._nll is None:
             say_if_another(self._trainer)
         if state.is_world_process_zero:
@@ -185,9 +188,12 @@ class TrajMergeCallback(TrainerCallback):
             self.merger.resume_from(lambda: self._saved_window(args, state), kwargs["model"], state.global_step)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note what the trainer evaluates, where held-out data are waited for."""
+        """Note what is evaluated, where held-out data are waited for, and add a metric that the trainer monitors."""
         if self._evaluations is not None:
             self._evaluations.see(kwargs["metrics"], kwargs.get("eval_dataloader"))
+        if self._monitored is not None and self.merger is not None:
+            self.merger.complete()
+            self._monitored.add_to(kwargs["metrics"], next(reversed(self.merger.records), None))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -250,13 +256,9 @@ class TrajMergeCallback(TrainerCallback):
         if self.merger is not None:
             self.merger.finish(kwargs["model"])
         if self._evaluations is not None and state.is_world_process_zero:
-            logger.warning(
-                "no merge was made, as this trainer evaluated nothing (eval_steps=%s, eval_delay=%s), and "
-                "TrajMergeCallback in callbacks=[...] has no other held-out data: use "
-                "TrajMergeCallback(...).attach(trainer), or pass heldout=",
-                args.eval_steps,
-                args.eval_delay,
-            )
+            self._evaluations.say_none()
+        if self._monitored is not None:
+            self._monitored.end()
 
     # What the trainer has to offer
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
 from ..evaluate.isolation import preserved_rng
+
+logger = logging.getLogger("traj_merge_callback")
 
 
 def eval_loaders(trainer: Trainer) -> Any:
@@ -35,6 +38,7 @@ class Evaluations:
                 "no held-out data: with eval_strategy='no' the trainer's eval dataset never comes to TrajMergeCallback "
                 "in callbacks=[...]; use TrajMergeCallback(...).attach(trainer), or pass heldout="
             )
+        self._args = args
         self._loaders: dict[str, Any] = {}
 
     def see(self, metrics: Mapping[str, float], loader: Any) -> None:
@@ -56,3 +60,13 @@ class Evaluations:
         An evaluation reads all datasets one after another, so they are complete when a step begins.
         """
         return self._loaders.get("", self._loaders or None)
+
+    def say_none(self) -> None:
+        """Warn at the end of training that there were no held-out data."""
+        logger.warning(
+            "no merge was made, as this trainer evaluated nothing (eval_steps=%s, eval_delay=%s), and "
+            "TrajMergeCallback in callbacks=[...] has no other held-out data: use "
+            "TrajMergeCallback(...).attach(trainer), or pass heldout=",
+            self._args.eval_steps,
+            self._args.eval_delay,
+        )
