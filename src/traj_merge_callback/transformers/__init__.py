@@ -1,6 +1,7 @@
 """The callback for ``transformers.Trainer`` and its subclasses, and snapshots for the Hugging Face Hub."""
 
 try:
+    from .arguments import MergeArguments
     from .callback import TrajMergeCallback
     from .hub import push_to_hub
 except ImportError as error:
@@ -9,4 +10,4 @@ except ImportError as error:
         "pip install 'traj-merge-callback[transformers]'"
     ) from error
 
-__all__ = ["TrajMergeCallback", "push_to_hub"]
+__all__ = ["MergeArguments", "TrajMergeCallback", "push_to_hub"]
