@@ -28,7 +28,7 @@ _FIELDS = [
     (
         f"merge_{one.name}" if one.name in _SHARED else one.name,
         _HINTS[one.name],
-        dataclasses.field(default=one.default, default_factory=one.default_factory),  # type: ignore[call-overload]
+        dataclasses.field(default=one.default, default_factory=one.default_factory),
     )
     for one in dataclasses.fields(MergeConfig)
 ]
