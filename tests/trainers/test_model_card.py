@@ -22,6 +22,7 @@ def published(folder, heldout, model, train=None, **options):
     merger = TrajectoryMerger(heldout, output_dir=folder, on_error="raise", **{**OPTIONS, **options})
     if train is None:
         for step in (1, 2):
+            merger.settle()
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.add_(0.01)
