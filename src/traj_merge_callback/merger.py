@@ -30,7 +30,7 @@ from .engine.resuming import Resuming
 from .engine.rollback import Rollback
 from .engine.schedule import Schedule
 from .engine.training_loss import TrainingLoss
-from .evaluate.heldout import HeldOutLoss, Nll, ToDevice
+from .evaluate.heldout import LATER, HeldOutLoss, Nll, ToDevice, is_later
 from .evaluate.isolation import delayed_signals
 from .metrics import MergeRecord
 from .search.checks import function, integer, names, shown, whole
@@ -53,7 +53,7 @@ class TrajectoryMerger(Resuming):
 
     Args:
         heldout: held-out batches (a DataLoader, any iterable, or a mapping from domain names to such), read at once;
-            None: :meth:`read_heldout` is called later, and merges wait for that.
+            "later": :meth:`read_heldout` is called with them, and merges wait for that.
         nll: ``nll(model, batch) -> (summed NLL in nats, target tokens)``, also by domain; by default ``.loss``.
         precision: returns a context for forward passes, such as ``lambda: torch.autocast("cuda", torch.bfloat16)``.
         to_device: moves a batch to the training device, also by domain; by default tensors go to the model's device.
@@ -80,7 +80,7 @@ class TrajectoryMerger(Resuming):
 
     def __init__(
         self,
-        heldout: Iterable[Any] | Mapping[str, Iterable[Any]] | None,
+        heldout: Iterable[Any] | Mapping[str, Iterable[Any]],
         *,
         nll: Nll | Mapping[str, Nll] | None = None,
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -121,9 +121,9 @@ class TrajectoryMerger(Resuming):
         self._training_loss = TrainingLoss(self.processes)
         options = {name: getattr(self.config, name) for name in ("search_fraction", "report_only", "seed")}
         options |= {"nll": nll, "precision": precision, "to_device": to_device, "processes": self.processes}
-        self.heldout = HeldOutLoss(None, batches=self.config.heldout_batches, **options)
+        self.heldout = HeldOutLoss(LATER, batches=self.config.heldout_batches, **options)
         self._state = RunState()
-        if heldout is not None:
+        if not is_later(heldout):
             self._read(heldout)
         self._overhead = Overhead(self.config.max_overhead, self.config.max_pause)
         self._due = False  # whether a merge is due that has not begun

@@ -37,6 +37,8 @@ from .reachable import Owned
 from .sample import Split, choose
 
 logger = logging.getLogger("traj_merge_callback")
+#: In the place of held-out data that are not there yet.
+LATER = "later"
 
 Nll: TypeAlias = Callable[[nn.Module, Any], tuple[Tensor | float, Tensor | float | int]]
 ToDevice: TypeAlias = Callable[[Any], Any]
@@ -76,8 +78,8 @@ class HeldOutLoss:
     in all domains, as have equal sequences, so the splits share none.
 
     Args:
-        heldout: a DataLoader or any iterable of batches, or a mapping from domain names to such; None: :meth:`read`
-            is called later.
+        heldout: a DataLoader or any iterable of batches, or a mapping from domain names to such; "later": :meth:`read`
+            is called with them.
         nll: ``nll(model, batch) -> (summed NLL in nats, number of target tokens)``; by default
             :class:`LanguageModelNll`, for models whose output has ``.loss``. Or a mapping from domain names to such.
         batches: batches to read of each loader.
@@ -99,7 +101,7 @@ class HeldOutLoss:
 
     def __init__(
         self,
-        heldout: Iterable[Any] | Mapping[str, Iterable[Any]] | None,
+        heldout: Iterable[Any] | Mapping[str, Iterable[Any]],
         *,
         nll: Nll | Mapping[str, Nll] | None = None,
         batches: int = 16,
@@ -126,7 +128,7 @@ class HeldOutLoss:
         self._digest = hashlib.sha256()
         #: Number of sequences left out so far, because their loss is not finite.
         self.left_out = 0
-        if heldout is not None:
+        if not is_later(heldout):
             self.read(heldout)
 
     def read(self, heldout: Iterable[Any] | Mapping[str, Iterable[Any]]) -> None:
@@ -419,6 +421,11 @@ def _odd(found: Evaluation) -> set[int]:
 def _length(batch: Any) -> int:
     """The length of a batch's sequences."""
     return max((tensor.shape[1] for tensor in tensors_of(batch) if tensor.dim() > 1), default=0)
+
+
+def is_later(heldout: Any) -> bool:
+    """Whether held-out data are to be given later."""
+    return isinstance(heldout, str) and heldout == LATER
 
 
 def _by_domain(option: str, given: Any, domains: Iterable[str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ..config import MergeConfig, check_side_by_side
 from ..disk.model_files import collect_pretrained
 from ..engine.capturing import say_if_too_short
 from ..evaluate.data import check_heldout, say_if_trained_on
+from ..evaluate.heldout import LATER
 from ..merger import TrajectoryMerger
 from ..search.checks import shown
 from ..window.capture import LossScaleWatch
@@ -169,7 +170,7 @@ class TrajMergeCallback(TrainerCallback):
                     heldout if self._heldout is not None else self._trainer.eval_dataset, self._trainer.train_dataset
                 )
         self.merger = TrajectoryMerger(
-            heldout,
+            LATER if heldout is None else heldout,
             nll=self._nll,
             log=lambda record: self._log(args, state, control, record.scalars(details=self.config.log_details)),
             log_eval=lambda record: self._log(args, state, control, record.eval_scalars()),
