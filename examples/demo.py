@@ -44,9 +44,9 @@ class Table(TrainerCallback):
         """Print a line."""
         if "merge/loss" in logs:
             print(
-                f"{logs['merge/step']:>6.0f} {logs['merge/live_loss']:>10.4f} {logs['merge/loss']:>10.4f} "
-                f"{logs['merge/gain']:>8.4f} {logs['merge/gain_stderr']:>9.4f} "
-                f"{logs['merge/live_loss/reference']:>17.4f} {logs['merge/loss/reference']:>8.4f}",
+                f"{logs['merge_details/step']:>6.0f} {logs['merge/live_loss']:>10.4f} {logs['merge/loss']:>10.4f} "
+                f"{logs['merge/gain']:>8.4f} {logs['merge_details/gain_stderr']:>9.4f} "
+                f"{logs['merge_details/live_loss/reference']:>17.4f} {logs['merge_details/loss/reference']:>8.4f}",
                 flush=True,
             )
 

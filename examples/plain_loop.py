@@ -1,6 +1,7 @@
-"""Pretrain a byte-level Llama in a hand-written loop, merging its trajectory as it trains."""
+"""Pretrain a byte-level Llama in a hand-written loop, merging its trajectory as it trains; resumes from checkpoints."""
 
 import argparse
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -18,6 +19,10 @@ def main() -> None:
     parser.add_argument("--capture-every", type=int, default=20)
     parser.add_argument("--merge-every", type=int, default=200)
     parser.add_argument("--output-dir", default="runs/plain_loop")
+    parser.add_argument("--save-every", type=int, default=200)
+    parser.add_argument(
+        "--resume", type=Path, help="a checkpoint of an earlier run, such as runs/plain_loop/checkpoint-200"
+    )
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -39,13 +44,28 @@ def main() -> None:
         merge_every=args.merge_every,
         output_dir=f"{args.output_dir}/merged",
     )
+    done = 0
+    if args.resume:
+        saved = torch.load(args.resume / "training.pt")
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        done = saved["step"]
+        merger.load_state(args.resume / "merge", model, done)
+
+    torch.manual_seed(done)
     batches = iter(DataLoader(Blocks(train), batch_size=16, shuffle=True))
-    for step in range(1, args.steps + 1):
+    for step in range(done + 1, args.steps + 1):
         model(**next(batches)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if merge := merger.step(model, step):
             print(f"step {merge.step}: live {merge.live_loss:.4f}, merged {merge.merged_loss:.4f} nats/token")
+        if step % args.save_every == 0:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{step}"
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            torch.save(state, checkpoint / "training.pt")
+            merger.save_state(checkpoint / "merge")
     merger.finish(model)
 
     best = AutoModelForCausalLM.from_pretrained(merger.best_snapshot)

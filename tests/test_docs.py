@@ -115,3 +115,9 @@ def test_the_file_tree_is_complete():
     files = {path.relative_to(source).as_posix() for path in source.rglob("*.py")}
     empty = {name for name in files if name.endswith("/__init__.py") and name != "search/__init__.py"}
     assert found == files - empty
+
+
+def test_what_a_diff_shows_stands_in_the_example():
+    example = (ROOT / "examples/nanogpt_loop.py").read_text()
+    (diff,) = re.findall(r"^```diff\n(.*?)^```", (ROOT / "docs/options.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert all(line[1:] in example for line in diff.splitlines())

@@ -6,12 +6,16 @@ import functools
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+import shlex
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from string import Formatter
 from typing import Any, TypeVar
 
+from .metrics import DEFAULT_NAME
 from .search import resolve_search
-from .search.checks import LARGEST_SEED, choice, did_you_mean, integer, number, share
+from .search.checks import LARGEST_SEED, choice, did_you_mean, function, integer, number, share, shown
 from .search.grouped import GroupedSearch
 from .search.objective import KINDS
 from .window.layout import check_groups
@@ -23,7 +27,6 @@ _MOST_SAMPLES = 8
 _ROWS_A_MERGE = 10
 # Rows of each kind where that is not said: with what is kept beside rows that are means, they take the same memory.
 _ROWS = {"last": 8, "mean": 6, "multiscale": 6}
-DEFAULT_NAME = "merge"
 
 
 def _knowing_its_options(cls: type[T]) -> type[T]:
@@ -116,8 +119,15 @@ class MergeConfig:
         spike_warmup: optimizer steps after a rollback over which the learning rate grows to what it would be.
         process_timeout: seconds that a collective of a merge may take; after that merging is off for the run.
         seed: seed of everything random here; the training run's own random state is never touched.
+        on_publish: a command that each published snapshot is given to, in a process of its own beside training, with
+            "{snapshot}" in the place of its folder and "{out}" of a folder for results; or a function of that folder, a
+            ``Path``, that may return a dict of numbers. Numbers in the JSON that it writes or prints are logged as
+            ``merge/eval/<name>``. One runs at a time; of snapshots that wait the newest is next. It sees no GPU, and
+            takes none of training's memory, unless it names one itself: ``env CUDA_VISIBLE_DEVICES=7 lm_eval ...``.
+        on_publish_timeout: seconds after which it is ended.
         on_error: "warn": a failure during training is logged once with its cause and training goes on; "raise".
         progress: show a progress bar when a merge takes longer than a second.
+        log_details: log also what is named ``merge_details/...``; metrics.jsonl has it all.
 
     Raises:
         ValueError, TypeError: naming the argument, its value and what would be right.
@@ -131,7 +141,7 @@ class MergeConfig:
     start_step: int = 0
     search: str = "auto"
     search_options: dict[str, Any] = field(default_factory=dict)
-    groups: str | dict[str, list[str]] | None = None
+    groups: dict[str, list[str]] | str | None = None
     objective: str = "mean"
     domain_weights: dict[str, float] | None = None
     tolerance: float | None = None
@@ -155,14 +165,17 @@ class MergeConfig:
     on_spike: str | None = None
     spike_moments: str = "reset"
     spike_warmup: int = 20
+    on_publish: Callable[..., Any] | str | None = None
+    on_publish_timeout: float = 3600.0
     process_timeout: float = 600.0
     seed: int = 0
     on_error: str = "warn"
     progress: bool = True
+    log_details: bool = True
 
     def __post_init__(self) -> None:
         self._check_integers()
-        for name in ("keep_best", "trainable_only", "merge_at_end", "load_merged_at_end", "progress"):
+        for name in ("keep_best", "trainable_only", "merge_at_end", "load_merged_at_end", "progress", "log_details"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}: must be True or False")
         if self.merge_every % self.capture_interval:
@@ -193,6 +206,7 @@ class MergeConfig:
             choice(name, getattr(self, name), allowed)
         self._check_numbers()
         self._check_output_dir()
+        self._check_on_publish()
         names = self.report_only
         if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"report_only={names!r}: must be a list of domain names")
@@ -235,8 +249,9 @@ class MergeConfig:
     def _check_numbers(self) -> None:
         share("search_fraction", self.search_fraction)
         right = "a positive number of seconds"
-        if not number("process_timeout", self.process_timeout, right) > 0:
-            raise ValueError(f"process_timeout={self.process_timeout}: must be {right}")
+        for name in ("process_timeout", "on_publish_timeout"):
+            if not number(name, value := getattr(self, name), right) > 0:
+                raise ValueError(f"{name}={value}: must be {right}")
         if self.max_pause is not None and not number("max_pause", self.max_pause, right := f"{right}, or None") > 0:
             raise ValueError(f"max_pause={self.max_pause}: must be {right}")
         right = "a share of wall time above 0, at most 1, as 0.02 for 2 %, or None"
@@ -245,6 +260,26 @@ class MergeConfig:
         right = "at least 0 nats per token, or None"
         if self.tolerance is not None and not number("tolerance", self.tolerance, right) >= 0:
             raise ValueError(f"tolerance={self.tolerance}: must be {right}")
+
+    def _check_on_publish(self) -> None:
+        given = self.on_publish
+        if given is None:
+            return
+        if not self.publishes:
+            raise ValueError("on_publish needs snapshots: set keep_best=True or keep_last of at least 1")
+        if not isinstance(given, str):
+            function("on_publish", given, "of a snapshot's folder, or a command with {snapshot} in it")
+            return
+        right = 'must be a command such as "lm_eval --model_args pretrained={snapshot} --output_path {out}"'
+        try:
+            program, *_ = parts = shlex.split(given)
+            names = {name for part in parts for _, name, _, _ in Formatter().parse(part) if name is not None}
+        except ValueError as error:
+            raise ValueError(f"on_publish={shown(given)}: {right}; {error}") from None
+        if not {"snapshot"} <= names <= {"snapshot", "out"}:
+            raise ValueError(f"on_publish={shown(given)}: {right}; it has the fields {sorted(names)} (a brace: {{{{)")
+        if shutil.which(program) is None:
+            raise ValueError(f"on_publish={shown(given)}: there is no program {program!r}")
 
     def _check_output_dir(self) -> None:
         if self.output_dir is None:

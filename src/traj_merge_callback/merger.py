@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .config import MergeConfig
-from .disk.atomic import remove_tree
 from .disk.metrics_file import MetricsFile
 from .disk.model_files import load_merged
+from .disk.on_publish import OnPublish
 from .disk.output import OutputFolder
 from .disk.snapshots import SnapshotStore
-from .disk.state import RunState, Saved, load_state
+from .disk.state import RunState
 from .distributed import CollectiveTimeout, Processes, several_ranks
 from .engine.budget import Overhead
 from .engine.capturing import Capturing, passed
@@ -28,10 +26,11 @@ from .engine.failures import TOLD, Failures
 from .engine.making import make_merging, what_changed
 from .engine.publish import Extra
 from .engine.recording import Recorder
+from .engine.resuming import Resuming
 from .engine.rollback import Rollback
 from .engine.schedule import Schedule
 from .engine.training_loss import TrainingLoss
-from .evaluate.heldout import HeldOutLoss, Nll, ToDevice
+from .evaluate.heldout import LATER, HeldOutLoss, Nll, ToDevice, is_later
 from .evaluate.isolation import delayed_signals
 from .metrics import MergeRecord
 from .search.checks import function, integer, names, shown, whole
@@ -40,9 +39,11 @@ from .window.memory import NoRoom
 from .window.window import CheckpointWindow
 
 logger = logging.getLogger("traj_merge_callback")
+# Seconds that ranks wait at a time for what reads a snapshot.
+_PATIENCE_S = 0.5
 
 
-class TrajectoryMerger:
+class TrajectoryMerger(Resuming):
     """Keeps a window of checkpoints of one run, merges them at fixed intervals and publishes the results.
 
     Call :meth:`step` after every optimizer step; the model's weights are read, never written. A merge is made of the
@@ -51,12 +52,14 @@ class TrajectoryMerger:
     steps; they merge together, each rank its own columns.
 
     Args:
-        heldout: held-out batches (a DataLoader, any iterable, or a mapping from domain names to such), read at once.
+        heldout: held-out batches (a DataLoader, any iterable, or a mapping from domain names to such), read at once;
+            "later": :meth:`read_heldout` is called with them, and merges wait for that.
         nll: ``nll(model, batch) -> (summed NLL in nats, target tokens)``, also by domain; by default ``.loss``.
         precision: returns a context for forward passes, such as ``lambda: torch.autocast("cuda", torch.bfloat16)``.
         to_device: moves a batch to the training device, also by domain; by default tensors go to the model's device.
         log: called with the :class:`MergeRecord` of each merge, on rank 0. ``record.line()`` is also logged, as INFO.
-        log_everywhere: call ``log`` on every rank, for trainers whose metrics are to be the same on all; it shows them.
+        log_eval: the same, later, for a record to which ``on_publish`` has added what it found in the snapshot.
+        log_everywhere: call both on every rank, for trainers whose metrics are to be the same on all; they show them.
         optimizer: of the run, or several; needed for ``on_spike="rollback"`` where that is to reset or to slow it.
         extra: called while the model holds the merged weights, to add files to a snapshot: it returns a function that
             is called with the snapshot's folder later, in another thread.
@@ -83,13 +86,15 @@ class TrajectoryMerger:
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
         to_device: ToDevice | Mapping[str, ToDevice] | None = None,
         log: Callable[[MergeRecord], None] | None = None,
+        log_eval: Callable[[MergeRecord], None] | None = None,
         log_everywhere: bool = False,
         extra: Extra | None = None,
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
         **config: Any,
     ) -> None:
         self.config = MergeConfig(**config)
-        function("log", log or print, "called with the MergeRecord of each merge, or None")
+        for name, one in {"log": log, "log_eval": log_eval}.items():
+            function(name, one or print, "called with the MergeRecord of each merge, or None")
         function("extra", extra or print, "returning one that is called with a snapshot's folder, or None")
         #: The folder of snapshots and metrics; if a live run writes to the one that was asked for, another one.
         self.output_dir = Path(self.config.output_dir or self.config.named("merged"))
@@ -103,21 +108,25 @@ class TrajectoryMerger:
             instead = "load the best snapshot with load_merged after training"
             raise ValueError(f"load_merged_at_end=True is not supported with several ranks; {instead}")
         self._extra = extra
-        self._failures = Failures(self.config.on_error, is_rank_zero := self.processes.is_rank_zero)
+        self._failures = Failures(self.config.on_error, self.processes.is_rank_zero)
+        keep_last, keep_best = self.config.keep_last, self.config.keep_best
+        self._store = SnapshotStore(self.output_dir, keep_last=keep_last, keep_best=keep_best, check=self._output.check)
         file = MetricsFile(self.output_dir / "metrics.jsonl", self._output.check)
-        log = log if log_everywhere or is_rank_zero else None
-        self._recorder = Recorder(self.config, file, log, self._failures, is_rank_zero, shown=log_everywhere)
+        logs = (log, log_eval) if log_everywhere or self.processes.is_rank_zero else (None, None)
+        given, limit = self.config.on_publish, self.config.on_publish_timeout
+        on_publish = None if given is None else OnPublish(given, limit, self._store)
+        self._recorder = Recorder(
+            self.config, file, *logs, self._failures, self.processes, on_publish, shown=log_everywhere
+        )
         #: The records of all merges made here, on every rank.
         self.records = self._recorder.records
         self._training_loss = TrainingLoss(self.processes)
-        keep_last, keep_best = self.config.keep_last, self.config.keep_best
-        self._store = SnapshotStore(self.output_dir, keep_last=keep_last, keep_best=keep_best, check=self._output.check)
         options = {name: getattr(self.config, name) for name in ("search_fraction", "report_only", "seed")}
         options |= {"nll": nll, "precision": precision, "to_device": to_device, "processes": self.processes}
-        self.heldout = HeldOutLoss(heldout, batches=self.config.heldout_batches, **options)
-        names("domain_weights", self.config.domain_weights or {}, self.heldout.searched, "domains searched on")
-        self._store.heldout = self.heldout.digest
+        self.heldout = HeldOutLoss(LATER, batches=self.config.heldout_batches, **options)
         self._state = RunState()
+        if not is_later(heldout):
+            self._read(heldout)
         self._overhead = Overhead(self.config.max_overhead, self.config.max_pause)
         self._due = False  # whether a merge is due that has not begun
         self._capturing = Capturing(self.config, self.processes)
@@ -159,16 +168,70 @@ class TrajectoryMerger:
         if is_first:
             self._first_pass(model)
 
-    def _first_pass(self, model: nn.Module) -> None:
-        """Evaluate a held-out batch; if the model does not take it, there is no merging in this run."""
+    def _first_pass(self, model: nn.Module, heldout: Any = None) -> None:
+        """Evaluate a held-out batch; if the model does not take it, there is no merging in this run.
+
+        Args:
+            model: the model being trained.
+            heldout: held-out data that are read first; None: they have been, or will be later.
+        """
         step = self._state.last_step or 0
         with self._timeout_ends_merging(step), self._failures.contained("the first forward pass", step, TOLD):
             try:
-                self._merging.merge.first_pass(model)
+                if heldout is not None:
+                    self._read(heldout)
+                if self.window is not None:
+                    self._merging.merge.first_pass(model)
             except BaseException:
                 self._active = False
                 self.close()
                 raise
+
+    def _read(self, heldout: Any) -> None:
+        self.heldout.read(heldout)
+        names("domain_weights", self.config.domain_weights or {}, self.heldout.searched, "domains searched on")
+        if not self._same_heldout(self._store.heldout):
+            self._store.entries = []
+
+    def read_heldout(
+        self, heldout: Iterable[Any] | Mapping[str, Iterable[Any]], model: nn.Module, step: int
+    ) -> MergeRecord | None:
+        """Read the held-out data of a merger that was made without; a merge that was due at this step begins.
+
+        Args:
+            heldout: see the class.
+            model: the model, as it was at the last call of :meth:`step`.
+            step: the step of that call.
+
+        Returns:
+            The record of that merge, if it is done at once.
+        """
+        if self._active:
+            self._first_pass(model, heldout)
+        if not self._active or self.window is None or self._capturing.row_step != step:
+            return None
+        return self._at_once(lambda: self._begin_due(model, step))
+
+    def complete(self) -> MergeRecord | None:
+        """Finish the merge under way while training waits.
+
+        Returns:
+            Its record; None if there was none.
+        """
+        if self.window is None or not self._schedule.merge_under_way:
+            return None
+        return self._at_once(lambda: self._record(self._schedule.complete(), self._state.last_step or 0))
+
+    def _at_once(self, work: Callable[[], MergeRecord | None]) -> MergeRecord | None:
+        """Do something of a merge between two calls of :meth:`step`."""
+        record, step = None, self._state.last_step or 0
+        self._overhead.enter(time.perf_counter())
+        with self._timeout_ends_merging(step), self._failures.contained("trajectory merging", step):
+            record = work()
+        if self.window is not None:
+            self._schedule.end_pause()
+        self._overhead.leave()
+        return record
 
     def start(self, model: nn.Module) -> None:
         """:meth:`prepare` for trainers: where a window has no room, ``on_error`` decides whether training begins."""
@@ -226,6 +289,8 @@ class TrajectoryMerger:
         self._overhead.enter(started)
         self._store.begin_in(self._writer, self.processes)
         self._failures.report(self._writer.finished(), step)
+        if self.processes.size == 1:  # several ranks exchange what was found when a merge is done
+            self._recorder.take_found(step, self._writer)
         with self._failures.contained("trajectory merging", step):
             is_due = passed(self.config.merge_every, self._previous(step), step)
             record = self._record(self._schedule.advance(next_is_due=is_due), step)
@@ -237,9 +302,7 @@ class TrajectoryMerger:
                     self._rollback.consider(model, step, self._state.search)
         with self._failures.contained("trajectory merging", step):
             if self._capture(model, step, skipped) and not self._schedule.under_way:
-                self._begin(model, step)
-                if self.config.schedule == "blocking":
-                    record = self._record(self._schedule.complete(), step) or record
+                record = self._begin_due(model, step) or record
         self._waited_s = self.window.waited_s
         self._schedule.end_pause()
         self._overhead.leave()
@@ -320,14 +383,18 @@ class TrajectoryMerger:
         return record
 
     def finish(self, model: nn.Module) -> MergeRecord | None:
-        """The end of training: :meth:`merge_at_end`, load the best snapshot if ``load_merged_at_end``, and close.
+        """The end of training: :meth:`merge_at_end`, wait for ``on_publish``, load the best snapshot if
+        ``load_merged_at_end``, and close.
 
         Returns:
             The record of the last merge made here, if one was.
         """
-        record = self.merge_at_end(model)
+        record, step = self.merge_at_end(model), self._state.last_step or 0
+        with self._timeout_ends_merging(step):
+            while self.window is not None and self._recorder.take_found(step, self._writer, _PATIENCE_S):
+                pass
         if self.window is not None and self.config.load_merged_at_end:
-            with self._failures.contained("loading the best snapshot", self._state.last_step or 0):
+            with self._failures.contained("loading the best snapshot", step):
                 if self.best_snapshot is None:
                     raise FileNotFoundError("load_merged_at_end=True, but no snapshot was published")
                 load_merged(self.best_snapshot, model)
@@ -335,7 +402,11 @@ class TrajectoryMerger:
         return record
 
     def close(self) -> None:
-        """Abandon the merge under way, wait for files being written, release the window, log a summary of failures."""
+        """Abandon the merge under way and what reads a snapshot, wait for files being written, release the window, log
+        a summary of failures.
+        """
+        if self._recorder.on_publish is not None:
+            self._recorder.on_publish.close()
         if self.window is not None or self._renewing or not self._active:
             self._release_window()
             self._renewing = False
@@ -389,6 +460,11 @@ class TrajectoryMerger:
             self._capturing.take(action, window, model, step, self._state.search.spoiled)
         return action == "row"
 
+    def _begin_due(self, model: nn.Module, step: int) -> MergeRecord | None:
+        """Begin a merge of the newest row if one is due; its record, if training waits for it."""
+        self._begin(model, step)
+        return self._record(self._schedule.complete(), step) if self.config.schedule == "blocking" else None
+
     def _begin(self, model: nn.Module, step: int, evaluations: int | None = None) -> None:
         """Begin a merge if one is due; until then, learn what it will take."""
         window = self.window
@@ -410,88 +486,3 @@ class TrajectoryMerger:
         self._state.search = self._schedule.learned
         known = (self._state, self._overhead, self._writer, self._store.run, self.rollbacks)
         return self._recorder.add(record, step, *known)
-
-    # Resuming
-
-    def save_state(self, folder: str | Path | None, *, written: Callable[[], None] | None = None) -> None:
-        """Write the window and the search's memory into a folder, which then exists whole or not at all.
-
-        They are written in a thread of their own, and until then nothing is captured; :meth:`wait` waits for it. A
-        merge under way is begun again after resuming. Does nothing before the first step.
-
-        Args:
-            folder: where to; rank 0's counts. If it is to stand in the folder of a checkpoint that is there already, it
-                is dropped when that is removed meanwhile. None: nothing is saved.
-            written: called on rank 0, in that thread, when the folder is there.
-        """
-        if self.window is None or self._state.last_step is None:
-            return
-        started, step, window = time.perf_counter(), self._state.last_step, self.window
-        with delayed_signals(), self._timeout_ends_merging(step), self._failures.contained("saving the window", step):
-            target = self.processes.from_rank0(lambda: None if folder is None else Path(folder).absolute())
-            if target is None:
-                return
-            self._capturing.settle(window)
-            # What a merge under way learns is not in the state yet: it is made again.
-            merging = self._state.last_merge_step
-            again = self._schedule.merge_under_way and self._capturing.can_begin_again(window, merging)
-            run = replace(self._state, busy_s=self._overhead.busy_s, wall_s=self._overhead.wall_s, run=self._store.run)
-            entries = [vars(entry) for entry in self._store.entries]
-            saved = Saved(copy.deepcopy(run), merging if again else None, self.heldout.digest, entries)
-            self._saver.save(target, saved, written)
-        self._overhead.spend(time.perf_counter() - started)
-
-    def remove_states(self, folder: str | Path) -> None:
-        """Have rank 0 remove the folder of states beside a checkpoint, those on their way to it too."""
-        if self.window is not None:
-            self._saver.remove(Path(folder).absolute())
-        elif self.processes.is_rank_zero:
-            remove_tree(Path(folder))
-
-    def wait(self) -> None:
-        """Wait until everything that was to be written is on the disk."""
-        if self.window is not None:
-            self._writer.wait()
-
-    def resume_from(self, find: Callable[[], Path | None], model: nn.Module, step: int) -> None:
-        """:meth:`load_state` for a trainer's resume: if nothing usable is found, say so and start an empty window."""
-        if not self._active:
-            return
-        with self._timeout_ends_merging(step), self._failures.contained("restoring the window", step):
-            if (found := self.processes.from_rank0(find)) is None:
-                self.prepare(model)
-                raise FileNotFoundError("the checkpoint has no saved window beside it; the window starts empty")
-            self.load_state(found, model, step)
-
-    def load_state(self, folder: str | Path, model: nn.Module, step: int) -> None:
-        """Continue from :meth:`save_state`; a merge that was under way is begun again.
-
-        Where nothing depends on time (``schedule="blocking"``, ``max_overhead=None``) the merges after it equal those
-        of an uninterrupted run.
-
-        Args:
-            folder: where the state was saved.
-            model: the model being trained.
-            step: the step training resumes from.
-
-        Raises:
-            FileNotFoundError: no state there.
-            ValueError: it was saved after that step, or belongs to a model with other parameters.
-        """
-        self._output.resume()
-        self.prepare(model)
-        if self.window is None:
-            return
-        self._saver.forget()
-        saved = load_state(Path(folder), self.window, step)
-        self._state, self._capturing.row_step = saved.run, saved.merging
-        same = saved.heldout == self.heldout.digest
-        self._store.restore(saved.run.run, saved.snapshots if same else [], self.processes)
-        if not same:
-            logger.info("the held-out data changed since %s was saved: losses measured before are forgotten", folder)
-            self._state.search.forget_losses()
-            self._state.history = []
-        self._overhead.begin(self._state.busy_s, self._state.wall_s)
-        self._recorder.file.resume(self._store.run)
-        if saved.merging is not None:
-            self._schedule.begin(model, self._state.search, saved.merging, self.config.evaluations)

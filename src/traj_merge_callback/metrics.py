@@ -6,33 +6,39 @@ import json
 import math
 import sys
 from collections.abc import Set
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .config import DEFAULT_NAME
 from .search.evaluation import Evaluation
 from .search.spans import Span
 
+#: The option ``name`` where none is given, in the names of ``MEANINGS``.
+DEFAULT_NAME = "merge"
+# Of the metrics that are logged as "merge/...", these come first; all others are details.
+_FIRST = ("loss", "live_loss", "gain", "steps_saved", "overhead", "spike")
 MEANINGS = {
     "merge/loss": "held-out loss of the merged model on the report split, nats per token",
-    "merge/perplexity": "exp(merge/loss)",
     "merge/live_loss": "held-out loss of the live model on the report split, nats per token",
-    "merge/live_perplexity": "exp(merge/live_loss)",
     "merge/gain": "merge/live_loss - merge/loss",
-    "merge/gain_stderr": "standard error of the gain, of paired differences per held-out batch",
-    "merge/spike": "1 if the training loss since the last merge, or live's now, was far above its recent range, else 0",
-    "merge/rollbacks": "how often the run was rolled back since it began or was resumed, with on_spike='rollback'",
     "merge/steps_saved": "how many steps ago a merged snapshot was already as good as the live model is now",
-    "merge/weight/<age>": "merge weight of a checkpoint of the window; age 0 is live, 1 the one before it, ...",
-    "merge/evaluations": "candidates evaluated on the search split, live included",
-    "merge/step": "optimizer step of the checkpoint that is live in this merge",
-    "merge/seconds": "time this merge took from training",
-    "merge/longest_pause": "seconds of the longest piece of this merge between two training steps",
     "merge/overhead": "share of wall time since training began spent in the callback",
-    "merge/window_bytes": "memory of the window and its staging row, on one rank",
-    "merge/loss/<domain>": "merge/loss of one named held-out domain",
-    "merge/live_loss/<domain>": "merge/live_loss of one named held-out domain",
-    "merge/gain/<domain>": "merge/gain of one named held-out domain",
+    "merge/spike": "1 if the training loss since the last merge, or live's now, was far above its recent range, else 0",
+    "merge/eval/<name>": "a number that on_publish found in the snapshot, when it is known",
+    "merge/eval/step": "optimizer step of the merge that published that snapshot",
+    "merge_details/gain_stderr": "standard error of the gain, of paired differences per held-out batch",
+    "merge_details/perplexity": "exp(merge/loss)",
+    "merge_details/live_perplexity": "exp(merge/live_loss)",
+    "merge_details/rollbacks": "how often the run was rolled back since it began or was resumed, with "
+    "on_spike='rollback'",
+    "merge_details/weight/<age>": "merge weight of a checkpoint of the window; age 0 is live, 1 the one before it, ...",
+    "merge_details/evaluations": "candidates evaluated on the search split, live included",
+    "merge_details/step": "optimizer step of the checkpoint that is live in this merge",
+    "merge_details/seconds": "time this merge took from training",
+    "merge_details/longest_pause": "seconds of the longest piece of this merge between two training steps",
+    "merge_details/window_bytes": "memory of the window and its staging row, on one rank",
+    "merge_details/loss/<domain>": "merge/loss of one named held-out domain",
+    "merge_details/live_loss/<domain>": "merge/live_loss of one named held-out domain",
+    "merge_details/gain/<domain>": "merge/gain of one named held-out domain",
 }
 
 
@@ -67,6 +73,7 @@ class MergeRecord:
         run: tells the run's records and snapshots from those of others, however often it is resumed; ``merge.json`` has
             it too.
         name: the option ``name``, which stands in place of "merge" in the names of ``MEANINGS``.
+        eval: what ``on_publish`` found in the snapshot, by name; empty until it is known.
     """
 
     step: int
@@ -99,6 +106,7 @@ class MergeRecord:
     snapshot: str | None = None
     run: str = ""
     name: str = DEFAULT_NAME
+    eval: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """One line of JSON; numbers that are not finite become null, which every reader understands."""
@@ -114,8 +122,17 @@ class MergeRecord:
         losses = f"live {self.live_loss:.4f} → merged {self.merged_loss:.4f}, gain {self.gain:.4f}{stderr}"
         return f"{self.name} at step {self.step}{spike}: {losses}; {took}"
 
-    def scalars(self) -> dict[str, float]:
-        """The numbers for the trainer's logs, by the names of ``MEANINGS``; only finite ones."""
+    def eval_line(self) -> str:
+        """What ``on_publish`` found in the snapshot in one line, for a console."""
+        found = ", ".join(f"{name} {value:.4g}" for name, value in self.eval.items())
+        return f"{self.name} at step {self.step}, on_publish: {found}"
+
+    def scalars(self, *, details: bool = True) -> dict[str, float]:
+        """The numbers for the trainer's logs by the names of ``MEANINGS``, only finite ones.
+
+        Args:
+            details: whether to give those of ``merge_details/...`` too.
+        """
         values: dict[str, float | None] = {
             "loss": self.merged_loss,
             "perplexity": self.merged_perplexity,
@@ -137,7 +154,14 @@ class MergeRecord:
         for name, domain in self.domains.items():
             values |= {f"loss/{name}": domain["merged_loss"], f"live_loss/{name}": domain["live_loss"]}
             values[f"gain/{name}"] = domain["gain"]
-        return {f"{self.name}/{key}": float(v) for key, v in values.items() if v is not None and math.isfinite(v)}
+        finite = {key: float(v) for key, v in values.items() if v is not None and math.isfinite(v)}
+        first = {f"{self.name}/{key}": finite[key] for key in _FIRST if key in finite}
+        others = {f"{self.name}_details/{key}": value for key, value in finite.items() if key not in _FIRST}
+        return first | others if details else first
+
+    def eval_scalars(self) -> dict[str, float]:
+        """What ``on_publish`` found, for the trainer's logs."""
+        return {f"{self.name}/eval/{key}": value for key, value in {**self.eval, "step": float(self.step)}.items()}
 
 
 def for_console(text: str) -> str:

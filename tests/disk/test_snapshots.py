@@ -89,7 +89,8 @@ layout = ParameterLayout(model)
 merge = {"weights_format": "state_dict", "merged_tensors": ["weight", "bias"]}
 for step in range(1, 10**6):
     torch.nn.init.constant_(model.weight, step)
-    store.publish(step, 1 / step if step % 3 else 1.0, 0.0, collect_weights(model, layout), merge)
+    written = {**merge, "step": step}
+    store.publish(step, 1 / step if step % 3 else 1.0, 0.0, collect_weights(model, layout), written)
     print(step, flush=True)
 """
 
@@ -114,6 +115,26 @@ def test_sigkill_leaves_whole_snapshots_and_an_index_that_leads_to_them(tmp_path
     # The next run in this folder clears away what was half-written.
     publish(SnapshotStore(tmp_path, keep_last=1, keep_best=False), 10**7, 1.0)
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_whoever_reads_best_while_the_run_goes_on_never_mixes_two_snapshots(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", PUBLISHER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    model, loaded, until = nn.Linear(1500, 1500), set(), time.monotonic() + 60.0
+    try:
+        while len(loaded) < 8 and time.monotonic() < until:
+            for folder in (tmp_path / "best", tmp_path / "latest"):
+                try:
+                    step = load_merged(folder, model)["step"]
+                except FileNotFoundError:  # it was pruned meanwhile
+                    continue
+                assert (model.weight == step).all()
+                loaded.add(step)
+    finally:
+        process.kill()
+        process.wait()
+    assert len(loaded) >= 8
 
 
 def test_large_weights_are_sharded_and_read_back(tmp_path):

@@ -119,8 +119,12 @@ def test_metrics_file_and_scalars_have_the_documented_names(loader, train, tmp_p
     for scalars in logged:
         for name in scalars:
             assert name in MEANINGS or any(name.startswith(stem) and stem.endswith("/") for stem in documented), name
-        plain = {name for name in MEANINGS if "<" not in name} - {"merge/rollbacks"}  # of on_spike="rollback"
-        assert plain | {"merge/weight/0", "merge/weight/3", "merge/loss/code", "merge/live_loss/more"} <= scalars.keys()
+        # Of on_spike="rollback", and of on_publish.
+        plain = {name for name in MEANINGS if "<" not in name} - {"merge_details/rollbacks", "merge/eval/step"}
+        details = {"weight/0", "weight/3", "loss/code", "live_loss/more"}
+        assert plain | {f"merge_details/{name}" for name in details} <= scalars.keys()
+    few = set(merger.records[-1].scalars(details=False))
+    assert few == {f"merge/{name}" for name in ("loss", "live_loss", "gain", "steps_saved", "overhead")}
     merge = read_merge(find_snapshot(tmp_path / "merged"))
     assert merge["packages"].keys() >= {"torch", "traj-merge-callback"}
     assert merge["search_split"]["merged_loss"] <= merge["search_split"]["live_loss"]

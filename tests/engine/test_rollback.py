@@ -118,7 +118,7 @@ def test_by_default_a_spike_is_in_the_logs_and_the_run_untouched(train, heldout,
     options = {"on_spike": None, "log": lambda record: logged.append(record.scalars())}
     model, merger, _ = run(train, heldout, tmp_path / "on", {41: blow_up}, **options)
     assert [scalars["merge/spike"] for scalars in logged] == [0, 0, 0, 0, 1, 1]
-    assert not any("merge/rollbacks" in scalars for scalars in logged)
+    assert not any("merge_details/rollbacks" in scalars for scalars in logged)
     plain, _, _ = run(train, heldout, tmp_path / "off", {41: blow_up}, merge_every=1000, on_spike=None)
     assert same_weights(model, plain)
     assert not warnings_of(caplog)

@@ -445,7 +445,7 @@ def test_transformers_trains_bit_identically_merges_and_resumes(tmp_path, strate
     if strategy != "fsdp1":  # where training itself does not resume exactly, with or without the callback
         assert resumed["merged_loss"] == ours[-1]["merged_loss"]
     state = json.loads((tmp_path / "run" / "checkpoint-12" / "trainer_state.json").read_text())
-    assert [entry["merge/step"] for entry in state["log_history"] if "merge/loss" in entry] == [6, 12]
+    assert [entry["merge_details/step"] for entry in state["log_history"] if "merge/loss" in entry] == [6, 12]
     assert type(LlamaForCausalLM.from_pretrained(tmp_path / "run" / "merged" / "best")) is LlamaForCausalLM
 
 

@@ -122,7 +122,9 @@ def test_metrics_reach_every_logger_and_the_callbacks_that_monitor_them(tmp_path
     trainer, _ = fit(tmp_path, train, heldout, callback, checkpoint, stopping, logger=loggers)
     (events,) = (tmp_path / "board").rglob("events*")
     board = EventAccumulator(str(events)).Reload()
-    assert {"merge/loss", "merge/gain_stderr", "merge/weight/0", "train_loss"} <= set(board.Tags()["scalars"])
+    assert {"merge/loss", "merge_details/gain_stderr", "merge_details/weight/0", "train_loss"} <= set(
+        board.Tags()["scalars"]
+    )
     expected = {record.step: pytest.approx(record.merged_loss, rel=1e-6) for record in callback.merger.records}
     assert {event.step: event.value for event in board.Scalars("merge/loss")} == expected
     assert [int(row["step"]) for row in rows(tmp_path / "csv", merges=True)] == [4, 8, 10]
@@ -392,4 +394,4 @@ def test_a_spike_is_rolled_back_where_that_is_asked_for(tmp_path, train, heldout
     records = callback.merger.records
     assert [record.rollbacks for record in records] == [0, 0, 0, 1, 1]
     assert records[-1].live_loss < records[1].live_loss
-    assert trainer.logged_metrics["merge/rollbacks"] == 1
+    assert trainer.logged_metrics["merge_details/rollbacks"] == 1

@@ -123,7 +123,14 @@ def test_attached_it_takes_the_eval_dataset_and_tensorboard_holds_its_scalars(tm
     runs = list((tmp_path / "board").glob("events*"))
     assert len(runs) == 1, "one run holds the training loss and the merges"
     events = EventAccumulator(str(runs[0])).Reload()
-    for name in ("merge/loss", "merge/live_loss", "merge/gain_stderr", "merge/weight/0", "merge/loss/code", "loss"):
+    for name in (
+        "merge/loss",
+        "merge/live_loss",
+        "merge_details/gain_stderr",
+        "merge_details/weight/0",
+        "merge_details/loss/code",
+        "loss",
+    ):
         assert f"train/{name}" in events.Tags()["scalars"]
     logged = {event.step: event.value for event in events.Scalars("train/merge/loss")}
     assert logged == pytest.approx({step: log["merge/loss"] for step, log in merges(trainer).items()})
@@ -289,7 +296,7 @@ def test_merges_spread_over_steps_leave_the_run_untouched(tmp_path, train, heldo
     assert any(record.finished_step > record.step for record in records)
     # Every merge is in the trainer's log, at the step at which it was done, and says of which step it is.
     logged = [log for log in trainer.state.log_history if "merge/loss" in log]
-    assert [log["merge/step"] for log in logged] == [record.step for record in records]
+    assert [log["merge_details/step"] for log in logged] == [record.step for record in records]
     assert [log["step"] for log in logged] == [record.finished_step for record in records]
 
 
@@ -313,10 +320,10 @@ def test_a_newcomers_run_shows_every_merge_a_gain_and_at_most_one_warning(tmp_pa
     trainer = make_trainer(tmp_path, train, heldout, **options)
     TrajMergeCallback(capture_every=5, merge_every=50).attach(trainer)
     trainer.train()
-    found = {log["merge/step"]: log for log in trainer.state.log_history if "merge/loss" in log}
+    found = {log["merge_details/step"]: log for log in trainer.state.log_history if "merge/loss" in log}
     assert list(found) == [50, 100, 150, 200, 250, 300]
-    assert all(log["merge/gain"] >= -2 * log["merge/gain_stderr"] for log in found.values())
-    assert found[300]["merge/gain"] > 2 * found[300]["merge/gain_stderr"]
+    assert all(log["merge/gain"] >= -2 * log["merge_details/gain_stderr"] for log in found.values())
+    assert found[300]["merge/gain"] > 2 * found[300]["merge_details/gain_stderr"]
     ours = [one for one in caplog.records if one.name == "traj_merge_callback" and one.levelname == "WARNING"]
     assert len(ours) <= 1, caplog.text
 
@@ -345,7 +352,7 @@ def test_a_spike_is_rolled_back_where_that_is_asked_for(tmp_path, train, heldout
     assert "merge of step 24" in said
     logged = merges(trainer)
     assert logged[24]["merge/spike"] == 0
-    assert [log["merge/rollbacks"] for log in logged.values()] == [0, 0, 0, 1, 1]
+    assert [log["merge_details/rollbacks"] for log in logged.values()] == [0, 0, 0, 1, 1]
     assert logged[40]["merge/live_loss"] < logged[16]["merge/live_loss"]
     assert callback.merger.records[-1].rollbacks == 1
     losses = {log["step"]: log["loss"] for log in trainer.state.log_history if "loss" in log}

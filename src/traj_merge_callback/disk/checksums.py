@@ -14,6 +14,7 @@ from typing import Any
 
 from .untrusted import mapping, own_file
 
+README = "README.md"
 _BLOCK = 2**22
 # Digests of files that did not change since: files that several states share are hashed once.
 _known: dict[tuple[int, int, int, int], str] = {}
@@ -21,11 +22,14 @@ _MOST_KNOWN = 4096
 
 
 def checksums_of(folder: Path, rank: int = 0) -> dict[str, str]:
-    """SHA-256 of the files in a folder that a rank wrote, by their paths in it; rank 0 wrote what is not marked."""
+    """SHA-256 of the files in a folder that a rank wrote, by their paths in it; rank 0 wrote what is not marked.
+
+    A README is left out: nothing is loaded from it, and its owner may edit it.
+    """
     found = {}
     for path in sorted(folder.rglob("*")):
         marked = re.search(r"\.rank-(\d+)\.safetensors$", path.name)
-        if path.is_file() and rank == (int(marked[1]) if marked else 0):
+        if path.is_file() and path.name != README and rank == (int(marked[1]) if marked else 0):
             found[path.relative_to(folder).as_posix()] = _remembered(path)
     return found
 

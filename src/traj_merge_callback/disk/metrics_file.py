@@ -48,6 +48,22 @@ class MetricsFile:
         self._write(b"".join(one.to_json().encode() + b"\n" for one in self._unwritten))
         self._unwritten.clear()
 
+    def amend(self, record: MergeRecord) -> None:
+        """Write the line of a record anew, with what became known later; the file is replaced in one step.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        self._check()
+        if any(one.step == record.step for one in self._unwritten):
+            self._unwritten = [record if one.step == record.step else one for one in self._unwritten]
+            return
+        lines = self.path.read_bytes().split(b"\n")
+        known = [number for number, line in enumerate(lines) if _parsed(line) == (record.step, record.run)]
+        if known:
+            lines[known[-1]] = record.to_json().encode()
+            write_whole(self.path, b"\n".join(lines))
+
     def _begin(self, step: int) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists() and not (self._resumed and self._continues(self.path)):

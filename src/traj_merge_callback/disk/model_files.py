@@ -255,7 +255,7 @@ def load_merged(folder: str | Path, model: nn.Module, *, verify: bool = False) -
     with damage_of(folder / "merge.json"):
         merged = set(texts(merge["merged_tensors"]))
     if verify:
-        check_snapshot(folder, merge)
+        verify_snapshot(folder, merge)
     if weights_format == PEFT:
         _load_adapter(folder, model)
         return merge
@@ -278,11 +278,15 @@ def load_merged(folder: str | Path, model: nn.Module, *, verify: bool = False) -
     return merge
 
 
-def check_snapshot(folder: Path, merge: dict[str, Any]) -> None:
-    """Check that a snapshot's files are what was written, by the checksums in its merge.json.
+def verify_snapshot(folder: Path, merge: dict[str, Any]) -> None:
+    """Check that every file of a snapshot is what was written, but for its model card.
+
+    Args:
+        folder: its own folder.
+        merge: its merge.json.
 
     Raises:
-        FileNotFoundError, ValueError: one is missing, or was changed, or is not of the snapshot.
+        FileNotFoundError, ValueError: one is missing, was changed, or was not written with it.
     """
     check_document(folder / "merge.json", merge)
     check_files(folder, merge)

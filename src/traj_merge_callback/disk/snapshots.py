@@ -87,6 +87,8 @@ class SnapshotStore:
         #: Digest of the held-out data; snapshots measured on other data are neither compared with these nor removed.
         self.heldout = ""
         self.begun = False
+        #: Names of snapshots that somebody reads or is going to read, which are not removed meanwhile.
+        self.in_use: set[str] = set()
 
     @property
     def best(self) -> SnapshotEntry | None:
@@ -192,7 +194,7 @@ class SnapshotStore:
                 "run": self.run,
                 "heldout": self.heldout,
                 **merge,
-                "packages": _versions(),
+                "packages": package_versions(),
             }
             write_document(temporary, document, checksums)
 
@@ -203,9 +205,14 @@ class SnapshotStore:
         self._prune(writes=processes.is_rank_zero)
         return self.folder / name
 
+    def prune(self) -> None:
+        """Remove snapshots that were kept only while they were read."""
+        self._check()
+        self._prune(writes=True)
+
     def _prune(self, *, writes: bool) -> None:
         newest = sorted(self.entries, key=lambda entry: entry.step)[max(0, len(self.entries) - self._keep_last) :]
-        kept = set(newest if self._keep_last else [])
+        kept = set(newest if self._keep_last else []) | {one for one in self.entries if one.name in self.in_use}
         if self._keep_best and self.best is not None:
             kept.add(self.best)
         doomed = [entry for entry in self.entries if entry not in kept]
@@ -308,7 +315,8 @@ def read_merge(folder: str | Path) -> dict[str, Any]:
     return merge
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Versions of what a snapshot is made with."""
     names = ["traj-merge-callback", "torch", "numpy", "safetensors", "scikit-optimize", "transformers", "lightning"]
     found = {}
     for name in names:

@@ -79,6 +79,11 @@ class RunState:
     wall_s: float = 0.0
     run: str = ""
 
+    def forget_losses(self) -> None:
+        """Drop what was measured on other held-out data."""
+        self.search.forget_losses()
+        self.history = []
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RunState:
         """The state that ``dataclasses.asdict`` gave and JSON has kept: keys were made strings, tuples lists.

@@ -31,13 +31,20 @@ class Failures:
         self.counts: Counter[str] = Counter()
 
     @contextmanager
-    def contained(self, what: str, step: int, told: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    def contained(
+        self,
+        what: str,
+        step: int,
+        told: tuple[type[Exception], ...] = (),
+        after: str = "Nothing is merged. Training goes on.",
+    ) -> Iterator[None]:
         """Contain any failure of the block but :class:`CollectiveTimeout`; Ctrl-C and exits always pass.
 
         Args:
             what: the block does, for the message.
             step: the optimizer step.
             told: exceptions whose text tells the user what to mend: their traceback is for debug level only.
+            after: what follows from those, for the message.
         """
         try:
             yield
@@ -51,7 +58,7 @@ class Failures:
             self.counts[kind] += 1
             if isinstance(error, told):
                 if first and self._is_first:
-                    logger.warning("%s (step %s). Nothing is merged. Training goes on.", error, step)
+                    logger.warning("%s (step %s). %s", error, step, after)
                     logger.debug("%s", kind, exc_info=True)
             elif first and (self._is_first or not isinstance(error, FailedOnAllRanks)):
                 message = "%s (step %s). Training goes on; further failures of this kind are only counted."

@@ -10,12 +10,14 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import MergeConfig
 from ..disk.atomic import Writer, write_tensors
+from ..disk.model_card import write_card
 from ..disk.model_files import (
     SHARD_BYTES,
+    STATE_DICT,
     class_name,
     collect_description,
     collect_gathered,
@@ -111,6 +113,8 @@ class Publisher:
             if sharded or self._processes.is_rank_zero:
                 write = self._shard(weights, at_once) if sharded else self._whole(weights, gathered, at_once)
                 merge = self._merge_json(weights, step, steps, described, losses, sharded=sharded)
+                if self._processes.is_rank_zero and merge["weights_format"] != STATE_DICT:
+                    write = _both(write, self._card(weights.model, merge))
                 ranks = self._writer_processes if sharded else None
                 search_loss, merged_loss = described["search_losses"]["merged"], losses["merged_loss"]
                 publish = functools.partial(self._store.publish, step, search_loss, merged_loss, write, merge, ranks)
@@ -173,6 +177,11 @@ class Publisher:
 
     def _beside(self) -> Write | None:
         return None if self._extra is None else self._extra()
+
+    def _card(self, model: nn.Module, merge: dict[str, Any]) -> Write:
+        base = str(getattr(getattr(model, "config", None), "name_or_path", ""))
+        merge = {**merge, "run": self._store.run}
+        return lambda folder: write_card(folder, merge, base)
 
     def _merge_json(
         self,

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from ..config import MergeConfig
 from ..disk.atomic import Writer
 from ..disk.metrics_file import MetricsFile
+from ..disk.on_publish import OnPublish
 from ..disk.state import RunState
+from ..distributed import Processes
 from ..metrics import MergeRecord
 from .budget import Overhead
-from .failures import Failures
+from .failures import TOLD, Failures
 
 logger = logging.getLogger("traj_merge_callback")
 
@@ -24,8 +27,10 @@ class Recorder:
         config: the options.
         file: metrics.jsonl.
         log: called with each record; None on ranks that do not log.
+        log_eval: the same for records with what ``on_publish`` found.
         failures: where a ``log`` that fails is reported.
-        is_rank_zero: whether this is rank 0, which writes.
+        processes: the ranks, of which rank 0 writes.
+        on_publish: what snapshots are given to; None: nothing.
         shown: whether ``log`` shows merges to the user; else there is a line at level INFO for each.
     """
 
@@ -34,15 +39,18 @@ class Recorder:
         config: MergeConfig,
         file: MetricsFile,
         log: Callable[[MergeRecord], None] | None,
+        log_eval: Callable[[MergeRecord], None] | None,
         failures: Failures,
-        is_rank_zero: bool,
+        processes: Processes,
+        on_publish: OnPublish | None,
         shown: bool,
     ) -> None:
         self._config = config
         self.file = file
-        self._log = log
+        self._log, self._log_eval = log, log_eval
         self._failures = failures
-        self._is_rank_zero = is_rank_zero
+        self._processes, self._is_rank_zero = processes, processes.is_rank_zero
+        self.on_publish = on_publish
         self._shown = shown
         self.records: list[MergeRecord] = []
 
@@ -88,4 +96,37 @@ class Recorder:
         with self._failures.contained("logging", step):
             if self._log is not None:
                 self._log(record)
+        if self.on_publish is not None:
+            if record.snapshot is not None and self._is_rank_zero:
+                self.on_publish.submit(record.step, Path(record.snapshot))
+            self.take_found(step, writer)
         return record
+
+    def take_found(self, step: int, writer: Writer, wait: float = 0.0) -> bool:
+        """Write and log what was found in snapshots since the last time; a collective.
+
+        Args:
+            step: the optimizer step.
+            writer: the thread that writes.
+            wait: seconds to wait for what is on its way.
+
+        Returns:
+            Whether snapshots are still to be read.
+        """
+        if (on_publish := self.on_publish) is None:
+            return False
+        found = None
+        with self._failures.contained("on_publish", step, TOLD, "Training goes on; later failures are only counted."):
+            found = self._processes.from_rank0(lambda: on_publish.poll(wait))
+        if found is not None:
+            index = max(index for index, record in enumerate(self.records) if record.step == found.step)
+            record = self.records[index] = replace(self.records[index], eval=found.numbers)
+            if self._is_rank_zero:
+                writer.submit_unwatched(lambda: self.file.amend(record), "writing metrics.jsonl")
+            with self._failures.contained("logging", step):
+                if self._log_eval is not None and record.eval:
+                    self._log_eval(record)
+        if on_publish.freed:
+            on_publish.freed = False
+            writer.submit_unwatched(on_publish.prune, "removing snapshots")
+        return self._processes.from_rank0(lambda: on_publish.is_busy)

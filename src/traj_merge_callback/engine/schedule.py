@@ -30,8 +30,8 @@ from .merge import Merge
 
 logger = logging.getLogger("traj_merge_callback")
 T = TypeVar("T")
-# Kinds of pieces that the progress bar counts.
-_BATCH = (FORWARD, BACKWARD)
+# Kinds of pieces that the progress bar counts, and what they count for in the budget.
+_BATCH = {FORWARD: 1, BACKWARD: GRADIENT_COST}
 # Seconds after which the progress bar appears.
 _PATIENCE_S = 1.0
 
@@ -66,6 +66,8 @@ class Run(Generic[T]):
         self._next: str | None = None
         self.seconds = 0.0
         self.longest_pause = 0.0
+        #: How much of the budget was spent so far, in batches.
+        self.batches = 0
         self.result: T | None = None
         self.done = False
         # Whether, in the last piece, some rank was told to end: no more pieces then while training waits.
@@ -149,6 +151,7 @@ class Run(Generic[T]):
         error: BaseException | None = None
         before = terminations()
         kind = self._next
+        self.batches += _BATCH.get(str(kind), 0)
         try:
             with delayed_signals():
                 self._next = next(self._pieces)
@@ -229,6 +232,8 @@ class Schedule:
         Returns:
             Whether one was begun; it was not if it cannot be paid for yet.
         """
+        if not self._heldout.digest:  # nothing is read yet
+            return False
         if evaluations is None:
             evaluations = self._processes.from_rank0(lambda: self._affordable(step))
         if evaluations is None:
@@ -249,7 +254,7 @@ class Schedule:
     def try_out(self, model: nn.Module) -> None:
         """Learn what pieces take, where that matters and is not known."""
         matters = self._config.schedule == "interleaved" or self._config.max_overhead is not None
-        if matters and self._run is None and not self._durations.known:
+        if matters and self._heldout.digest and self._run is None and not self._durations.known:
 
             def make() -> None:
                 self._run = self._in_pieces(self._merge.probe(model), model)
@@ -296,16 +301,21 @@ class Schedule:
         """
         if self._run is None:
             return None
-        heldout, evaluations = self._heldout, self._config.evaluations
-        batches = evaluations * heldout.num_batches("search") + 2 * heldout.num_batches("report")
+        heldout, ranks = self._heldout, self._processes.size
+        searched, reported = (-(-heldout.num_batches(split) // ranks) for split in ("search", "report"))
+        # A search may end before its budget is spent: the bar then goes to its end at once.
+        left = max(1, self._config.evaluations * searched + 2 * reported - self._run.batches)
         shown = self._config.progress and self._processes.is_rank_zero
         title = "a trial before the first merge" if self._step is None else f"merging at step {self._step}"
-        with tqdm(total=batches, desc=title, unit="batch", delay=_PATIENCE_S, leave=False, disable=not shown) as bar:
+        with tqdm(total=left, desc=title, unit="batch", delay=_PATIENCE_S, leave=False, disable=not shown) as bar:
 
             def count(kind: str | None) -> None:
-                bar.update(kind in _BATCH)
+                bar.update(min(_BATCH.get(str(kind), 0), left - bar.n))
 
-            return self._drive(lambda run: run.complete(count))
+            record = self._drive(lambda run: run.complete(count))
+            if not self.under_way:
+                bar.update(left - bar.n)
+            return record
 
     def end_pause(self) -> None:
         """Training goes on; called when nobody holds the exception of a piece any more, and with it what it held."""

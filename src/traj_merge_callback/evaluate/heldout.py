@@ -37,6 +37,8 @@ from .reachable import Owned
 from .sample import Split, choose
 
 logger = logging.getLogger("traj_merge_callback")
+#: In the place of held-out data that are not there yet.
+LATER = "later"
 
 Nll: TypeAlias = Callable[[nn.Module, Any], tuple[Tensor | float, Tensor | float | int]]
 ToDevice: TypeAlias = Callable[[Any], Any]
@@ -76,7 +78,8 @@ class HeldOutLoss:
     in all domains, as have equal sequences, so the splits share none.
 
     Args:
-        heldout: a DataLoader or any iterable of batches, or a mapping from domain names to such.
+        heldout: a DataLoader or any iterable of batches, or a mapping from domain names to such; "later": :meth:`read`
+            is called with them.
         nll: ``nll(model, batch) -> (summed NLL in nats, number of target tokens)``; by default
             :class:`LanguageModelNll`, for models whose output has ``.loss``. Or a mapping from domain names to such.
         batches: batches to read of each loader.
@@ -111,43 +114,51 @@ class HeldOutLoss:
     ) -> None:
         self._processes = Processes(alone=True) if processes is None else processes
         with self._processes.raise_on_all():
-            batches = integer("batches", batches, 1)
+            self._count = integer("batches", batches, 1)
             self.seed = integer("seed", seed, 0, LARGEST_SEED)
             share("search_fraction", search_fraction)
-            loaders = check_heldout(heldout, nll)
-            nlls = _by_domain("nll", LanguageModelNll(self._say) if nll is None else nll, loaders)
-            self._to_device: dict[str, ToDevice | None] = _by_domain("to_device", to_device, loaders)
+            function("precision", precision, 'such as lambda: torch.autocast("cuda", torch.bfloat16)')
+        self._search_fraction, self._precision = search_fraction, precision
+        self._nll_given, self._to_device_given = nll, to_device
+        self._owned: Owned | None = None
+        self.report_only = frozenset(report_only)
+        #: The domains searched on; none until the data are read.
+        self.searched: frozenset[str] = frozenset()
+        self._batches: dict[Split, list[_Batch]] = {"search": [], "report": []}
+        self._digest = hashlib.sha256()
+        #: Number of sequences left out so far, because their loss is not finite.
+        self.left_out = 0
+        if not is_later(heldout):
+            self.read(heldout)
+
+    def read(self, heldout: Iterable[Any] | Mapping[str, Iterable[Any]]) -> None:
+        """Read the batches and deal them to the splits, once; arguments and errors are those of the class."""
+        with self._processes.raise_on_all():
+            loaders, nll = check_heldout(heldout, self._nll_given), self._nll_given
+            self._nlls: dict[str, Nll] = _by_domain("nll", LanguageModelNll(self._say) if nll is None else nll, loaders)
+            self._to_device: dict[str, ToDevice | None] = _by_domain("to_device", self._to_device_given, loaders)
             for one in filter(None, self._to_device.values()):
                 function("to_device", one, "from a batch to that batch on the training device")
-            function("precision", precision, 'such as lambda: torch.autocast("cuda", torch.bfloat16)')
-        self._nlls: dict[str, Nll] = nlls
-        self._owned: Owned | None = None
-        self._precision = precision
-        self.report_only = frozenset(report_only)
         names("report_only", sorted(self.report_only), loaders, "held-out domains")
         self.searched = frozenset(loaders) - self.report_only
         if not self.searched:
             raise ValueError(f"report_only={sorted(self.report_only)} leaves no domain to search on")
-        self._batches: dict[Split, list[_Batch]] = {"search": [], "report": []}
-        self._digest = hashlib.sha256()
-        fractions = {name: self._fraction(name, search_fraction) for name in loaders}
-        held = read_domains(loaders, batches, seed, self._processes, fractions)
+        fractions = {name: 0.0 if name in self.report_only else self._search_fraction for name in loaders}
+        held = read_domains(loaders, self._count, self.seed, self._processes, fractions)
         # What is never searched on comes first, then small domains, which large ones may contain.
         order = sorted(held, key=lambda name: (name in self.searched, sum(_sequences(held[name]))))
         owners: dict[bytes, Split] = {}
-        dealt = {name: _deal(held[name], self._fraction(name, search_fraction), owners) for name in order}
+        dealt = {name: _deal(held[name], fractions[name], owners) for name in order}
         for name in loaders:
             self._keep(name, held[name], dealt[name])
         for split, kept in self._batches.items():
             if not any(batch.domain in self.searched for batch in kept):
                 raise ValueError(
                     f"heldout leaves no sequence for the {split} split: give at least 2 different sequences "
-                    f"(and more for a useful standard error), or raise heldout_batches={batches}"
+                    f"(and more for a useful standard error), or raise heldout_batches={self._count}"
                 )
         self._warn_of_few()
         self._parts = self._divide()
-        #: Number of sequences left out so far, because their loss is not finite.
-        self.left_out = 0
 
     def _warn_of_few(self) -> None:
         for split, kept in self._batches.items():
@@ -162,9 +173,6 @@ class HeldOutLoss:
     def _say(self, sentence: str) -> None:
         if self._processes.is_rank_zero:
             logger.info(sentence)
-
-    def _fraction(self, domain: str, search_fraction: float) -> float:
-        return 0.0 if domain in self.report_only else search_fraction
 
     def _keep(self, domain: str, held: Held, dealt: list[list[tuple[bytes, Split | None]]]) -> None:
         """Keep what was read of one domain: each batch cut into the sequences of either split."""
@@ -210,8 +218,11 @@ class HeldOutLoss:
 
     @property
     def digest(self) -> str:
-        """A digest of the sequences and their splits: losses are comparable if their digests are equal."""
-        return self._digest.hexdigest()
+        """A digest of the sequences and their splits: losses are comparable if their digests are equal.
+
+        Empty until the data are read.
+        """
+        return self._digest.hexdigest() if self.searched else ""
 
     def num_batches(self, split: Split) -> int:
         """Number of batches of one evaluation on the split."""
@@ -410,6 +421,11 @@ def _odd(found: Evaluation) -> set[int]:
 def _length(batch: Any) -> int:
     """The length of a batch's sequences."""
     return max((tensor.shape[1] for tensor in tensors_of(batch) if tensor.dim() > 1), default=0)
+
+
+def is_later(heldout: Any) -> bool:
+    """Whether held-out data are to be given later."""
+    return isinstance(heldout, str) and heldout == LATER
 
 
 def _by_domain(option: str, given: Any, domains: Iterable[str]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ..window.capture import LossScaleWatch
 from ..window.names import unwrap
 from ..window.sharding import has_fsdp
 from .data import by_loader, by_name, steps_of, transfer, validation_loaders
-from .logs import log_merge, prepare_for_images
+from .logs import log_eval, log_merge, prepare_for_images
 from .monitors import let_wait, stop_waiting
 from .others import others_may_write
 from .validation_step import ValidationStep
@@ -133,7 +133,8 @@ class TrajMergeCallback(pl.Callback):
             nll=by_name(ValidationStep(trainer, pl_module).of, indices) if self._nll is None else self._nll,
             precision=trainer.precision_plugin.val_step_context,
             to_device=by_name(lambda index: functools.partial(transfer, trainer, index), indices),
-            log=lambda record: log_merge(trainer, self.merger.records if self.merger else [record]),
+            log=lambda record: log_merge(trainer, self.merger.records if self.merger else [record], self.config),
+            log_eval=lambda record: log_eval(trainer, record),
             log_everywhere=True,
             extra=extra if self._save_ckpt else None,
             optimizer=trainer.optimizers,
@@ -144,7 +145,7 @@ class TrajMergeCallback(pl.Callback):
         if self._resumed:
             self.merger.resume_from(lambda: self._saved_window(trainer), self._model, trainer.global_step)
             self._resumed = False
-        let_wait(trainer, f"{self.config.name}/")
+        let_wait(trainer, self.config.name)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer

@@ -9,8 +9,12 @@ import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
+from ..config import MergeConfig
 from ..evaluate.data import as_tensors
 from ..metrics import MergeRecord, for_console
+
+# Of the metrics those that the progress bar shows.
+_SHOWN = ("/loss", "/gain")
 
 
 def prepare_for_images(trainer: pl.Trainer) -> None:
@@ -21,18 +25,10 @@ def prepare_for_images(trainer: pl.Trainer) -> None:
         can_draw()
 
 
-def log_merge(trainer: pl.Trainer, records: Sequence[MergeRecord]) -> None:
+def log_merge(trainer: pl.Trainer, records: Sequence[MergeRecord], config: MergeConfig) -> None:
     """Log the last of a run's merges, on every rank: its numbers, a line, and a heat map of the weights of all."""
     record = records[-1]
-    scalars = record.scalars()
-    for logger in trainer.loggers if trainer.is_global_zero else []:
-        logger.log_metrics(scalars, step=record.step)
-        logger.save()
-    trainer.logged_metrics.update(scalars)
-    trainer.callback_metrics.update(as_tensors(scalars))
-    names = [f"{record.name}/{name}" for name in ("loss", "gain")]
-    trainer.progress_bar_metrics.update({name: scalars[name] for name in names if name in scalars})
-    trainer.lightning_module.print(for_console(record.line()))  # on rank 0, above the progress bar
+    _log(trainer, record.step, record.scalars(), record.scalars(details=config.log_details), record.line())
     if loggers := _take_images(trainer):
         # It loads matplotlib, which nobody needs whose loggers take no images.
         from ..offline.report.image import weights_image
@@ -40,6 +36,24 @@ def log_merge(trainer: pl.Trainer, records: Sequence[MergeRecord]) -> None:
         if (image := weights_image(records)) is not None:
             for logger in loggers:
                 _send(logger, f"{record.name}/weights", image, record.step)
+
+
+def log_eval(trainer: pl.Trainer, record: MergeRecord) -> None:
+    """Log what ``on_publish`` found in the snapshot of a merge, on every rank."""
+    scalars = record.eval_scalars()
+    _log(trainer, record.step, scalars, scalars, record.eval_line())
+
+
+def _log(trainer: pl.Trainer, step: int, scalars: dict[str, float], logged: dict[str, float], line: str) -> None:
+    """Metrics that callbacks may monitor, those of them for loggers, and a line for the console."""
+    for logger in trainer.loggers if trainer.is_global_zero else []:
+        logger.log_metrics(logged, step=step)
+        logger.save()
+    trainer.logged_metrics.update(scalars)
+    trainer.callback_metrics.update(as_tensors(scalars))
+    shown = {name: scalars[name] for name in scalars if name.count("/") == 1 and name.endswith(_SHOWN)}
+    trainer.progress_bar_metrics.update(shown)
+    trainer.lightning_module.print(for_console(line))  # on rank 0, above the progress bar
 
 
 def _take_images(trainer: pl.Trainer) -> list[Any]:

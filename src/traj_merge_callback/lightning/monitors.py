@@ -12,13 +12,14 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 _METHODS = ("_run_early_stopping_check", "_save_topk_checkpoint")
 
 
-def let_wait(trainer: pl.Trainer, prefix: str) -> None:
-    """Let callbacks that monitor metrics of this prefix wait for merges, where they would raise or count idle steps.
+def let_wait(trainer: pl.Trainer, merges: str) -> None:
+    """Let callbacks that monitor merges of this name wait for them, where they would raise or count idle steps.
 
     ``EarlyStopping`` checks each merge once, however often it is asked to between two merges. ``ModelCheckpoint`` ranks
     no checkpoint before the first merge; ``save_last`` saves all the same. ``ReduceLROnPlateau`` leaves the learning
     rate as it is until then.
     """
+    prefix = (f"{merges}/", f"{merges}_details/")
     for config in trainer.lr_scheduler_configs:
         if str(config.monitor).startswith(prefix):
             config.strict = False
@@ -26,7 +27,7 @@ def let_wait(trainer: pl.Trainer, prefix: str) -> None:
         if not str(getattr(callback, "monitor", None)).startswith(prefix):
             continue
         if isinstance(callback, EarlyStopping):
-            check = _OncePerMerge(callback._run_early_stopping_check, prefix + "step")
+            check = _OncePerMerge(callback._run_early_stopping_check, f"{merges}_details/step")
             vars(callback).setdefault(_METHODS[0], check)
         if isinstance(callback, ModelCheckpoint):
             save = functools.partial(_save_if_there, callback, callback._save_topk_checkpoint)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..disk.model_files import check_snapshot, load_merged
+from ..disk.model_files import load_merged, verify_snapshot
 from ..disk.snapshots import read_merge, snapshot_folder
 from ..evaluate.heldout import HeldOutLoss, Nll
 from .checkpoints import Checkpoint
@@ -62,7 +62,7 @@ def verify(
     """
     folder = snapshot_folder(folder)
     merge = read_merge(folder)
-    check_snapshot(folder, merge)
+    verify_snapshot(folder, merge)
     split = merge.get("report_split") or {}
     reported, described = split.get("merged_loss"), merge.get("heldout_data")
     if reported is None or (heldout is None and described is None):

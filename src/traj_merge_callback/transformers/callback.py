@@ -9,26 +9,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import MergeConfig, check_side_by_side
 from ..disk.model_files import collect_pretrained
 from ..engine.capturing import say_if_too_short
 from ..evaluate.data import check_heldout, say_if_trained_on
-from ..evaluate.isolation import preserved_rng
+from ..evaluate.heldout import LATER
 from ..merger import TrajectoryMerger
-from ..metrics import MergeRecord, for_console
+from ..metrics import MergeRecord
 from ..search.checks import shown
 from ..window.capture import LossScaleWatch
+from .data import Evaluations, eval_loaders
 from .hub import leave_out_of_uploads
-from .images import log_image, prepare_for_images
-from .logs import one_line, preserved_averages, preserved_flags
+from .images import prepare_for_images
+from .logs import log_eval, log_merge
+from .monitors import Monitored
+from .others import others_may_write
 from .trained_loss import say_if_another
 
 logger = logging.getLogger("traj_merge_callback")
 _STATE_FOLDER = "traj_merge"
-_WRITE_NOTHING = ("transformers.", "trl.", "traj_merge_callback.")
 
 
 class TrajMergeCallback(TrainerCallback):
@@ -44,8 +45,9 @@ class TrajMergeCallback(TrainerCallback):
       the same run as the training loss. TensorBoard shows them as ``train/merge/...``. The console has a line for each
       merge. TensorBoard, W&B and trackio get the merge weights as an image.
 
-    In ``Trainer(callbacks=[TrajMergeCallback(heldout)])`` the callback cannot reach the trainer: it needs ``heldout``,
-    metrics go to ``trainer_state.json`` and ``metrics.jsonl`` only, and a line to the console.
+    In ``Trainer(callbacks=[TrajMergeCallback()])`` the callback cannot reach the trainer: ``heldout=None`` takes what
+    the trainer evaluates first, until when checkpoints are captured and nothing is merged, and metrics go to
+    ``trainer_state.json`` and ``metrics.jsonl`` only, and a line to the console.
 
     Snapshots go to ``output_dir``, by default "merged" in ``args.output_dir``, and load with ``from_pretrained``; the
     tokenizer is saved along. Resuming with ``train(resume_from_checkpoint=...)`` restores the window, which is saved in
@@ -53,7 +55,7 @@ class TrajMergeCallback(TrainerCallback):
     FSDP the ranks merge together, each its own columns; DeepSpeed ZeRO stage 3 is refused at the start of training.
 
     Args:
-        heldout: held-out batches, or a mapping from domain names to such; None: the attached trainer's eval dataset.
+        heldout: held-out batches, or a mapping from domain names to such; None: the trainer's eval dataset.
         nll: ``nll(model, batch) -> (summed NLL in nats, number of target tokens)``; None: the model's ``.loss``.
         **config: the options of :class:`MergeConfig`, among them ``window_size``, ``capture_every``, ``merge_every``.
 
@@ -66,7 +68,7 @@ class TrajMergeCallback(TrainerCallback):
 
     Raises:
         ValueError, TypeError: an option is wrong; when attached or at the start of training also if there are no
-            held-out data, or the model cannot be merged.
+            held-out data and none are going to be evaluated, or the model cannot be merged.
     """
 
     def __init__(
@@ -82,6 +84,8 @@ class TrajMergeCallback(TrainerCallback):
         self._nll = nll
         self._options = config
         self._trainer: Trainer | None = None
+        self._evaluations: Evaluations | None = None  # while held-out data are waited for
+        self._monitored: Monitored | None = None
         self._resume_from: Any = None
         self._loss_scale = LossScaleWatch()
         self._loss: float | None = None  # the training loss that was logged last, until a step has used it
@@ -153,10 +157,12 @@ class TrajMergeCallback(TrainerCallback):
             logger.warning(
                 "TrajMergeCallback in callbacks=[...] writes its metrics to the console, trainer_state.json and "
                 "metrics.jsonl. TrajMergeCallback(...).attach(trainer) also sends them to report_to=%s, in the run of "
-                "the training loss, and can use the trainer's eval dataset.",
+                "the training loss, and has the trainer's eval dataset from the beginning.",
                 args.report_to,
             )
-        heldout = self._heldout if self._heldout is not None else self._eval_loaders()
+        heldout = self._heldout if self._heldout is not None or self._trainer is None else eval_loaders(self._trainer)
+        self._evaluations = Evaluations(args) if heldout is None else None
+        self._monitored = Monitored.of(args, self.config.name, self._trainer)
         if self._trainer is not None and self._nll is None:
             say_if_another(self._trainer)
         if state.is_world_process_zero:
@@ -166,9 +172,10 @@ class TrajMergeCallback(TrainerCallback):
                     heldout if self._heldout is not None else self._trainer.eval_dataset, self._trainer.train_dataset
                 )
         self.merger = TrajectoryMerger(
-            heldout,
+            LATER if heldout is None else heldout,
             nll=self._nll,
-            log=lambda record: self._log(args, state, control, record),
+            log=lambda record: log_merge(self._trainer, state, control, self._records or [record], self.config),
+            log_eval=lambda record: log_eval(self._trainer, state, control, record),
             log_everywhere=True,
             extra=lambda: collect_pretrained(kwargs.get("processing_class")),
             optimizer=kwargs.get("optimizer"),
@@ -185,6 +192,25 @@ class TrajMergeCallback(TrainerCallback):
         if state.global_step > 0:
             self.merger.resume_from(lambda: self._saved_window(args, state), kwargs["model"], state.global_step)
 
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note what is evaluated, where held-out data are waited for, and add a metric that the trainer monitors."""
+        if self._evaluations is not None:
+            self._evaluations.see(kwargs["metrics"], kwargs.get("eval_dataloader"))
+        if self._monitored is not None and self.merger is not None:
+            self.merger.complete()
+            self._monitored.add_to(kwargs["metrics"], next(reversed(self._records), None))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the held-out data that were waited for, before the weights of the last step change."""
+        if self.merger is None or self._evaluations is None or (heldout := self._evaluations.heldout) is None:
+            return
+        self._evaluations = None
+        if state.is_world_process_zero:
+            say_if_trained_on(heldout, kwargs.get("train_dataloader"))
+        self.merger.read_heldout(heldout, kwargs["model"], state.global_step)
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -198,7 +224,7 @@ class TrajMergeCallback(TrainerCallback):
         loss, self._loss = self._loss, None
         self.merger.step(kwargs["model"], state.global_step, loss=loss, skipped=self._loss_scale.skipped)
         flags = (control.should_evaluate, control.should_save, control.should_epoch_stop)
-        if any(flags) or self._others_may_write():
+        if any(flags) or others_may_write(self._trainer, self):
             self.merger.settle()
         if control.should_training_stop:
             self.merger.merge_at_end(kwargs["model"])
@@ -213,11 +239,13 @@ class TrajMergeCallback(TrainerCallback):
         """Merge for the last time if something stopped training early."""
         if self.merger is not None:
             self.merger.settle()
+            self.on_step_begin(args, state, control, **kwargs)
             if control.should_training_stop:
                 self.merger.merge_at_end(kwargs["model"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save the window into the trainer's checkpoint, if the checkpoint can be resumed from."""
+        self.on_step_begin(args, state, control, **kwargs)
         if self.merger is None or args.save_only_model:
             return
         folder = _checkpoint_folder(args, state)
@@ -228,17 +256,18 @@ class TrajMergeCallback(TrainerCallback):
     ) -> None:
         """Load the best snapshot if asked to."""
         vars(control).pop("_traj_merge_train", None)
+        if not args.load_best_model_at_end:  # which may have put other weights into the model
+            self.on_step_begin(args, state, control, **kwargs)
         if self.merger is not None:
             self.merger.finish(kwargs["model"])
+        if self._evaluations is not None and state.is_world_process_zero:
+            self._evaluations.say_none()
+        if self._monitored is not None:
+            self._monitored.end()
 
-    def _others_may_write(self) -> bool:
-        """Whether somebody's own callback runs before the next optimizer step, where it may write weights."""
-        if self._trainer is None:
-            return True
-        callbacks = self._trainer.callback_handler.callbacks
-        ours = [one for one in callbacks if isinstance(one, TrajMergeCallback) and one is not self]
-        foreign = [one for one in callbacks if not type(one).__module__.startswith(_WRITE_NOTHING)]
-        return bool(foreign) or any(one.config.on_spike for one in ours)
+    @property
+    def _records(self) -> list[MergeRecord]:
+        return [] if self.merger is None else self.merger.records
 
     # What the trainer has to offer
 
@@ -249,18 +278,6 @@ class TrajMergeCallback(TrainerCallback):
             check_side_by_side(one.config for one in [*ours, self])
             ours.append(self)
 
-    def _eval_loaders(self) -> Any:
-        if self._trainer is None:
-            raise ValueError(
-                "no held-out data: pass heldout= to TrajMergeCallback, or use TrajMergeCallback(...).attach(trainer) "
-                "to take the trainer's eval dataset"
-            )
-        datasets = self._trainer.eval_dataset
-        with preserved_rng():  # a trainer of the user's own may draw here
-            if isinstance(datasets, dict):
-                return {name: self._trainer.get_eval_dataloader(name) for name in datasets}
-            return self._trainer.get_eval_dataloader()
-
     def _saved_window(self, args: TrainingArguments, state: TrainerState) -> Path | None:
         given = [self._resume_from, args.resume_from_checkpoint]
         folders = [Path(path) for path in given if isinstance(path, (str, Path))]
@@ -268,19 +285,6 @@ class TrajMergeCallback(TrainerCallback):
             if (saved := folder / self.config.named(_STATE_FOLDER)).is_dir():
                 return saved
         return None
-
-    # Logging
-
-    def _log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, record: MergeRecord) -> None:
-        scalars = record.scalars()
-        if self._trainer is not None:
-            with preserved_flags(control), preserved_averages(self._trainer), one_line(self._trainer, record.line()):
-                self._trainer.log(scalars)
-            log_image(self._trainer, self.merger.records if self.merger else [record])
-            return
-        state.log_history.append({**scalars, "epoch": state.epoch, "step": state.global_step})
-        if state.is_world_process_zero:
-            tqdm.write(for_console(record.line()))
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -3,15 +3,56 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainerState
 
-from ..metrics import for_console
+from ..config import MergeConfig
+from ..metrics import MergeRecord, for_console
+from .images import log_image
 
 _FLAGS = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
+
+
+def log_merge(
+    trainer: Trainer | None,
+    state: TrainerState,
+    control: TrainerControl,
+    records: Sequence[MergeRecord],
+    config: MergeConfig,
+) -> None:
+    """Log the last of a run's merges: its numbers, a line, and an image of the weights of all.
+
+    Args:
+        trainer: None: it is not known; numbers then go to ``trainer_state.json`` only.
+        state, control: of the training.
+        records: of the run's merges.
+        config: the options.
+    """
+    record = records[-1]
+    _log(trainer, state, control, record.scalars(details=config.log_details), record.line())
+    if trainer is not None:
+        log_image(trainer, records)
+
+
+def log_eval(trainer: Trainer | None, state: TrainerState, control: TrainerControl, record: MergeRecord) -> None:
+    """Log what ``on_publish`` found in the snapshot of a merge; see :func:`log_merge`."""
+    _log(trainer, state, control, record.eval_scalars(), record.eval_line())
+
+
+def _log(
+    trainer: Trainer | None, state: TrainerState, control: TrainerControl, scalars: dict[str, float], line: str
+) -> None:
+    if trainer is not None:
+        with preserved_flags(control), preserved_averages(trainer), one_line(trainer, line):
+            trainer.log(scalars)
+        return
+    state.log_history.append({**scalars, "epoch": state.epoch, "step": state.global_step})
+    if state.is_world_process_zero:
+        tqdm.write(for_console(line))
 
 
 @contextmanager
