@@ -268,7 +268,10 @@ def faults_at_the_end(life: Life, reference: Path, state_was_there: bool) -> Ite
         alone |= path.name.endswith(".ckpt.merge") and not path.with_suffix("").exists()
         if half or alone or path.name.startswith("merged-"):
             yield "orphans", str(path.relative_to(life.folder))
-    steps = [json.loads(line)["step"] for line in (life.folder / "merged" / "metrics.jsonl").read_text().splitlines()]
+    if not (metrics := life.folder / "merged" / "metrics.jsonl").exists():
+        yield "metrics", "none"
+        return
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     if steps != sorted(set(steps)):
         yield "metrics", f"steps {steps}"
     # transformers.Trainer takes one more step where it resumes at the last one.

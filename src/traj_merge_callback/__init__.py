@@ -10,9 +10,9 @@ import sys
 from typing import NoReturn
 
 from .config import MergeConfig
-from .disk.consolidate import consolidate_snapshot
 from .disk.model_files import load_merged
 from .disk.snapshots import find_snapshot, read_merge
+from .disk.streamed import consolidate_snapshot
 from .evaluate.heldout import HeldOutLoss
 from .merger import TrajectoryMerger
 from .metrics import MergeRecord

@@ -102,7 +102,7 @@ def test_callbacks_that_print_logs_in_their_own_way_get_all_of_them(tmp_path, tr
     trainer.add_callback(Own)
     traj_merge_callback.transformers.TrajMergeCallback(on_error="raise", **OPTIONS).attach(trainer)
     trainer.train()
-    assert [logs["merge/step"] for logs in seen if "merge/gain" in logs] == [4, 8]
+    assert [logs["merge_details/step"] for logs in seen if "merge/gain" in logs] == [4, 8]
 
 
 def test_a_trainer_that_prints_nothing_stays_silent(tmp_path, train, heldout, capfd):

@@ -18,9 +18,9 @@ from rich.table import Table
 
 from .. import offline
 from ..disk.atomic import write_whole
-from ..disk.consolidate import consolidate_snapshot
 from ..disk.metrics_file import read_records
 from ..disk.snapshots import find_snapshot, read_merge, snapshot_folder
+from ..disk.streamed import consolidate_snapshot
 from ..metrics import MergeRecord
 
 _DIFFERS = 3
