@@ -93,6 +93,8 @@ def test_a_curve_goes_on_where_it_was_stopped(trainer_run, heldout_file, tmp_pat
     assert [one["step"] for one in whole] == [40, 60, 80, 100, 120]
     assert [len(one["weights"]) for one in whole] == [2, 3, 3, 3, 3]
     assert not list((tmp_path / "curve").glob("step-*"))
+    assert (tmp_path / "curve" / "curve.html").exists()
+    assert list((tmp_path / "curve" / "curve-figures").glob("*.png"))
     metrics = tmp_path / "curve" / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join(lines[:2]) + lines[2][:50])  # as a kill may leave it
@@ -191,6 +193,27 @@ def test_no_space_for_the_result_is_said_before_anything_is_written(tmp_path, mo
     with pytest.raises(OSError, match="are free"):
         merge(tmp_path / "run", recipe="lawa", output=tmp_path / "mean")
     assert not (tmp_path / "mean").exists()
+
+
+def test_another_program_evaluates_a_snapshot_and_its_numbers_come_back(tmp_path):
+    saved(llama(), tmp_path / "run", (1, 2))
+    merge(tmp_path / "run", recipe="lawa", output=tmp_path / "merged" / "mean")
+    program = tmp_path / "count.py"
+    program.write_text(
+        "import json, pathlib, sys\n"
+        "size = len(list(pathlib.Path(sys.argv[1]).iterdir()))\n"
+        "pathlib.Path(sys.argv[2], 'results.json').write_text(json.dumps({'results': {'files': {'count': size}}}))\n"
+    )
+    command = [sys.executable, program, "{snapshot}", "{out}"]
+    found = run("eval", tmp_path / "merged" / "mean", "--json", "--", *command).stdout
+    assert json.loads(found) == {"files/count": len(list((tmp_path / "merged" / "mean").iterdir()))}
+    assert (tmp_path / "merged-eval" / "mean" / "results.json").exists()
+    said = run("eval", tmp_path / "merged" / "mean", "--", sys.executable, "-c", "1", code=1).stderr
+    assert "must name the snapshot" in said
+    assert (
+        "exit status 7"
+        in run("eval", tmp_path / "merged" / "mean", "--", "sh", "-c", "exit 7 {snapshot}", code=1).stderr
+    )
 
 
 def test_weights_that_do_not_fit(tmp_path):

@@ -219,10 +219,10 @@ class OnPublish:
             raise RuntimeError(
                 f"on_publish={what!s:.200} {how} for {ended.snapshot.name}, see {ended.out / _OUTPUT}{last}"
             )
-        return Found(ended.step, _numbers_of(ended.out, printed))
+        return Found(ended.step, numbers_of(ended.out, printed))
 
 
-def _numbers_of(out: Path, printed: list[str]) -> dict[str, float]:
+def numbers_of(out: Path, printed: list[str]) -> dict[str, float]:
     """Numbers in the JSON files of a folder, else in the last line printed that is a JSON object."""
     files = sorted(out.rglob("*.json"), key=lambda path: path.stat().st_mtime_ns)
     documents = []

@@ -139,7 +139,7 @@ def search(
 def curve(
     checkpoints: Checkpoints,
     heldout: Heldout,
-    output: Annotated[Path, typer.Option(help="Folder for metrics.jsonl and curve.json.")] = Path("curve"),
+    output: Annotated[Path, typer.Option(help="Folder for metrics.jsonl, curve.html and figures.")] = Path("curve"),
     window: Annotated[int, typer.Option(help="Checkpoints in a merge.")] = 8,
     every_step: Annotated[bool, typer.Option("--every-step", help="A point at every checkpoint.")] = False,
     last: Last = None,
@@ -292,6 +292,40 @@ def export(
     else:
         write_whole(output, text)
         out.print(f"written to {output}", soft_wrap=True)
+
+
+@app.command("eval")
+@_told
+def evaluate(
+    folder: Folder,
+    command: Annotated[
+        list[str], typer.Argument(help="After --: a program, with {snapshot} and {out} in its arguments.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for its results; by default beside the output folder.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Give a snapshot to another program, such as lm_eval, and show the numbers that it finds."""
+    found = offline.evaluate(folder, command, output=output)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for name, value in found.items():
+        out.print(f"{name}  {value:.6g}", soft_wrap=True)
+
+
+@app.command()
+@_told
+def push(
+    folder: Folder,
+    repo_id: Annotated[str, typer.Argument(help="Such as me/my-model.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+) -> None:
+    """Upload a snapshot to the Hugging Face Hub, after its files were checked."""
+    from ..transformers.hub import push_to_hub
+
+    out.print(push_to_hub(folder, repo_id, private=private or None), soft_wrap=True)
 
 
 @app.command()

@@ -20,6 +20,7 @@ from ..search.checks import integer
 from ..search.problem import SearchState
 from .checkpoints import Checkpoint, find_checkpoints
 from .models import check_alike
+from .report import report
 from .rows import CheckpointRows
 from .search import checked_config, merge_rows, prepare
 
@@ -55,7 +56,8 @@ def curve(
     A curve that was stopped goes on where it stopped when the same call is made again.
 
     Args:
-        output: folder for metrics.jsonl, a record for each point as a live run writes it, and curve.json.
+        output: folder for metrics.jsonl, a record for each point as a live run writes it, curve.json, and the curve as
+            a page and PNG files (see :func:`report`).
         window: checkpoints in a merge.
         every_step: a point at every checkpoint from the second on; otherwise about 20 points, evenly spread.
         checkpoints, heldout, last, every, steps, allow_pickle, progress, model, tokenizer, nll, device, dtype,
@@ -101,6 +103,10 @@ def curve(
         logger.info(
             "%d/%d, step %d: live %.4f, merged %.4f", number, len(ends), step, record.live_loss, record.merged_loss
         )
+    try:
+        report(output, output / "curve.html")
+    except ImportError as error:
+        logger.warning("the curve is not drawn: %s", error)
     return read_records(file.path)
 
 
