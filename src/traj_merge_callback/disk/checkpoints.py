@@ -33,7 +33,9 @@ _IN_FOLDERS = (_INDEX, _WHOLE, ADAPTER, _PICKLED_INDEX, _PICKLED_WHOLE, *_DISTRI
 # Where trainers keep a model's tensors in a file that holds more.
 _STATES = ("state_dict", "model", "model_state_dict")
 # What begins like this in a folder of torch.distributed.checkpoint is not of a model.
-_NOT_MODEL = re.compile(r"(optim\w*|opt_\w*|optimizers?|lr_scheduler\w*|scheduler|rng\w*|dataloader|loops)(\.|$)")
+_NOT_MODEL = re.compile(
+    r"(^|\.)(optim\w*|opt_\w*|(lr_)?scheduler\w*|rng\w*|dataloader\w*|loops|train_state|callbacks|chained_\d+)(\.|$)"
+)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -58,11 +60,12 @@ def weights_of(path: Path, *, allow_pickle: bool = False) -> Mapping[str, Tensor
     """
     if path.is_file():
         return _pickled(path) if path.suffix in PICKLED else _mapped(path)
-    if os.path.lexists(index := path / _INDEX):
-        return _all_of(index, _mapped)
+    # Of a whole file and an index transformers reads the file: the index may be left of an earlier save.
     for name in (_WHOLE, ADAPTER):
         if os.path.lexists(path / name):
             return _mapped(path / name)
+    if os.path.lexists(index := path / _INDEX):
+        return _all_of(index, _mapped)
     found = next((name for name in _IN_FOLDERS[3:] if os.path.lexists(path / name)), None)
     if found is None:
         raise _no_weights(path)
@@ -105,14 +108,7 @@ def _mapped(path: Path) -> dict[str, Tensor]:
 
 
 def _pickled(path: Path) -> dict[str, Tensor]:
-    own_file(path)
-    try:
-        with damage_of(path):
-            found = _load(path)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors and plain values, and is not unpickled: {error}") from error
-    except EOFError as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
+    found = _load(path)
     state = next((found[key] for key in _STATES if isinstance(found, dict) and isinstance(found.get(key), dict)), found)
     tensors = {str(name): value for name, value in state.items()} if isinstance(state, dict) else {}
     tensors = {name: value.detach() for name, value in tensors.items() if isinstance(value, Tensor)}
@@ -122,13 +118,23 @@ def _pickled(path: Path) -> dict[str, Tensor]:
 
 
 def _load(path: Path) -> Any:
-    # Files from before torch 1.6 cannot be mapped.
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    """A file of ``torch.save`` with nothing in it but tensors and plain values."""
+    own_file(path)
+    try:
+        with damage_of(path):
+            # Files from before torch 1.6 cannot be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        global_name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"{global_name[1]}, which" if global_name else "what is no tensor or plain value, and"
+        raise ValueError(f"{path} is damaged, or holds {what} is not unpickled") from error
+    except EOFError as error:
+        raise ValueError(f"{path} is damaged: it ends too early") from error
 
 
 def step_in(path: Path) -> int | None:
     """The optimizer step that Lightning has written into a checkpoint."""
-    found = _load(own_file(path))
+    found = _load(path)
     step = found.get("global_step") if isinstance(found, dict) else None
     return step if isinstance(step, int) else None
 
@@ -147,10 +153,15 @@ class _Distributed(Mapping[str, Tensor]):
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
         self._folder = folder
+        try:
+            with damage_of(folder / ".metadata"):
+                found = FileSystemReader(folder).read_metadata().state_dict_metadata
+        except (pickle.UnpicklingError, EOFError) as error:
+            raise ValueError(f"{folder / '.metadata'} is damaged ({error})") from error
         self._tensors: dict[str, Any] = {
             name: one
-            for name, one in FileSystemReader(folder).read_metadata().state_dict_metadata.items()
-            if isinstance(one, TensorStorageMetadata) and not _NOT_MODEL.match(name)
+            for name, one in found.items()
+            if isinstance(one, TensorStorageMetadata) and not _NOT_MODEL.search(name)
         }
         self._read: dict[str, Tensor] = {}
         if not self._tensors:
@@ -165,9 +176,14 @@ class _Distributed(Mapping[str, Tensor]):
 
     def _fill(self, name: str) -> None:
         import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.api import CheckpointException
 
-        with damage_of(self._folder):
-            dcp.load({name: self._read[name]}, checkpoint_id=self._folder, no_dist=True)
+        try:
+            with damage_of(self._folder):
+                dcp.load({name: self._read[name]}, checkpoint_id=self._folder, no_dist=True)
+        except CheckpointException as error:  # no Exception
+            cause = next(iter(error.failures.values()))[0]
+            raise ValueError(f"{self._folder} is damaged: {name!r} cannot be read ({cause})") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .atomic import check_space, whole_folder
+from .atomic import check_space, new_folder, whole_folder
 from .checksums import check_document, check_files, checksums_of
 from .model_files import METADATA, PEFT, SHARD_BYTES, write_shards
 from .parts import PartsIndex, check_parts, read_tensors, tensor_sizes
@@ -38,8 +38,8 @@ DTYPES = {
     torch.float8_e5m2: "F8_E5M2",
 }
 # What a model folder holds beside weights: configurations, tokenizers, code.
-_SMALL = (".json", ".model", ".txt", ".jinja", ".py")
-_NOT_COPIED = ("trainer_state.json", "merge.json")
+_SMALL = (".json", ".model", ".txt", ".jinja", ".py", ".tiktoken", ".spm")
+_NOT_COPIED = re.compile(r"trainer_state\.json|merge\.json|\w*_results\.json|.*\.index\.json")
 
 
 class Described(NamedTuple):
@@ -123,9 +123,8 @@ def write_model_folder(
         OSError: there is too little space, or it cannot be written to.
     """
     sizes = {name: one.nbytes for name, one in tensors.items()}
+    output = new_folder(output)
     check_space(output, sum(sizes.values()))
-    if output.is_dir():
-        output.rmdir()
 
     is_adapter = document.get("weights_format") == PEFT
 
@@ -138,7 +137,7 @@ def write_model_folder(
         # Adapters are read from one file.
         write_shards(temporary, sizes, write, sum(sizes.values()) if is_adapter else shard_bytes)
         for path in sorted(beside.iterdir()) if beside is not None else []:
-            if path.is_file() and path.suffix in _SMALL and path.name not in _NOT_COPIED and ".index." not in path.name:
+            if path.is_file() and path.suffix in _SMALL and not _NOT_COPIED.fullmatch(path.name):
                 shutil.copyfile(own_file(path), temporary / path.name)
         write_document(temporary, {"version": FORMAT_VERSION, **document}, checksums_of(temporary))
 
@@ -161,9 +160,7 @@ def consolidate_snapshot(folder: str | Path, output: str | Path, *, shard_bytes:
         FileExistsError: ``output`` is there and is not an empty folder.
         ValueError: it is not in parts, is damaged, or its parts are of another format version.
     """
-    folder, output = snapshot_folder(folder), Path(output)
-    if os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir())):
-        raise FileExistsError(f"output={str(output)!r} is there already: remove it, or name a new folder")
+    folder = snapshot_folder(folder)
     merge = read_merge(folder)
     if not merge.get("sharded"):
         raise ValueError(f"{folder} is not a snapshot in parts: it can be loaded as it is")
@@ -177,8 +174,7 @@ def consolidate_snapshot(folder: str | Path, output: str | Path, *, shard_bytes:
     if "checksum" in merge:
         check_document(folder / "merge.json", merge)
         check_files(folder, merge)
-    if output.is_dir():
-        output.rmdir()
+    output = new_folder(output)
     with whole_folder(output) as temporary:
 
         def write(path: Path, names: list[str]) -> None:

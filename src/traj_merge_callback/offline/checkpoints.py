@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import glob
 import itertools
 import logging
 import os
@@ -16,20 +17,24 @@ from typing import Any
 
 from torch import Tensor
 
-from ..disk.checkpoints import is_checkpoint, step_in, weights_of
+from ..disk.checkpoints import PICKLED, is_checkpoint, step_in, weights_of
 from ..disk.untrusted import read_json_object
 from ..search.checks import integer
 
 logger = logging.getLogger("traj_merge_callback")
 # A step in a name: "checkpoint-500", "step1000-tokens4B", "iter_0001000", "epoch=1-step=500", "global_step700".
-_NAMED = re.compile(r"(?:^|[^a-z])(?:global_?|train_?)?(?:steps?|iter(?:ation)?s?|checkpoint|ckpt)[-_=.]?(\d+)", re.I)
-# Any number that is no count of tokens, nor part of a word.
-_NUMBER = re.compile(r"(?<![\w.])(\d+)(?![\w.]*[a-z])", re.I)
+_NAMED = re.compile(
+    r"(?:^|[^a-z])(?:global_?|train_?)?(?:steps?|iter(?:ation)?s?|checkpoint|ckpt)[-_=.]?(\d+)(k|m)?(?![a-z\d]|\.\d)",
+    re.I,
+)
+# Any whole number that is no count of tokens, nor part of a word.
+_NUMBER = re.compile(r"(?<![a-z\d])(?<!\d\.)(?<![a-z]\.)(\d+)()(?![a-z\d]|\.\d)", re.I)
+_FACTORS = {"": 1, "k": 1000, "m": 1_000_000}
 _REVISION = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>.+)")
 # Folders with checkpoints in them, below a trainer's own folder.
 _BELOW = ("*", "checkpoints/*", "version_*/checkpoints/*")
 _DOCUMENTS = (("trainer_state.json", "global_step"), ("merge.json", "step"))
-_CONTENT = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+_CONTENT = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "*.tiktoken", "*.spm"]
 # Steps that are missing, named one by one.
 _MOST_NAMED = 8
 
@@ -119,7 +124,8 @@ def _say_missing(steps: list[int], every: int | None) -> None:
     """Warn of steps between the first and the last that would be there if steps were regular."""
     distances = Counter(two - one for one, two in itertools.pairwise(steps))
     usual, times = (every, len(steps)) if every else distances.most_common(1)[0] if distances else (0, 0)
-    if not usual or times < 2:
+    # With more holes than steps nothing is regular.
+    if not usual or times < 2 or (steps[-1] - steps[0]) // usual > 2 * len(steps):
         return
     missing = [step for one, two in itertools.pairwise(steps) for step in range(one + usual, two, usual)]
     if missing:
@@ -137,7 +143,10 @@ def _expanded(name: str, allow_pickle: bool) -> list[Checkpoint]:
     path = Path(name).expanduser()
     if not path.exists() and (match := _REVISION.fullmatch(name)):
         return _revisions(match["repo"], match["revision"], allow_pickle)
-    paths = [path] if path.exists() else sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
+    paths = [path]
+    if not path.exists():
+        # Of a pattern what matches besides, such as a trainer's other files, is not meant.
+        paths = [one for one in sorted(Path(path.anchor or ".").glob(_pattern(path))) if _in_folder(one)]
     if not paths:
         raise FileNotFoundError(
             f"{name} is not there: name a checkpoint, a folder of checkpoints, a pattern in quotes, or repo@revision"
@@ -148,6 +157,7 @@ def _expanded(name: str, allow_pickle: bool) -> list[Checkpoint]:
             f"{name} holds no checkpoints: looked for weights in it, and in its folders (checkpoint-500, step1000, "
             "*.ckpt)"
         )
+    found = [one.absolute() for one in found]
     return [Checkpoint(str(one), _step_of(one), functools.partial(Path, one), allow_pickle) for one in found]
 
 
@@ -155,14 +165,35 @@ def _in_folder(path: Path) -> list[Path]:
     """Checkpoints in a folder, or the folder as one."""
     if path.is_dir():
         for pattern in _BELOW:
-            inside = [one for one in sorted(path.glob(pattern)) if is_checkpoint(one) and not one.is_symlink()]
-            # Other files are shards, or beside the weights of the folder itself.
-            inside = [one for one in inside if one.is_dir() or one.suffix in (".ckpt", ".pt", ".pth")]
-            if is_checkpoint(path):
-                inside = [one for one in inside if one.is_dir() or one.suffix == ".ckpt"]
-            if inside := [one for one in inside if _step_in_name(one.stem if one.is_file() else one.name) is not None]:
+            inside = [one for one in sorted(path.glob(pattern)) if _is_one_of(one, path)]
+            if len(folders := {one.parent for one in inside}) > 1:
+                names = ", ".join(str(one) for one in sorted(folders))
+                raise ValueError(f"{path} holds the checkpoints of several runs: name one of {names}")
+            if inside:
                 return inside
     return [path] if is_checkpoint(path) else []
+
+
+def _pattern(path: Path) -> str:
+    """A glob pattern below the root of a path, in which folders that are there are no patterns."""
+    there = next(above for above in path.parents if above.exists() or above == Path(path.anchor or "."))
+    return str(Path(glob.escape(str(there)), path.relative_to(there)).relative_to(path.anchor))
+
+
+def _is_one_of(path: Path, folder: Path) -> bool:
+    """Whether a path in a folder is one of the checkpoints that the folder stands for."""
+    if path.is_symlink() and path.resolve().parent == path.parent.resolve():  # best, latest
+        return False
+    name = path.name if path.is_dir() else path.stem
+    if not is_checkpoint(path):
+        if path.is_dir() and _NAMED.search(name) and path.parent == folder:
+            logger.warning("%s holds no weights: it is left out", path)
+        return False
+    # Files beside the weights of the folder itself are others: shards, an optimizer's state.
+    others = (".ckpt",) if is_checkpoint(folder) else (*PICKLED[:-1], ".safetensors")
+    if path.is_file() and (path.suffix not in others or "-of-" in name):
+        return False
+    return path.suffix == ".ckpt" or bool(_numbers_in(name))
 
 
 def _step_of(path: Path) -> int:
@@ -171,20 +202,27 @@ def _step_of(path: Path) -> int:
             step = read_json_object(path / document).get(key)
             if isinstance(step, int):
                 return step
-    step = _step_in_name(path.stem if path.is_file() else path.name)
-    if step is None and path.suffix == ".ckpt":
-        step = step_in(path)
-    if step is None:
-        raise ValueError(
-            f"{path} has no step in its name: rename it so that the order can be told, as step1000 or checkpoint-500"
-        )
-    return step
+    name = path.stem if path.is_file() else path.name
+    found = [] if path.suffix == ".ckpt" and not _NAMED.search(name) else _numbers_in(name)
+    if not found and path.suffix == ".ckpt":
+        inside = step_in(path)
+        found = _numbers_in(name) if inside is None else [inside]
+    return _the_one(found, str(path))
 
 
-def _step_in_name(name: str) -> int | None:
-    """The optimizer step that a name tells, the last one if there are several."""
+def _numbers_in(name: str) -> list[int]:
+    """The numbers in a name that may be its optimizer step."""
     found = _NAMED.findall(name) or _NUMBER.findall(name)
-    return int(found[-1]) if found else None
+    return [int(number) * _FACTORS[factor.lower()] for number, factor in found]
+
+
+def _the_one(steps: list[int], name: str) -> int:
+    if len(set(steps)) == 1:
+        return steps[0]
+    several = f"several numbers in its name, {_listed(steps)}," if steps else "no step in its name"
+    raise ValueError(
+        f"{name} has {several} so its place in the order is not known: rename it, as step1000 or checkpoint-500"
+    )
 
 
 # The Hugging Face Hub
@@ -192,7 +230,9 @@ def _step_in_name(name: str) -> int | None:
 
 def _revisions(repo: str, pattern: str, allow_pickle: bool) -> list[Checkpoint]:
     known = _known_revisions(repo) if set(pattern) & set("*?[") else [pattern]
-    names = fnmatch.filter(known, pattern) if pattern not in known else [pattern]
+    names = [pattern]
+    if pattern not in known:
+        names = [name for name in fnmatch.filter(known, pattern) if _numbers_in(name)]
     if not names:
         raise FileNotFoundError(
             f"{repo}@{pattern}: no revision is called so; there are {', '.join(sorted(known)[:_MOST_NAMED]) or 'none'}"
@@ -200,8 +240,7 @@ def _revisions(repo: str, pattern: str, allow_pickle: bool) -> list[Checkpoint]:
         )
     found = []
     for name in names:
-        if (step := _step_in_name(name)) is None:
-            raise ValueError(f"{repo}@{name} has no step in its name: name revisions such as step1000")
+        step = _the_one(_numbers_in(name), f"{repo}@{name}")
         locate = functools.partial(_download, repo, name, allow_pickle)
         found.append(Checkpoint(f"{repo}@{name}", step, locate, allow_pickle))
     return found
