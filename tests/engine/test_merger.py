@@ -124,7 +124,7 @@ def test_metrics_file_and_scalars_have_the_documented_names(loader, train, tmp_p
         details = {"weight/0", "weight/3", "loss/code", "live_loss/more"}
         assert plain | {f"merge_details/{name}" for name in details} <= scalars.keys()
     few = set(merger.records[-1].scalars(details=False))
-    assert few == {f"merge/{name}" for name in ("loss", "live_loss", "gain", "steps_saved", "overhead")}
+    assert few == {f"merge/{name}" for name in ("loss", "live_loss", "gain", "steps_saved", "overhead", "spike")}
     merge = read_merge(find_snapshot(tmp_path / "merged"))
     assert merge["packages"].keys() >= {"torch", "traj-merge-callback"}
     assert merge["search_split"]["merged_loss"] <= merge["search_split"]["live_loss"]

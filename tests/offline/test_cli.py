@@ -158,7 +158,8 @@ BAD = [
     (no_safetensors, [], ["model.safetensors is damaged"]),
     (no_config, [], ["no config.json", "--model"]),
     (other_tokenizers, [], ["tokenizers of", "differ"]),
-    (fine, ["--block-size", "100000"], ["too few", "block_size=100000"]),
+    (fine, ["--block-size", "100000"], ["block_size=100000", "context has 64 tokens"]),
+    (fine, ["--heldout", "short.txt"], ["too few", "block_size=32"]),
     (fine, ["--heldout", "missing.txt"], ["missing.txt"]),
     (fine, ["--search", "autoo"], ["autoo", "did you mean"]),
     (fine, ["--search", "bema"], ["bema", "callback"]),
@@ -173,8 +174,12 @@ BAD = [
 
 
 @pytest.mark.parametrize(("make", "options", "words"), BAD, ids=lambda value: None)
-def test_what_is_wrong_is_one_sentence_and_nothing_is_written(make, options, words, heldout_file, tmp_path):
+def test_what_is_wrong_is_one_sentence_and_nothing_is_written(
+    make, options, words, heldout_file, tmp_path, monkeypatch
+):
     make(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("Too short.")
     given = {"--heldout": str(heldout_file), "--output": str(tmp_path / "merged"), "--tokenizer": "bytes"}
     given |= {"--block-size": "32", "--sequences": "32"}
     given |= dict(zip(options[::2], options[1::2], strict=True))

@@ -150,7 +150,11 @@ def test_lightning(tmp_path, train, heldout, case, position):
         made = [make() for make in others]
         callbacks = [*made, *ours] if position == "before" else [*ours, *made]
         trainer, module = fit(tmp_path / name, train, heldout, *callbacks, **arguments)
-        kept = {key: value for key, value in trainer.callback_metrics.items() if not key.startswith("merge/")}
+        kept = {
+            key: value
+            for key, value in trainer.callback_metrics.items()
+            if not key.startswith(("merge/", "merge_details/"))
+        }
         return trainer, module, kept, [getattr(other, "losses", None) for other in made]
 
     _, plain, logged, seen = run("plain")

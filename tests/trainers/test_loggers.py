@@ -9,7 +9,7 @@ from test_transformers import OPTIONS, make_trainer
 
 from traj_merge_callback.transformers import TrajMergeCallback
 
-NAMES = {f"merge/{name}" for name in ("loss", "live_loss", "gain", "steps_saved", "overhead")}
+NAMES = {f"merge/{name}" for name in ("loss", "live_loss", "gain", "steps_saved", "overhead", "spike")}
 DETAILS = {"merge_details/gain_stderr", "merge_details/weight/0", "merge_details/step"}
 
 

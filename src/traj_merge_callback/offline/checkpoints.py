@@ -146,7 +146,8 @@ def _expanded(name: str, allow_pickle: bool) -> list[Checkpoint]:
     paths = [path]
     if not path.exists():
         # Of a pattern what matches besides, such as a trainer's other files, is not meant.
-        paths = [one for one in sorted(Path(path.anchor or ".").glob(_pattern(path))) if _in_folder(one)]
+        matched = sorted(Path(path.anchor or ".").glob(_pattern(path)))
+        paths = [one for one in matched if (one.is_dir() and _in_folder(one)) or _is_one_of(one, one.parent)]
     if not paths:
         raise FileNotFoundError(
             f"{name} is not there: name a checkpoint, a folder of checkpoints, a pattern in quotes, or repo@revision"

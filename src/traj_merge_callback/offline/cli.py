@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import logging
 import sys
@@ -15,12 +16,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 
 from .. import offline
 from ..disk.atomic import write_whole
 from ..disk.metrics_file import read_records
 from ..disk.snapshots import find_snapshot, read_merge, snapshot_folder
 from ..disk.streamed import consolidate_snapshot
+from ..disk.untrusted import damage_of
 from ..metrics import MergeRecord
 
 _DIFFERS = 3
@@ -32,7 +35,7 @@ app = typer.Typer(
     add_completion=False,
     help="Merge checkpoints of one training run: choose the weights on held-out data, and measure the result.",
 )
-out = Console(highlight=False)
+out = Console(highlight=False, markup=False, emoji=False)
 
 Checkpoints = Annotated[
     list[str],
@@ -73,11 +76,13 @@ def _told(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(**arguments: Any) -> None:
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+        if isinstance(sys.stdout, io.TextIOWrapper):  # whose encoding may not have all that is printed
+            sys.stdout.reconfigure(errors="replace")
         try:
             command(**arguments)
         except (typer.Exit, typer.Abort):  # both of them RuntimeErrors
             raise
-        except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        except (ValueError, TypeError, OSError, RuntimeError, ImportError, SafetensorError) as error:
             logging.getLogger("traj_merge_callback").debug("failed", exc_info=True)
             text = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else error
             typer.echo(f"traj-merge: {text}", err=True)
@@ -269,6 +274,13 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(merged))
         return
+    with damage_of(snapshot_folder(folder) / "merge.json"):
+        _print_made(merged)
+
+
+def _print_made(merged: dict[str, Any]) -> None:
+    if len(merged["checkpoint_steps"]) != len(merged["weights"]):
+        raise TypeError(f"{len(merged['weights'])} weights of {len(merged['checkpoint_steps'])} rows")
     split = merged.get("report_split") or {}
     out.print(f"step {merged.get('step')}, {merged.get('search') or 'given weights'}, {merged.get('source')}")
     if split:
@@ -289,9 +301,11 @@ def export(
     text = offline.export(folder, format=format)
     if output is None:
         typer.echo(text, nl=False)
-    else:
-        write_whole(output, text)
-        out.print(f"written to {output}", soft_wrap=True)
+        return
+    if output.is_dir():
+        raise IsADirectoryError(f"--output {output} is a folder: name a file")
+    write_whole(output, text)
+    out.print(f"written to {output}", soft_wrap=True)
 
 
 @app.command("eval")
@@ -430,5 +444,7 @@ def _print_records(records: list[dict[str, Any]]) -> None:
     for name in ("step", "live", "merged", "gain"):
         table.add_column(name, justify="right")
     for one in records:
+        if not {"live_loss", "merged_loss", "gain"} <= one.keys():  # of an earlier version
+            continue
         table.add_row(str(one["step"]), f"{one['live_loss']:.4f}", f"{one['merged_loss']:.4f}", _gain(one))
     out.print(table)

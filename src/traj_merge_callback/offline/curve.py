@@ -11,18 +11,17 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..disk.atomic import make_folder, write_whole
-from ..disk.metrics_file import MetricsFile, read_records
+from ..disk.atomic import make_folder, new_folder, write_whole
+from ..disk.metrics_file import read_records
 from ..disk.snapshots import SnapshotStore
-from ..disk.untrusted import read_json_object
+from ..disk.untrusted import damage_of, mapping, read_json_object
 from ..evaluate.heldout import Nll
 from ..search.checks import integer
 from ..search.problem import SearchState
-from .checkpoints import Checkpoint, find_checkpoints
+from .checkpoints import find_checkpoints
 from .models import check_alike
 from .report import report
-from .rows import CheckpointRows
-from .search import checked_config, merge_rows, prepare
+from .search import OPTIONS, checked_config, make_rows, merge_rows, prepare
 
 logger = logging.getLogger("traj_merge_callback")
 # Points of a curve, where not every step is asked for.
@@ -81,25 +80,24 @@ def curve(
     store = SnapshotStore(output, keep_last=0, keep_best=False)
     settings = {
         "window": window,
-        "search": config.search,
-        "search_options": dict(config.search_options),
-        "evaluations": config.evaluations,
-        "seed": config.seed,
+        "every": every,
+        "last": last,
+        "steps": steps,
+        "dtype": dtype,
+        **{name: getattr(config, name) for name in OPTIONS},
         "heldout": evaluating.heldout.digest,
-        "newest": found[-1].name,
     }
-    done = _begun(output, settings, store)
-    file = MetricsFile(output / "metrics.jsonl")
-    file.resume(store.run)
+    lines = _begun(output, settings, store)
     for number, end in enumerate(ends, start=1):
         step = found[end].step
-        if step in done:
+        if step in lines:
             continue
         part = found[max(0, end + 1 - window) : end + 1]
-        record = merge_rows(
-            evaluating, _rows(evaluating.model, part, config.groups), part, store, SearchState(), progress=progress
-        )
-        file.append(record)
+        check_alike(part)
+        rows = make_rows(evaluating, part, found[-1] if model is None else None, progress=progress)
+        record = merge_rows(evaluating, rows, part, store, SearchState(), progress=progress)
+        lines[step] = record.to_json()
+        write_whole(output / "metrics.jsonl", "".join(f"{lines[one]}\n" for one in sorted(lines)))
         logger.info(
             "%d/%d, step %d: live %.4f, merged %.4f", number, len(ends), step, record.live_loss, record.merged_loss
         )
@@ -107,19 +105,12 @@ def curve(
         report(output, output / "curve.html")
     except ImportError as error:
         logger.warning("the curve is not drawn: %s", error)
-    return read_records(file.path)
+    steps_wanted = {found[end].step for end in ends}
+    return [one for one in read_records(output / "metrics.jsonl") if one["step"] in steps_wanted]
 
 
-def _rows(model: nn.Module, part: Sequence[Checkpoint], groups: Any) -> CheckpointRows:
-    check_alike(part)
-    rows = CheckpointRows(model, part, groups)
-    for _ in rows.check():
-        pass
-    return rows
-
-
-def _begun(output: Path, settings: dict[str, Any], store: SnapshotStore) -> set[int]:
-    """The steps that an earlier call has done in this folder; a new curve is begun where there is none.
+def _begun(output: Path, settings: dict[str, Any], store: SnapshotStore) -> dict[int, str]:
+    """The points that earlier calls have made in this folder, by step; a curve is begun where there is none.
 
     Raises:
         ValueError: the folder holds a curve made with other arguments.
@@ -128,15 +119,13 @@ def _begun(output: Path, settings: dict[str, Any], store: SnapshotStore) -> set[
     document = output / "curve.json"
     if document.is_file():
         known = read_json_object(document)
-        store.run = str(known.get("run"))
-        before = known.get("settings", {})
+        with damage_of(document):
+            store.run, before = str(known["run"]), mapping(known["settings"])
         if differ := [key for key, value in settings.items() if before.get(key) != json.loads(json.dumps(value))]:
             raise ValueError(
                 f"output={str(output)!r} holds a curve with another {', '.join(differ)}: name another folder"
             )
-        return {record["step"] for record in read_records(output / "metrics.jsonl")}
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise FileExistsError(f"output={str(output)!r} is there already, and is no curve: name a new folder")
-    make_folder(output)
+        return {one["step"]: json.dumps(one) for one in read_records(output / "metrics.jsonl")}
+    make_folder(new_folder(output))
     write_whole(document, json.dumps({"version": 1, "run": store.run, "settings": settings}, indent=2) + "\n")
-    return set()
+    return {}

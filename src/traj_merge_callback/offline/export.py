@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors import safe_open
-
+from ..disk.checkpoints import weights_of
 from ..disk.snapshots import read_merge, snapshot_folder
+from ..disk.untrusted import damage_of, numbers, texts
 from ..search.checks import choice
 
 FORMATS = ("mergekit",)
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def export(folder: str | Path, *, format: str = "mergekit") -> str:
@@ -35,17 +34,16 @@ def export(folder: str | Path, *, format: str = "mergekit") -> str:
     if merge.get("group_weights"):
         raise ValueError(f"{folder} has merge weights for each parameter group, which mergekit's linear merge has not")
     lines = ["merge_method: linear", "models:"]
-    for name, weight in zip(names, weights or [], strict=True):
-        path = Path(name)
-        lines += [f"  - model: {json.dumps(str(path.resolve()) if path.exists() else name)}", "    parameters:"]
-        lines.append(f"      weight: {weight!r}")
+    with damage_of(folder / "merge.json"):
+        if len(names) != len(weights):
+            raise TypeError(f"{len(weights)} weights of {len(names)} checkpoints")
+        for name, weight in zip(texts(names), numbers(weights), strict=True):
+            lines += [f"  - model: {json.dumps(name)}", "    parameters:", f"      weight: {float(weight)!r}"]
     lines += ["parameters:", "  normalize: false", "dtype: float32", f"out_dtype: {_dtype(folder)}"]
     return "\n".join(lines) + "\n"
 
 
 def _dtype(folder: Path) -> str:
     """The dtype of most tensors of a model folder."""
-    found = sorted(folder.glob("*.safetensors"))
-    with safe_open(found[0], framework="pt") as opened:
-        kinds = [opened.get_slice(name).get_dtype() for name in opened.keys()]  # noqa: SIM118
-    return _DTYPES.get(max(set(kinds), key=kinds.count), "float32")
+    kinds = [str(one.dtype).removeprefix("torch.") for one in weights_of(folder).values()]
+    return max(set(kinds), key=kinds.count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,9 +58,9 @@ def heldout_batches(
 ) -> dict[str, Dealt]:
     """Batches of each domain, ``{"input_ids", "labels"}`` of shape ``(batch_size, block_size)``.
 
-    Documents are drawn at random and dealt to the splits, so that none is in both; in each split they are packed one
-    behind another, with an end-of-text token between them if the tokenizer has one. Of fewer than 16 documents sections
-    are dealt instead, with gaps between them.
+    Documents are drawn at random and dealt to the splits, so that none is in both, nor in one of another domain; equal
+    documents are one. In each split they are packed one behind another, with an end-of-text token between them if the
+    tokenizer has one. Of fewer than 16 documents sections are dealt instead, with gaps between them.
 
     Args:
         given: files or folders of text (a document each), ``.jsonl`` and ``.parquet`` files (a document a row, in
@@ -90,11 +91,13 @@ def heldout_batches(
     if not domains:
         raise ValueError("heldout is empty: name files with text that the model was not trained on")
     names("report_only", list(report_only), domains, "held-out domains")
-    found = {}
-    for name, sources in domains.items():
+    found: dict[str, Dealt] = {}
+    owners: dict[bytes, Split] = {}
+    # What is never searched on comes first, so that all of it may be reported on.
+    for name, sources in sorted(domains.items(), key=lambda item: item[0] not in report_only):
         to_search = 0 if name in report_only else min(max(1, round(sequences * search_fraction)), sequences - 1)
         wanted: dict[Split, int] = {"search": to_search, "report": sequences - to_search}
-        blocks = _blocks(name, _Documents(sources), tokenizer, wanted, block_size, seed)
+        blocks = _blocks(name, _Documents(sources), tokenizer, wanted, block_size, seed, owners)
         batches = [
             ({"input_ids": part, "labels": part.clone()}, split)
             for split, rows in blocks.items()
@@ -102,22 +105,34 @@ def heldout_batches(
             if len(part)
         ]
         found[name] = Dealt(batches, sum(map(len, blocks.values())))
-    return found
+    return {name: found[name] for name in domains}
 
 
 def _blocks(
-    domain: str, documents: _Documents, tokenizer: Tokenizer, wanted: dict[Split, int], block_size: int, seed: int
+    domain: str,
+    documents: _Documents,
+    tokenizer: Tokenizer,
+    wanted: dict[Split, int],
+    block_size: int,
+    seed: int,
+    owners: dict[bytes, Split],
 ) -> dict[Split, torch.Tensor]:
-    """Token blocks of each split, shape ``(sequences, block_size)``."""
+    """Token blocks of each split, shape ``(sequences, block_size)``; ``owners`` has the split of each document."""
     rng = np.random.default_rng(seed)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens: dict[Split, list[int]] = {split: [] for split in wanted}
-    for text in documents.drawn(rng, _MOST_BLOCKS * block_size * _CHARACTERS):
+    seen: set[bytes] = set()
+    for digest, text in documents.drawn(rng, _MOST_BLOCKS * block_size * _CHARACTERS):
         left = {split: wanted[split] * block_size - len(tokens[split]) for split in wanted}
         if max(left.values()) <= 0:
             break
         # The split that lacks the larger part of what it is to have.
-        split = max(left, key=lambda name: left[name] / max(1, wanted[name]))
+        split: Split = max(left, key=lambda name: left[name] / max(1, wanted[name]))
+        split = owners.get(digest, split)
+        if digest in seen or left[split] <= 0:
+            continue
+        seen.add(digest)
+        owners[digest] = split
         found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end
         tokens[split] += found[: _MOST_BLOCKS * block_size]
     blocks = {}
@@ -132,6 +147,14 @@ def _blocks(
     return blocks
 
 
+def located(source: str) -> str:
+    """A name of held-out text that means the same in any working directory."""
+    match = None if Path(source).exists() else _DOMAIN.fullmatch(source)
+    prefix, name = (f"{match[1]}=", match[2]) if match else ("", source)
+    path = Path(name).expanduser()
+    return prefix + (str(path.absolute()) if path.exists() else name)
+
+
 class _Documents:
     """The texts of some sources.
 
@@ -142,8 +165,8 @@ class _Documents:
     def __init__(self, sources: Sequence[str]) -> None:
         self._parts = [part for source in sources for part in _parts_of(source)]
 
-    def drawn(self, rng: np.random.Generator, longest: int) -> Iterator[str]:
-        """All texts, none empty, in random order; of longer ones than ``longest`` characters a part."""
+    def drawn(self, rng: np.random.Generator, longest: int) -> Iterator[tuple[bytes, str]]:
+        """Digests and texts, none empty, in random order; of texts longer than so many characters a part."""
         starts = np.cumsum([0, *map(len, self._parts)])
         if starts[-1] < _FEW:
             texts = [
@@ -158,7 +181,9 @@ class _Documents:
         for text in order:
             first = int(rng.integers(max(1, len(text) - longest)))
             if text.strip():
-                yield text[first : first + longest]
+                digest = hashlib.sha256(text.encode(errors="replace")).digest()
+                # A surrogate without its other half is no character that a tokenizer takes.
+                yield digest, text[first : first + longest].encode(errors="replace").decode()
 
 
 def _sections(text: str, count: int) -> list[str]:
@@ -186,7 +211,7 @@ class _Rows(Sequence[str]):
         row = self._rows[index]
         try:
             row = json.loads(row) if isinstance(row, bytes) else row
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self._source}: row {index + 1} is no JSON ({error})") from error
         text = next(
             (row[key] for key in _TEXT_KEYS if isinstance(row, Mapping) and isinstance(row.get(key), str)), None
@@ -212,18 +237,27 @@ class _Files(Sequence[str]):
 def _parts_of(source: str) -> list[Sequence[str]]:
     path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(one for one in path.rglob("*") if one.is_file() and not one.name.startswith("."))
+        inside = (one for one in sorted(path.rglob("*")) if one.is_file())
+        files = [one for one in inside if not any(part.startswith(".") for part in one.relative_to(path).parts)]
         rows = [part for one in files if one.suffix in (".jsonl", ".parquet") for part in _parts_of(str(one))]
-        return [*rows, _Files([one for one in files if one.suffix not in (".jsonl", ".parquet")])]
+        return [*rows, _Files([one for one in files if one.suffix not in (".jsonl", ".parquet") and _is_text(one)])]
     if not path.exists():
         return [_Rows(source, _dataset(source))]
     if path.suffix == ".jsonl":
         return [_Rows(source, [line for line in path.read_bytes().splitlines() if line.strip()])]
     if path.suffix == ".parquet":
-        return [_Rows(source, _datasets().Dataset.from_parquet(str(path)))]
-    if b"\0" in path.open("rb").read(4096):
+        try:
+            return [_Rows(source, _datasets().Dataset.from_parquet(str(path)))]
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"heldout={source}: is no parquet file that can be read ({error})") from error
+    if not _is_text(path):
         raise ValueError(f"heldout={source}: is no text; give text, .jsonl or .parquet")
     return [_Files([path])]
+
+
+def _is_text(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"\0" not in file.read(4096)
 
 
 def _datasets() -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..disk.atomic import new_folder
 from ..disk.checkpoints import ADAPTER
 from ..disk.model_files import PEFT, SHARD_BYTES, STATE_DICT, TRANSFORMERS
 from ..disk.streamed import Described, write_model_folder
@@ -18,8 +19,8 @@ from ..search import resolve_search
 from ..search.objective import Objective
 from ..search.problem import Problem
 from .checkpoints import Checkpoint, find_checkpoints
+from .models import check_alike
 from .progress import bar
-from .search import new_folder
 
 # Numbers that one operation works on.
 _CHUNK = 1 << 22
@@ -70,6 +71,7 @@ def merge(
         _check_recipe(recipe, recipe_options)
     found = find_checkpoints(checkpoints, last=last, every=every, steps=steps, allow_pickle=allow_pickle)
     values = _given(weights, found) if recipe is None else _of_recipe(recipe, recipe_options, found)
+    check_alike(found)
     tensors = _tensors(found)
     newest = found[-1].tensors
     described = {name: Described(tuple(one.shape), one.dtype) for name, one in newest.items()}
@@ -89,7 +91,8 @@ def merge(
 
         def pieces(name: str) -> Iterator[Tensor]:
             for piece in merged(tensors[name], values) if name in tensors else [newest[name].contiguous()]:
-                if not _is_finite(piece):
+                if name in tensors and not _is_finite(piece):
+                    _blame(name, found)
                     raise ValueError(
                         f"the merge is not finite in {name!r}: one of the checkpoints is not; leave it out"
                     )
@@ -111,6 +114,13 @@ def merged(tensors: Sequence[Tensor], weights: np.ndarray) -> Iterator[Tensor]:
             # There is no arithmetic between float8 and other dtypes.
             total.add_(part if part.itemsize > 1 else part.to(sums), alpha=weight)
         yield total.to(dtype)
+
+
+def _blame(name: str, found: Sequence[Checkpoint]) -> None:
+    """Raise a ValueError that names the checkpoint whose tensor is not finite."""
+    for one in found:
+        if not bool(one.tensors[name].isfinite().all()):
+            raise ValueError(f"{one.name} has numbers in {name!r} that are not finite: leave it out")
 
 
 def _is_finite(piece: Tensor) -> bool:
@@ -171,5 +181,26 @@ def _tensors(found: Sequence[Checkpoint]) -> dict[str, list[Tensor]]:
                 )
             if other.is_floating_point() != tensor.is_floating_point():
                 raise ValueError(f"{name!r} is {other.dtype} in {one.name}, and {tensor.dtype} in {newest.name}")
-    names = [name for name, tensor in newest.tensors.items() if tensor.is_floating_point()]
+    _check_not_quantized(newest)
+    # What is the same in all, such as a mask with -inf in it, is not summed up.
+    names = [
+        name
+        for name, tensor in newest.tensors.items()
+        if tensor.is_floating_point() and (tensor.isfinite().all() or not _are_equal(name, found))
+    ]
     return {name: [one.tensors[name] for one in found] for name in names}
+
+
+def _are_equal(name: str, found: Sequence[Checkpoint]) -> bool:
+    return all(torch.equal(one.tensors[name], found[-1].tensors[name]) for one in found[:-1])
+
+
+def _check_not_quantized(checkpoint: Checkpoint) -> None:
+    tensors = checkpoint.tensors
+    for name, tensor in tensors.items():
+        is_matrix = name.endswith("weight") and tensor.dim() > 1 and not tensor.is_floating_point()
+        if is_matrix or any(f"{name}{suffix}" in tensors for suffix in ("_scale", "_scale_inv")):
+            raise ValueError(
+                f"{checkpoint.name} has {name!r} as {tensor.dtype}: quantized weights are not merged; merge the "
+                "checkpoints that they were made of"
+            )

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+import math
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
+from ..disk.mapped import unnamed
 from ..disk.untrusted import own_file, read_json_object
 from ..search.checks import choice
 from .checkpoints import Checkpoint
 from .heldout import ByteTokenizer, Tokenizer
 
 logger = logging.getLogger("traj_merge_callback")
+_LONGEST_BLOCK = 1024
 DTYPES = ("float32", "bfloat16", "float16")
 # What tells tokenizers apart, the first that is there.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -58,12 +64,23 @@ def load_model(checkpoint: Checkpoint, dtype: str | None, device: torch.device) 
         )
     transformers = _transformers()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, dtype=dtype or "auto", local_files_only=True
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            checkpoint.path, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise ValueError(f"{checkpoint.name}: transformers cannot load it: {str(error).splitlines()[0]}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{checkpoint.name} lacks {missing[0]!r}, which {type(model).__name__} has")
     return model.to(device).eval()
+
+
+def converted(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """A checkpoint's tensors as the model computes with them, in files without names that are mapped into memory."""
+    found = {}
+    for name, tensor in load_model(checkpoint, None, torch.device("cpu")).state_dict().items():
+        found[name] = unnamed(Path(tempfile.gettempdir()), tuple(tensor.shape), tensor.dtype)
+        found[name].copy_(tensor)
+    return found
 
 
 def model_named(name: str, dtype: str | None, device: torch.device) -> nn.Module:
@@ -141,11 +158,32 @@ def load_tokenizer(checkpoints: Sequence[Checkpoint], name: str | None) -> tuple
         raise ValueError(f"tokenizer={source!r}: {str(error).splitlines()[0]}") from error
 
 
-def longest_block(model: nn.Module, most: int = 1024) -> int:
-    """Tokens that the model's context has, at most ``most``."""
+def block_for(model: nn.Module, given: int | None) -> int:
+    """Tokens of a held-out sequence: as given, or else the model's context, at most 1024.
+
+    Raises:
+        ValueError: the context is shorter.
+    """
     config = getattr(model, "config", None)
     context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return min(int(context), most) if context else most
+    if given is None:
+        return min(int(context), _LONGEST_BLOCK) if context else _LONGEST_BLOCK
+    if context and given > context:
+        raise ValueError(f"block_size={given}: the model's context has {context} tokens")
+    return given
+
+
+def check_tokens(model: nn.Module, heldout: Mapping[str, Iterable[Any]], tokenizer: str) -> None:
+    """Whether a tokenizer's tokens are the model's.
+
+    Raises:
+        ValueError: a token lies beyond the embedding.
+    """
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    known = len(embedding.weight) if isinstance(embedding, nn.Embedding) else math.inf
+    largest = max(int(batch["input_ids"].max()) for batches in heldout.values() for batch in batches)
+    if largest >= known:
+        raise ValueError(f"tokenizer={tokenizer!r} has a token {largest}, and the model knows {known}: it is another's")
 
 
 def _transformers() -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,10 @@ from ..window.stored import StoredRow
 from .checkpoints import Checkpoint
 
 
+class StoredOtherwise(ValueError):
+    """A checkpoint has its weights under other names, or in another form, than the model computes with."""
+
+
 class CheckpointRows(Matrix):
     """Checkpoints of one model as the rows of a matrix. Of memory it takes one float32 row, for the merged model.
 
@@ -27,18 +32,25 @@ class CheckpointRows(Matrix):
         model: whose floating-point parameters and buffers are merged.
         checkpoints: oldest first.
         groups: see :class:`Matrix`.
+        tensors: of each checkpoint, where they are not to be those of its files.
 
     Raises:
-        ValueError: a checkpoint lacks a parameter of the model, has it in another shape, or with numbers that are not
-            finite; the message names both.
+        StoredOtherwise: a checkpoint lacks a parameter of the model.
+        ValueError: it has a parameter in another shape, or more than once; the message names both.
     """
 
     def __init__(
-        self, model: nn.Module, checkpoints: Sequence[Checkpoint], groups: str | Mapping[str, list[str]] | None = None
+        self,
+        model: nn.Module,
+        checkpoints: Sequence[Checkpoint],
+        groups: str | Mapping[str, list[str]] | None = None,
+        tensors: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> None:
         layout = ParameterLayout(model, trainable_only=False)
         aliases = _aliases(model)
-        found = [_by_slot(layout, aliases, one) for one in checkpoints]
+        read = [one.tensors for one in checkpoints] if tensors is None else tensors
+        found = [_by_slot(layout, aliases, *pair) for pair in zip(checkpoints, read, strict=True)]
+        self._newest = read[-1]
         # Buffers that some checkpoint does not have are the model's own.
         buffers = {slot.name for slot in layout.slots if not slot.is_parameter}
         missing = {name for name in buffers if any(name not in row for row in found)}
@@ -47,6 +59,23 @@ class CheckpointRows(Matrix):
         self._checkpoints = list(checkpoints)
         self._files = _Files([[row[slot.name].reshape(-1) for slot in layout.slots] for row in found])
         self._staging = torch.empty(layout.numel)
+
+    @contextmanager
+    def other_buffers(self, model: nn.Module) -> Iterator[None]:
+        """Within the context the model has the newest checkpoint's buffers where those are not merged, as counters."""
+        merged = {slot.name for slot in self.layout.slots}
+        stored = {clean_name(name): value for name, value in self._newest.items()}
+        kept: list[tuple[Tensor, Tensor]] = []
+        try:
+            for name, places in persistent_buffers(unwrap(model)).items():
+                buffer, value = places[0].tensor, stored.get(clean_name(name))
+                if clean_name(name) not in merged and value is not None and value.shape == buffer.shape:
+                    kept.append((buffer, buffer.clone()))
+                    buffer.copy_(value)
+            yield
+        finally:
+            for buffer, value in kept:
+                buffer.copy_(value)
 
     def check(self) -> Iterator[int]:
         """Read all rows once, one after another; yields the number of those that are read, before each.
@@ -70,7 +99,7 @@ class CheckpointRows(Matrix):
         files = self._files.tensors(len(self._checkpoints) - 1)
         for slot, tensor, values in zip(self.layout.slots, self.layout.tensors(unwrap(model)), files, strict=True):
             if not torch.equal(values.to(tensor.dtype), tensor.detach().reshape(-1).cpu()):
-                raise ValueError(
+                raise StoredOtherwise(
                     f"{self._checkpoints[-1].name} stores {slot.name!r} in another way than {type(model).__name__} "
                     "computes with it, so its files cannot be merged under this model"
                 )
@@ -158,11 +187,17 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
     return found | {clean_name(name): [clean_name(name)] for name in persistent_buffers(model)}
 
 
-def _by_slot(layout: ParameterLayout, aliases: Mapping[str, list[str]], checkpoint: Checkpoint) -> dict[str, Tensor]:
+def _by_slot(
+    layout: ParameterLayout,
+    aliases: Mapping[str, list[str]],
+    checkpoint: Checkpoint,
+    given: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
     """A checkpoint's tensors by the names of the layout, which may have a prefix more or less there."""
-    tensors = {clean_name(name): value for name, value in checkpoint.tensors.items()}
+    tensors = {clean_name(name): value for name, value in given.items()}
     parameters = [slot for slot in layout.slots if slot.is_parameter]
     best: dict[str, str] = {}
+    whole: list[dict[str, str]] = []
     for rename in _renamings(aliases[parameters[0].name], tensors):
         stored = {
             slot.name: name
@@ -171,11 +206,18 @@ def _by_slot(layout: ParameterLayout, aliases: Mapping[str, list[str]], checkpoi
             if name in tensors
         }
         best = max(best, stored, key=len)
+        if all(slot.name in stored for slot in parameters) and stored not in whole:
+            whole.append(stored)
+    if len(whole) > 1 and any(name not in aliases.get(slot, [slot]) for slot, name in best.items()):
+        names = " and ".join(repr(one[parameters[0].name]) for one in whole[:2])
+        raise ValueError(
+            f"{checkpoint.name} has the model's weights more than once, as {names}: give checkpoints with one of them"
+        )
     found = {}
     for slot in layout.slots:
         if slot.name not in best:
             if slot.is_parameter:
-                raise ValueError(
+                raise StoredOtherwise(
                     f"{checkpoint.name} has no {slot.name!r}, which the model has: all checkpoints must be of one "
                     f"architecture (it has {', '.join(sorted(tensors)[:3])}, ...)"
                 )

@@ -12,16 +12,17 @@ from typing import Any
 from torch import nn
 
 from ..config import MergeConfig
-from ..disk.atomic import Writer, check_space
+from ..disk.atomic import Writer, check_space, new_folder, whole_folder
 from ..disk.metrics_file import MetricsFile
 from ..disk.model_files import collect_pretrained
 from ..disk.parts import PartsIndex
 from ..disk.snapshots import SnapshotStore
+from ..disk.untrusted import folder_name_of_step
 from ..engine.choose import Chooser
 from ..engine.failures import Failures
 from ..engine.merge import Merge
 from ..engine.publish import Publisher
-from ..evaluate.heldout import HeldOutLoss, Nll
+from ..evaluate.heldout import HeldOutLoss, Nll, device_of
 from ..metrics import MergeRecord
 from ..search import resolve_search
 from ..search.checks import did_you_mean
@@ -29,10 +30,19 @@ from ..search.problem import GRADIENT_COST, SearchState
 from ..window.memory import let_go, ran_out
 from ..window.pieces import BACKWARD, FORWARD, WAIT, Pieces
 from .checkpoints import Checkpoint, find_checkpoints
-from .heldout import heldout_batches
-from .models import check_alike, device_named, load_model, load_tokenizer, longest_block, model_named
+from .heldout import heldout_batches, located
+from .models import (
+    block_for,
+    check_alike,
+    check_tokens,
+    converted,
+    device_named,
+    load_model,
+    load_tokenizer,
+    model_named,
+)
 from .progress import bar
-from .rows import CheckpointRows
+from .rows import CheckpointRows, StoredOtherwise
 
 logger = logging.getLogger("traj_merge_callback")
 #: Options of :class:`MergeConfig` that mean something here.
@@ -126,16 +136,13 @@ def search(
     found = find_checkpoints(checkpoints, last=last, every=every, steps=steps, allow_pickle=allow_pickle)
     reading = {"sequences": sequences, "block_size": block_size, "batch_size": batch_size}
     evaluating = prepare(found, heldout, config, model, tokenizer, nll, device, dtype, reading)
-    rows = CheckpointRows(evaluating.model, found, config.groups)
+    rows = make_rows(evaluating, found, found[-1] if model is None else None, progress=progress)
     check_space(output, sum(slot.numel * slot.dtype.itemsize for slot in rows.layout.slots))
-    if model is None:
-        rows.take_over(evaluating.model)
-    with bar("reading checkpoints", len(found), show=progress) as reading_bar:
-        for _ in rows.check():
-            reading_bar.advance()
-    store = SnapshotStore(output, keep_last=1, keep_best=True)
-    record = merge_rows(evaluating, rows, found, store, SearchState(), progress=progress)
-    MetricsFile(output / "metrics.jsonl").append(record)
+    with whole_folder(output) as temporary, rows.other_buffers(evaluating.model):
+        store = SnapshotStore(temporary, keep_last=1, keep_best=True)
+        record = merge_rows(evaluating, rows, found, store, SearchState(), progress=progress)
+        record = replace(record, snapshot=str(output / folder_name_of_step(record.step)))
+        MetricsFile(temporary / "metrics.jsonl").append(record)
     return record
 
 
@@ -155,18 +162,6 @@ def checked_config(options: dict[str, Any], **fixed: Any) -> MergeConfig:
             "can be used in the callback"
         )
     return config
-
-
-def new_folder(output: str | Path) -> Path:
-    """A folder that is yet to be written.
-
-    Raises:
-        FileExistsError: something is there.
-    """
-    output = Path(output).expanduser()
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise FileExistsError(f"output={str(output)!r} is there already: remove it, or name a new folder")
-    return output
 
 
 def prepare(
@@ -194,13 +189,14 @@ def prepare(
         tokens, name = load_tokenizer(checkpoints, tokenizer)
         saved = None if name == "bytes" else tokens
         about["heldout_data"] = {
-            "sources": [str(one) for one in names],
+            "sources": [located(str(one)) for one in names],
             "tokenizer": name,
             **reading,
-            "block_size": reading["block_size"] or longest_block(model),
+            "block_size": block_for(model, reading["block_size"]),
             **{key: getattr(config, key) for key in ("search_fraction", "report_only", "seed")},
         }
         heldout = heldout_of(about["heldout_data"], tokens)
+        check_tokens(model, heldout, name)
     loss = HeldOutLoss(
         heldout,
         nll=nll,
@@ -222,6 +218,41 @@ def heldout_of(described: Mapping[str, Any], tokenizer: Any) -> Mapping[str, Ite
     """The batches that a merge.json describes under "heldout_data"."""
     keys = ("sequences", "block_size", "batch_size", "search_fraction", "report_only", "seed")
     return heldout_batches(described["sources"], tokenizer, **{key: described[key] for key in keys})
+
+
+def make_rows(
+    evaluating: Evaluating, checkpoints: Sequence[Checkpoint], loaded: Checkpoint | None, *, progress: bool
+) -> CheckpointRows:
+    """The rows of some checkpoints, all of them read once.
+
+    Args:
+        evaluating: has the model.
+        checkpoints: oldest first.
+        loaded: which the model was loaded from by transformers, which may also convert the others, as it fuses the
+            experts of a mixture; None: it is the user's.
+        progress: show a bar.
+
+    Raises:
+        ValueError: see :class:`CheckpointRows`.
+    """
+    model, groups = evaluating.model, evaluating.config.groups
+
+    def checked(rows: CheckpointRows) -> CheckpointRows:
+        with bar("reading checkpoints", len(checkpoints), show=progress) as shown:
+            for _ in rows.check():
+                shown.advance()
+        return rows
+
+    try:
+        rows = checked(CheckpointRows(model, checkpoints, groups))
+        if loaded is checkpoints[-1]:
+            rows.take_over(model)
+        return rows
+    except StoredOtherwise as error:
+        if loaded is None or not all((one.path / "config.json").is_file() for one in checkpoints):
+            raise
+        logger.info("%s; transformers converts each checkpoint, into files of TMPDIR", error)
+    return checked(CheckpointRows(model, checkpoints, groups, [converted(one) for one in checkpoints]))
 
 
 def merge_rows(
@@ -246,10 +277,7 @@ def merge_rows(
     config, model, heldout = evaluating.config, evaluating.model, evaluating.heldout
     store.heldout = heldout.digest
     started, step, processes = time.perf_counter(), checkpoints[-1].step, rows.processes
-    index, writer = (
-        PartsIndex.of(rows.layout.slots, processes),
-        Writer(rows.staging_on(next(model.parameters()).device).device),
-    )
+    index, writer = PartsIndex.of(rows.layout.slots, processes), Writer(device_of(model))
     extra: Callable[[], Callable[[Path], None]] = lambda: collect_pretrained(evaluating.tokenizer)  # noqa: E731
     failures = Failures("raise")
     publisher = Publisher(config, rows, index, store, writer, failures, processes, extra, about=evaluating.about)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..disk.model_files import load_merged, verify_snapshot
 from ..disk.snapshots import read_merge, snapshot_folder
+from ..disk.untrusted import damage_of, mapping, number
 from ..evaluate.heldout import HeldOutLoss, Nll
 from .checkpoints import Checkpoint
 from .models import device_named, load_model, load_tokenizer
@@ -63,8 +64,10 @@ def verify(
     folder = snapshot_folder(folder)
     merge = read_merge(folder)
     verify_snapshot(folder, merge)
-    split = merge.get("report_split") or {}
-    reported, described = split.get("merged_loss"), merge.get("heldout_data")
+    with damage_of(folder / "merge.json"):
+        split, described = mapping(merge.get("report_split") or {}), merge.get("heldout_data")
+        described = None if described is None else mapping(described)
+        reported = None if split.get("merged_loss") is None else float(number(split["merged_loss"]))
     if reported is None or (heldout is None and described is None):
         return Verified(str(folder), reported, None, None, [])
     checkpoint = Checkpoint(str(folder), merge.get("step", 0), lambda: folder)
@@ -76,13 +79,14 @@ def verify(
     if described is not None and (heldout is None or isinstance(heldout, (str, Path, list, tuple))):
         given = described["sources"] if heldout is None else [heldout] if isinstance(heldout, (str, Path)) else heldout
         described = {**described, "sources": [str(one) for one in given]}
-        name = described["tokenizer"] if described["tokenizer"] == "bytes" else None
-        heldout = heldout_of(described, load_tokenizer([checkpoint], name)[0])
-        options = {key: described[key] for key in ("search_fraction", "report_only", "seed")}
+        with damage_of(folder / "merge.json"):
+            name = described["tokenizer"] if described["tokenizer"] == "bytes" else None
+            heldout = heldout_of(described, load_tokenizer([checkpoint], name)[0])
+            options = {key: described[key] for key in ("search_fraction", "report_only", "seed")}
     loss = HeldOutLoss(heldout, nll=nll, **options)
     same = loss.digest == merge.get("heldout")
     recomputed = loss.evaluate(model, "report").only(loss.searched).loss
     differs = [] if same else ["the held-out sequences, or their splits, are not those that were reported on"]
-    if abs(recomputed - reported) > _TOLERANCE:
+    if not abs(recomputed - reported) <= _TOLERANCE:
         differs.append(f"the loss is {recomputed:.6f}, and {reported:.6f} was reported")
     return Verified(str(folder), reported, recomputed, same, differs)
