@@ -136,7 +136,7 @@ def test_pickled_weights_only_if_allowed_and_never_code(tmp_path):
     merge(tmp_path / "run", recipe="lawa", output=tmp_path / "mean", allow_pickle=True)
     torch.save({"state_dict": {}, "code": Module}, tmp_path / "step1.ckpt")
     torch.save({"state_dict": {}, "code": Module}, tmp_path / "step2.ckpt")
-    with pytest.raises(ValueError, match="folders.Module, which is not unpickled"):
+    with pytest.raises(ValueError, match=r"folders\.Module, which is not unpickled"):
         merge([tmp_path / "step1.ckpt", tmp_path / "step2.ckpt"], recipe="lawa", output=tmp_path / "other")
 
 

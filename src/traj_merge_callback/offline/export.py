@@ -35,9 +35,10 @@ def export(folder: str | Path, *, format: str = "mergekit") -> str:
         raise ValueError(f"{folder} has merge weights for each parameter group, which mergekit's linear merge has not")
     lines = ["merge_method: linear", "models:"]
     with damage_of(folder / "merge.json"):
+        names, weights = texts(names), numbers(weights)
         if len(names) != len(weights):
             raise TypeError(f"{len(weights)} weights of {len(names)} checkpoints")
-        for name, weight in zip(texts(names), numbers(weights), strict=True):
+        for name, weight in zip(names, weights, strict=True):
             lines += [f"  - model: {json.dumps(name)}", "    parameters:", f"      weight: {float(weight)!r}"]
     lines += ["parameters:", "  normalize: false", "dtype: float32", f"out_dtype: {_dtype(folder)}"]
     return "\n".join(lines) + "\n"
