@@ -132,16 +132,16 @@ def search(
         print(record.live_loss, record.merged_loss, record.snapshot)
     """
     config = checked_config(options)
-    output = new_folder(output)
+    folder = new_folder(output)
     found = find_checkpoints(checkpoints, last=last, every=every, steps=steps, allow_pickle=allow_pickle)
     reading = {"sequences": sequences, "block_size": block_size, "batch_size": batch_size}
     evaluating = prepare(found, heldout, config, model, tokenizer, nll, device, dtype, reading)
     rows = make_rows(evaluating, found, found[-1] if model is None else None, progress=progress)
-    check_space(output, sum(slot.numel * slot.dtype.itemsize for slot in rows.layout.slots))
-    with whole_folder(output) as temporary, rows.other_buffers(evaluating.model):
+    check_space(folder, sum(slot.numel * slot.dtype.itemsize for slot in rows.layout.slots))
+    with whole_folder(folder) as temporary, rows.other_buffers(evaluating.model):
         store = SnapshotStore(temporary, keep_last=1, keep_best=True)
         record = merge_rows(evaluating, rows, found, store, SearchState(), progress=progress)
-        record = replace(record, snapshot=str(output / folder_name_of_step(record.step)))
+        record = replace(record, snapshot=str(Path(output) / folder_name_of_step(record.step)))
         MetricsFile(temporary / "metrics.jsonl").append(record)
     return record
 
