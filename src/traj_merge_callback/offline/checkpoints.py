@@ -187,7 +187,9 @@ def _is_one_of(path: Path, folder: Path) -> bool:
         return False
     name = path.name if path.is_dir() else path.stem
     if not is_checkpoint(path):
-        if path.is_dir() and _NAMED.search(name) and path.parent == folder:
+        # A checkpoint has folders with steps in their names too, of its optimizer.
+        expected = name.startswith("checkpoint") or not is_checkpoint(folder)
+        if path.is_dir() and _NAMED.search(name) and expected:
             logger.warning("%s holds no weights: it is left out", path)
         return False
     # Files beside the weights of the folder itself are others: shards, an optimizer's state.

@@ -1,4 +1,4 @@
-"""The rows of a merge as they lie in checkpoints' files: mapped into memory, never copied, never written."""
+"""The rows of a merge as they lie in checkpoints' files: mapped into memory, and never written."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class CheckpointRows(Matrix):
         """Let a model that was loaded from the newest checkpoint compute with the file itself, and not with a copy.
 
         Raises:
-            ValueError: the model holds other numbers: whoever loaded it has converted them.
+            StoredOtherwise: the model holds other numbers: whoever loaded it has converted them.
         """
         files = self._files.tensors(len(self._checkpoints) - 1)
         for slot, tensor, values in zip(self.layout.slots, self.layout.tensors(unwrap(model)), files, strict=True):
