@@ -44,11 +44,12 @@ def process_now(folder: Path) -> dict[str, float]:
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     files: dict[int, int] = {}  # files that states share are counted once
     count = 0
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # it was removed meanwhile
-            found = path.lstat()
-            if stat.S_ISREG(found.st_mode):
-                files[found.st_ino], count = found.st_size, count + 1
+    for parent, _, names in os.walk(folder):  # which passes over folders that were removed meanwhile
+        for name in names:
+            with suppress(FileNotFoundError):
+                found = os.lstat(os.path.join(parent, name))  # noqa: PTH118
+                if stat.S_ISREG(found.st_mode):
+                    files[found.st_ino], count = found.st_size, count + 1
     return {
         "memory_mb": int(status["VmRSS"].split()[0]) / 1024,
         "file_handles": len(list(Path("/proc/self/fd").iterdir())),
