@@ -186,7 +186,7 @@ def _tensors(found: Sequence[Checkpoint]) -> dict[str, list[Tensor]]:
     names = [
         name
         for name, tensor in newest.tensors.items()
-        if tensor.is_floating_point() and (tensor.isfinite().all() or not _are_equal(name, found))
+        if tensor.is_floating_point() and (_is_finite(tensor) or not _are_equal(name, found))
     ]
     return {name: [one.tensors[name] for one in found] for name in names}
 
