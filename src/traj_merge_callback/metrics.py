@@ -118,8 +118,8 @@ class MergeRecord:
         spike = " (in a spike)" if self.spike else ""
         if self.source == "live":
             return f"{self.name} at step {self.step}{spike}: live {self.live_loss:.4f}, no merge is better; {took}"
-        stderr = "" if self.gain_stderr is None else f" ± {self.gain_stderr:.4f}"
-        losses = f"live {self.live_loss:.4f} → merged {self.merged_loss:.4f}, gain {self.gain:.4f}{stderr}"
+        gain = with_error(self.gain, self.gain_stderr)
+        losses = f"live {self.live_loss:.4f} → merged {self.merged_loss:.4f}, gain {gain}"
         return f"{self.name} at step {self.step}{spike}: {losses}; {took}"
 
     def eval_line(self) -> str:
@@ -162,6 +162,11 @@ class MergeRecord:
     def eval_scalars(self) -> dict[str, float]:
         """What ``on_publish`` found, for the trainer's logs."""
         return {f"{self.name}/eval/{key}": value for key, value in {**self.eval, "step": float(self.step)}.items()}
+
+
+def with_error(gain: float, stderr: float | None) -> str:
+    """A gain and its standard error, if that is known, for people."""
+    return f"{gain:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
 
 
 def for_console(text: str) -> str:

@@ -186,7 +186,10 @@ def test_an_index_that_an_earlier_save_left_is_not_followed(tmp_path):
         folder = tmp_path / "run" / f"step{number}"
         llama().save_pretrained(folder, max_shard_size="20KB")
         perturbed(llama(), number).save_pretrained(folder)
-    merge(tmp_path / "run", recipe="lawa", output=tmp_path / "mean")
+    made = load_file(merge(tmp_path / "run", recipe="lawa", output=tmp_path / "mean") / "model.safetensors")
+    one, two = (load_file(tmp_path / "run" / f"step{number}" / "model.safetensors") for number in (1, 2))
+    for name, value in made.items():
+        torch.testing.assert_close(value, (one[name] + two[name]) / 2, rtol=0, atol=1e-6)
 
 
 class Counting(nn.Module):

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .mapped import unnamed
-from .untrusted import damage_of, own_file, read_json_object, texts
+from .untrusted import damage_of, own_file, shards_in
 
 #: Files of ``torch.save``.
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
@@ -89,10 +89,7 @@ def _no_weights(path: Path) -> Exception:
 
 def _all_of(index: Path, read: Any) -> dict[str, Tensor]:
     """The tensors of all files that an index names."""
-    with damage_of(index):
-        names = sorted(set(texts(list(read_json_object(index)["weight_map"].values()))))
-    if wrong := [name for name in names if not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", name)]:
-        raise ValueError(f"{index} is damaged: {wrong[0]!r} is not the name of a weights file")
+    names = shards_in(index, (".safetensors", ".bin"))
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise FileNotFoundError(f"{index.parent}: {', '.join(missing)} of {len(names)} shards are missing")
     found: dict[str, Tensor] = {}

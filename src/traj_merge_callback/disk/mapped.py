@@ -46,17 +46,35 @@ def unnamed(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     Raises:
         OSError: the folder's file system has too little space, or cannot be written to.
     """
+    size, free = math.prod(shape) * dtype.itemsize, shutil.disk_usage(folder).free
+    try:
+        return _mapped(folder, shape, dtype, fits=size <= free)
+    except OSError as error:
+        text = f"{in_bytes(size)} are needed in {folder}, and {in_bytes(free)} are free; TMPDIR names another folder"
+        raise OSError(error.errno, f"{error.strerror}: {text}") from error
+
+
+def _mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype, *, fits: bool) -> Tensor:
+    """A tensor in a file without a name, whose space is reserved, where the system can do that.
+
+    Args:
+        folder: on whose file system.
+        shape, dtype: of the tensor.
+        fits: whether there is enough space by what the file system says, for systems that cannot reserve it.
+    """
     size = math.prod(shape) * dtype.itemsize
     if not size:
         return torch.empty(shape, dtype=dtype)
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
             os.posix_fallocate(file.fileno(), 0, size)
-            mapped = np.memmap(file, dtype=np.uint8, mode="r+", shape=(size,))
-    except OSError as error:
-        free = in_bytes(shutil.disk_usage(folder).free)
-        text = f"{in_bytes(size)} are needed in {folder}, and {free} are free; TMPDIR names another folder"
-        raise OSError(error.errno, f"{error.strerror}: {text}") from error
+        except (AttributeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in _UNSUPPORTED:
+                raise
+            if not fits:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            os.truncate(file.fileno(), size)
+        mapped = np.memmap(file, dtype=np.uint8, mode="r+", shape=(size,))
     return torch.from_numpy(mapped).view(dtype).view(shape)
 
 
@@ -86,27 +104,11 @@ class _OnDisk:
             self._rows = (shape[0], shape[1], kind)
             if rows_nbytes(*self._rows) > self._free:
                 raise self._no_space(errno.ENOSPC)
-        size = math.prod(shape) * dtype.itemsize
-        if not size:
-            return torch.empty(shape, dtype=dtype)
         try:
-            with tempfile.TemporaryFile(dir=self._folder) as file:
-                self._reserve(file.fileno(), size)
-                mapped = np.memmap(file, dtype=np.uint8, mode="r+", shape=(size,))
+            fits = rows_nbytes(*self._rows) <= self._free // self._ranks
+            return _mapped(self._folder, shape, dtype, fits=fits)
         except OSError as error:
             raise self._no_space(error.errno or errno.ENOSPC) from error
-        return torch.from_numpy(mapped).view(dtype).view(shape)
-
-    def _reserve(self, descriptor: int, size: int) -> None:
-        try:
-            os.posix_fallocate(descriptor, 0, size)
-        except (AttributeError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in _UNSUPPORTED:
-                raise
-            assert self._rows is not None
-            if rows_nbytes(*self._rows) > self._free // self._ranks:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-            os.truncate(descriptor, size)
 
     def _no_space(self, number: int) -> NoRoom:
         assert self._rows is not None

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..metrics import with_error
 from .checksums import README
 from .snapshots import package_versions
 
@@ -40,7 +41,7 @@ def _text(merge: dict[str, Any]) -> str:
     lines = [
         f"# Step {step}, {'live' if kept else 'merged'}",
         "",
-        f"{what} of one training run at optimizer step {step}, published by traj-merge-callback while the run went on.",
+        f"{what} of one training run at optimizer step {step}, published by traj-merge-callback.",
         "",
         "| held-out loss, nats per token | live | this model | gain |",
         "|---|---|---|---|",
@@ -70,8 +71,7 @@ def _text(merge: dict[str, Any]) -> str:
 
 
 def _row(name: str, losses: dict[str, Any]) -> str:
-    stderr = losses["gain_stderr"]
-    gain = f"{losses['gain']:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
+    gain = with_error(losses["gain"], losses["gain_stderr"])
     return f"| {name} | {losses['live_loss']:.4f} | {losses['merged_loss']:.4f} | {gain} |"
 
 
@@ -79,7 +79,7 @@ def _loading(merge: dict[str, Any]) -> list[str]:
     kind = "CausalLM" if merge["model_class"].endswith("ForCausalLM") else None
     if merge["sharded"]:
         whole = "# if this folder holds weights.rank-*.safetensors, make a model folder of it first:"
-        return [whole, "# python -m traj_merge_callback.consolidate <this folder> model"]
+        return [whole, "# traj-merge consolidate <this folder> model"]
     if merge["weights_format"] == "peft":
         name = "AutoPeftModelForCausalLM" if kind else "AutoPeftModel"
         return [f"from peft import {name}", "", f'model = {name}.from_pretrained("<this folder or repository>")']

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -21,7 +20,7 @@ from ..window.names import clean_name, unwrap
 from ..window.sharding import has_fsdp
 from .checksums import check_document, check_files
 from .snapshots import read_merge, snapshot_folder
-from .untrusted import damage_of, read_json_object, safetensors_in, texts
+from .untrusted import damage_of, safetensors_in, shards_in, texts
 
 STATE_DICT, TRANSFORMERS, PEFT = "state_dict", "transformers", "peft"
 # Bytes of a weights file at most; a model of more is sharded, as Hugging Face does.
@@ -214,12 +213,8 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     if not os.path.lexists(index):
         return safetensors_in(folder / "model.safetensors")
-    with damage_of(index):
-        names = sorted(set(texts(list(read_json_object(index)["weight_map"].values()))))
-    if wrong := [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]:
-        raise ValueError(f"{index} is damaged: {wrong[0]!r} is not the name of a weights file")
     state: dict[str, Tensor] = {}
-    for name in names:
+    for name in shards_in(index):
         state |= safetensors_in(folder / name)
     return state
 
@@ -249,8 +244,7 @@ def load_merged(folder: str | Path, model: nn.Module, *, verify: bool = False) -
     merge = read_merge(folder)
     if has_fsdp(model):
         raise ValueError("load_merged needs a whole model: load the snapshot before FSDP is applied")
-    if merge.get("sharded"):
-        raise ValueError(f"snapshot {folder} is in parts: make a model folder of it first, with traj-merge consolidate")
+    check_whole(folder, merge)
     weights_format = merge.get("weights_format")
     with damage_of(folder / "merge.json"):
         merged = set(texts(merge["merged_tensors"]))
@@ -276,6 +270,12 @@ def load_merged(folder: str | Path, model: nn.Module, *, verify: bool = False) -
     for name, value in state.items():
         targets[name].copy_(value)
     return merge
+
+
+def check_whole(folder: Path, merge: dict[str, Any]) -> None:
+    """Raise a ValueError if a snapshot with this merge.json is in parts."""
+    if merge.get("sharded"):
+        raise ValueError(f"snapshot {folder} is in parts: make a model folder of it first, with traj-merge consolidate")
 
 
 def verify_snapshot(folder: Path, merge: dict[str, Any]) -> None:

@@ -113,7 +113,7 @@ def write_model_folder(
     """Write a folder with weights, a merge.json, and the small files of another model folder; whole or not at all.
 
     Args:
-        output: the new folder.
+        output: where :func:`new_folder` has made room.
         beside: whose configuration and tokenizer are copied; None: nobody's.
         tensors, pieces: see :func:`write_streamed`.
         document: of merge.json.
@@ -123,9 +123,7 @@ def write_model_folder(
         OSError: there is too little space, or it cannot be written to.
     """
     sizes = {name: one.nbytes for name, one in tensors.items()}
-    output = new_folder(output)
     check_space(output, sum(sizes.values()))
-
     is_adapter = document.get("weights_format") == PEFT
 
     def write(path: Path, names: list[str]) -> None:

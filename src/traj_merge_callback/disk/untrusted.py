@@ -189,6 +189,20 @@ def texts(values: Any) -> list[str]:
     return values
 
 
+def shards_in(index: Path, suffixes: tuple[str, ...] = (".safetensors",)) -> list[str]:
+    """The names of the weights files that an index of Hugging Face names, which lie beside it.
+
+    Raises:
+        FileNotFoundError: there is no index.
+        ValueError: it is damaged, or names something else.
+    """
+    with damage_of(index):
+        names = sorted(set(texts(list(read_json_object(index)["weight_map"].values()))))
+    if wrong := [name for name in names if not (re.fullmatch(r"[\w.-]+", name) and name.endswith(suffixes))]:
+        raise ValueError(f"{index} is damaged: {wrong[0]!r} is not the name of a weights file")
+    return names
+
+
 def mapping(values: Any) -> dict[str, Any]:
     """An object.
 

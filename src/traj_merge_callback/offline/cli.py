@@ -24,7 +24,7 @@ from ..disk.metrics_file import read_records
 from ..disk.snapshots import find_snapshot, read_merge, snapshot_folder
 from ..disk.streamed import consolidate_snapshot
 from ..disk.untrusted import damage_of
-from ..metrics import MergeRecord
+from ..metrics import MergeRecord, with_error
 
 _DIFFERS = 3
 _BAR = 30
@@ -409,8 +409,7 @@ def _options(given: list[str] | None) -> dict[str, Any]:
 
 
 def _gain(losses: dict[str, Any]) -> str:
-    error = losses.get("gain_stderr")
-    return f"{losses['gain']:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+    return with_error(losses["gain"], losses.get("gain_stderr"))
 
 
 def _print_losses(record: MergeRecord) -> None:

@@ -69,7 +69,7 @@ def curve(
         ValueError, TypeError, OSError: see :func:`search`; ``output`` holds a curve made with other arguments.
     """
     window = integer("window", window, 2)
-    config = checked_config({**options}, keep_last=0, keep_best=False)
+    config = checked_config(options, keep_last=0, keep_best=False)
     found = find_checkpoints(checkpoints, last=last, every=every, steps=steps, allow_pickle=allow_pickle)
     ends = [*range(1, len(found))]
     if not every_step and len(ends) > _POINTS:
@@ -105,8 +105,7 @@ def curve(
         report(output, output / "curve.html")
     except ImportError as error:
         logger.warning("the curve is not drawn: %s", error)
-    steps_wanted = {found[end].step for end in ends}
-    return [one for one in read_records(output / "metrics.jsonl") if one["step"] in steps_wanted]
+    return [json.loads(lines[found[end].step]) for end in ends]
 
 
 def _begun(output: Path, settings: dict[str, Any], store: SnapshotStore) -> dict[int, str]:

@@ -101,36 +101,37 @@ def check_alike(checkpoints: Sequence[Checkpoint]) -> None:
         ValueError: they are of different architectures, or their tokenizers differ.
     """
     last = checkpoints[-1]
-    for document, differing in (("config.json", _configurations), ("", _tokenizers)):
-        newest = _described(last, document)
-        for one in checkpoints[:-1]:
-            described = _described(one, document)
-            if newest is not None and described is not None and described != newest:
-                differing(one, described, last, newest)
+    config, vocabulary = _config_of(last), _vocabulary_of(last)
+    for one in checkpoints[:-1]:
+        if config is not None and (other := _config_of(one)) is not None:
+            _compare(one, other, last, config)
+        if vocabulary is not None and _vocabulary_of(one) not in (None, vocabulary):
+            raise ValueError(
+                f"the tokenizers of {one.name} and {last.name} differ: their losses are of different tokens"
+            )
 
 
-def _described(checkpoint: Checkpoint, document: str) -> Any:
-    folder = checkpoint.path
-    if document:
-        return read_json_object(folder / document) if (folder / document).is_file() else None
-    paths = [folder / name for name in _VOCABULARIES if (folder / name).is_file()]
+def _config_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    path = checkpoint.path / "config.json"
+    return read_json_object(path) if path.is_file() else None
+
+
+def _vocabulary_of(checkpoint: Checkpoint) -> str | None:
+    """A digest of the tokenizer's vocabulary."""
+    paths = [path for name in _VOCABULARIES if (path := checkpoint.path / name).is_file()]
     return hashlib.sha256(own_file(paths[0]).read_bytes()).hexdigest() if paths else None
 
 
-def _configurations(one: Checkpoint, described: dict[str, Any], last: Checkpoint, newest: dict[str, Any]) -> None:
+def _compare(one: Checkpoint, config: dict[str, Any], last: Checkpoint, newest: dict[str, Any]) -> None:
     for key in _ARCHITECTURE:
-        if described.get(key) != newest.get(key):
+        if config.get(key) != newest.get(key):
             raise ValueError(
-                f"{one.name} is {described.get(key)}, and {last.name} is {newest.get(key)}: checkpoints of one run are "
+                f"{one.name} is {config.get(key)}, and {last.name} is {newest.get(key)}: checkpoints of one run are "
                 "of one architecture"
             )
-    keys = sorted(described.keys() | newest.keys())
-    if differ := [key for key in keys if key not in _VOLATILE and described.get(key) != newest.get(key)]:
+    keys = sorted(config.keys() | newest.keys())
+    if differ := [key for key in keys if key not in _VOLATILE and config.get(key) != newest.get(key)]:
         logger.warning("config.json of %s and of %s differ in %s", one.name, last.name, ", ".join(differ))
-
-
-def _tokenizers(one: Checkpoint, described: str, last: Checkpoint, newest: str) -> None:
-    raise ValueError(f"the tokenizers of {one.name} and {last.name} differ: their losses are of different tokens")
 
 
 def load_tokenizer(checkpoints: Sequence[Checkpoint], name: str | None) -> tuple[Tokenizer, str]:

@@ -184,12 +184,11 @@ def prepare(
         model = model_named(model, dtype, place)
     about: dict[str, Any] = {"checkpoints": [one.name for one in checkpoints]}
     saved = None
-    if _are_names(heldout):
-        names = [heldout] if isinstance(heldout, (str, Path)) else [*heldout]
+    if (names := sources_in(heldout)) is not None:
         tokens, name = load_tokenizer(checkpoints, tokenizer)
         saved = None if name == "bytes" else tokens
         about["heldout_data"] = {
-            "sources": [located(str(one)) for one in names],
+            "sources": [located(one) for one in names],
             "tokenizer": name,
             **reading,
             "block_size": block_for(model, reading["block_size"]),
@@ -208,10 +207,12 @@ def prepare(
     return Evaluating(model, loss, config, about, saved)
 
 
-def _are_names(heldout: Any) -> bool:
-    if isinstance(heldout, (str, Path)):
-        return True
-    return isinstance(heldout, (list, tuple)) and bool(heldout) and all(isinstance(o, (str, Path)) for o in heldout)
+def sources_in(heldout: Any) -> list[str] | None:
+    """The names of held-out text that are given; None if batches are."""
+    given = [heldout] if isinstance(heldout, (str, Path)) else heldout
+    if isinstance(given, (list, tuple)) and given and all(isinstance(one, (str, Path)) for one in given):
+        return [str(one) for one in given]
+    return None
 
 
 def heldout_of(described: Mapping[str, Any], tokenizer: Any) -> Mapping[str, Iterable[Any]]:

@@ -14,7 +14,7 @@ from ..disk.untrusted import damage_of, mapping, number
 from ..evaluate.heldout import HeldOutLoss, Nll
 from .checkpoints import Checkpoint
 from .models import device_named, load_model, load_tokenizer
-from .search import heldout_of
+from .search import heldout_of, sources_in
 
 # Nats per token that other hardware may make of the same weights and text.
 _TOLERANCE = 1e-3
@@ -76,9 +76,9 @@ def verify(
     else:
         load_merged(folder, model)
     options: dict[str, Any] = {}
-    if described is not None and (heldout is None or isinstance(heldout, (str, Path, list, tuple))):
-        given = described["sources"] if heldout is None else [heldout] if isinstance(heldout, (str, Path)) else heldout
-        described = {**described, "sources": [str(one) for one in given]}
+    sources = sources_in(heldout)
+    if described is not None and (heldout is None or sources is not None):
+        described = described if sources is None else {**described, "sources": sources}
         with damage_of(folder / "merge.json"):
             name = described["tokenizer"] if described["tokenizer"] == "bytes" else None
             heldout = heldout_of(described, load_tokenizer([checkpoint], name)[0])

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS
 
 from ..disk.atomic import TEMPORARY
-from ..disk.model_files import STATE_DICT, verify_snapshot
+from ..disk.model_files import STATE_DICT, check_whole, verify_snapshot
 from ..disk.output import LOCK
 from ..disk.snapshots import read_merge, snapshot_folder
 
@@ -39,8 +39,7 @@ def push_to_hub(
     """
     folder = snapshot_folder(snapshot)
     merge = read_merge(folder)
-    if merge.get("sharded"):
-        raise ValueError(f"snapshot {folder} is in parts: make a model folder of it first, with traj-merge consolidate")
+    check_whole(folder, merge)
     if merge.get("weights_format") == STATE_DICT:
         raise ValueError(f"snapshot {folder} is of {merge.get('model_class')}, which is no Hugging Face model")
     verify_snapshot(folder, merge)
