@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import same_weights, tiny_llama
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from traj_merge_callback import find_snapshot, load_merged, read_merge
 from traj_merge_callback.disk.model_files import _read_shards, _write_shards, collect_weights, weights_format
 from traj_merge_callback.disk.snapshots import SnapshotStore
+from traj_merge_callback.disk.untrusted import damage_of
 from traj_merge_callback.window.layout import ParameterLayout
 
 
@@ -81,6 +83,7 @@ import sys
 import torch
 from pathlib import Path
 from traj_merge_callback.disk.snapshots import SnapshotStore
+from traj_merge_callback.disk.untrusted import damage_of
 from traj_merge_callback.window.layout import ParameterLayout
 from traj_merge_callback.disk.model_files import collect_weights
 store = SnapshotStore(Path(sys.argv[1]), keep_last=2, keep_best=True)
@@ -135,6 +138,15 @@ def test_whoever_reads_best_while_the_run_goes_on_never_mixes_two_snapshots(tmp_
         process.kill()
         process.wait()
     assert len(loaded) >= 8
+
+
+def test_a_file_that_is_pruned_while_it_is_opened_is_missing_and_not_damaged(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(FileNotFoundError, match="removed while it was read"), damage_of(path):
+        # safetensors reads the header, and has torch open the file once more.
+        path.unlink()
+        torch.UntypedStorage.from_file(str(path), shared=False, nbytes=8)
 
 
 def test_large_weights_are_sharded_and_read_back(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,22 @@ _known: dict[tuple[int, int, int, int], str] = {}
 _MOST_KNOWN = 4096
 
 
-def checksums_of(folder: Path, rank: int = 0) -> dict[str, str]:
+def checksums_of(folder: Path, rank: int = 0, known: Mapping[str, str] | None = None) -> dict[str, str]:
     """SHA-256 of the files in a folder that a rank wrote, by their paths in it; rank 0 wrote what is not marked.
 
     A README is left out: nothing is loaded from it, and its owner may edit it.
+
+    Args:
+        folder: where the files are.
+        rank: who wrote them.
+        known: those that were taken while files were written.
     """
-    found = {}
+    found = dict(known or {})
     for path in sorted(folder.rglob("*")):
         marked = re.search(r"\.rank-(\d+)\.safetensors$", path.name)
         if path.is_file() and path.name != README and rank == (int(marked[1]) if marked else 0):
-            found[path.relative_to(folder).as_posix()] = _remembered(path)
+            name = path.relative_to(folder).as_posix()
+            found[name] = found.get(name) or _remembered(path)
     return found
 
 

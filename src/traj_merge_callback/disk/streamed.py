@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import io
+import hashlib
 import json
 import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ def write_streamed(
     tensors: Mapping[str, Described],
     pieces: Callable[[str], Iterable[Tensor]],
     metadata: Mapping[str, str],
-) -> None:
+) -> str:
     """Write a safetensors file (https://github.com/huggingface/safetensors: eight bytes that give the length of a JSON
     header, the header, the tensors' bytes one after another).
 
@@ -68,6 +69,9 @@ def write_streamed(
         tensors: what it will hold, by name.
         pieces: gives the numbers of a tensor in order, as contiguous CPU tensors of its dtype.
         metadata: of the file.
+
+    Returns:
+        Its SHA-256, taken of each piece while it is written.
 
     Raises:
         OSError: it cannot be written.
@@ -84,22 +88,26 @@ def write_streamed(
         end += one.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb", buffering=0) as file:
-        file.write(len(text).to_bytes(8, "little"))
-        _write_all(file, memoryview(text))
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
+
+        def write(data: memoryview) -> None:
+            hashed = beside.submit(digest.update, data)
+            rest = data
+            while rest:
+                rest = rest[file.write(rest) :]
+            hashed.result()
+
+        write(memoryview(len(text).to_bytes(8, "little") + text))
         for name, one in tensors.items():
             written = 0
             for piece in pieces(name):
                 data = memoryview(piece.reshape(-1).view(torch.uint8).numpy().data)
-                _write_all(file, data)
+                write(data)
                 written += len(data)
             if written != one.nbytes:
                 raise ValueError(f"tensor {name!r} came as {written} bytes, and should have {one.nbytes}")
-
-
-def _write_all(file: io.FileIO, data: memoryview) -> None:
-    while data:
-        data = data[file.write(data) :]
+    return digest.hexdigest()
 
 
 def write_model_folder(
@@ -125,11 +133,12 @@ def write_model_folder(
     sizes = {name: one.nbytes for name, one in tensors.items()}
     check_space(output, sum(sizes.values()))
     is_adapter = document.get("weights_format") == PEFT
+    checksums: dict[str, str] = {}
 
     def write(path: Path, names: list[str]) -> None:
         if is_adapter:
             path = path.with_name("adapter_model.safetensors")
-        write_streamed(path, {name: tensors[name] for name in names}, pieces, METADATA)
+        checksums[path.name] = write_streamed(path, {name: tensors[name] for name in names}, pieces, METADATA)
 
     with whole_folder(output) as temporary:
         # Adapters are read from one file.
@@ -137,7 +146,7 @@ def write_model_folder(
         for path in sorted(beside.iterdir()) if beside is not None else []:
             if path.is_file() and path.suffix in _SMALL and not _NOT_COPIED.fullmatch(path.name):
                 shutil.copyfile(own_file(path), temporary / path.name)
-        write_document(temporary, {"version": FORMAT_VERSION, **document}, checksums_of(temporary))
+        write_document(temporary, {"version": FORMAT_VERSION, **document}, checksums_of(temporary, known=checksums))
 
 
 def consolidate_snapshot(folder: str | Path, output: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:

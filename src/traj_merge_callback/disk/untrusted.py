@@ -110,10 +110,16 @@ def safetensors_in(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def damage_of(path: Path) -> Iterator[None]:
-    """What is wrong with a file, or with the files of a folder, becomes a ValueError that names it."""
+    """What is wrong with a file, or with the files of a folder, becomes a ValueError that names it.
+
+    A FileNotFoundError where it is not there any more: a run that goes on removes its oldest snapshots while somebody
+    reads them, and safetensors and torch do not say so in the same way at each step of opening a file.
+    """
     try:
         yield
     except (SafetensorError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} was removed while it was read") from error
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
 

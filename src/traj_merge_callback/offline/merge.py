@@ -23,7 +23,7 @@ from .models import check_alike
 from .progress import bar
 
 # Numbers that one operation works on.
-_CHUNK = 1 << 22
+_CHUNK = 1 << 19
 
 
 def merge(
@@ -125,7 +125,7 @@ def _blame(name: str, found: Sequence[Checkpoint]) -> None:
 
 def _is_finite(piece: Tensor) -> bool:
     # A sum is made faster than numbers are looked at one by one, and shows that one is not finite.
-    return math.isfinite(float(piece.sum(dtype=torch.float32))) or bool(piece.isfinite().all())
+    return math.isfinite(float(piece.sum())) or bool(piece.isfinite().all())
 
 
 def _format(folder: Path | None) -> str:
