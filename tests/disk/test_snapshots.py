@@ -83,7 +83,6 @@ import sys
 import torch
 from pathlib import Path
 from traj_merge_callback.disk.snapshots import SnapshotStore
-from traj_merge_callback.disk.untrusted import damage_of
 from traj_merge_callback.window.layout import ParameterLayout
 from traj_merge_callback.disk.model_files import collect_weights
 store = SnapshotStore(Path(sys.argv[1]), keep_last=2, keep_best=True)
