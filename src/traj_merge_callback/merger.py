@@ -31,7 +31,7 @@ from .engine.rollback import Rollback
 from .engine.schedule import Schedule
 from .engine.training_loss import TrainingLoss
 from .evaluate.heldout import LATER, HeldOutLoss, Nll, ToDevice, is_later
-from .evaluate.isolation import delayed_signals
+from .evaluate.untouched.isolation import delayed_signals
 from .metrics import MergeRecord
 from .search.checks import function, integer, names, shown, whole
 from .search.problem import SearchState

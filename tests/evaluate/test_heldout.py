@@ -14,8 +14,8 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 from traj_merge_callback import CheckpointWindow, HeldOutLoss
 from traj_merge_callback.evaluate.candidate import weights_in
 from traj_merge_callback.evaluate.data import merge_shares
-from traj_merge_callback.evaluate.isolation import isolated
 from traj_merge_callback.evaluate.parking import Parking
+from traj_merge_callback.evaluate.untouched.isolation import isolated
 from traj_merge_callback.evaluate.weights import installed
 from traj_merge_callback.window.pieces import finish
 

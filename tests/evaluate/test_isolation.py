@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from traj_merge_callback import CheckpointWindow, HeldOutLoss
-from traj_merge_callback.evaluate.isolation import isolated
+from traj_merge_callback.evaluate.untouched.isolation import isolated
 from traj_merge_callback.evaluate.weights import installed
 
 

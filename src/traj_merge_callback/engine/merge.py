@@ -15,9 +15,9 @@ from ..config import MergeConfig
 from ..evaluate.candidate import Candidates, weights_in
 from ..evaluate.fsdp import Units
 from ..evaluate.heldout import HeldOutLoss, Ready, device_of
-from ..evaluate.isolation import isolated
 from ..evaluate.kept import Keeper, Kept
 from ..evaluate.parking import Parking
+from ..evaluate.untouched.isolation import isolated
 from ..metrics import MergeRecord, report_losses
 from ..search.problem import SearchState
 from ..window.matrix import Matrix

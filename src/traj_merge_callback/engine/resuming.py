@@ -20,7 +20,7 @@ from ..disk.snapshots import SnapshotStore
 from ..disk.state import RunState, Saved, load_state
 from ..distributed import Processes
 from ..evaluate.heldout import HeldOutLoss
-from ..evaluate.isolation import delayed_signals
+from ..evaluate.untouched.isolation import delayed_signals
 from ..window.window import CheckpointWindow
 from .budget import Overhead
 from .capturing import Capturing

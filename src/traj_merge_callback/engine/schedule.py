@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from ..config import MergeConfig
 from ..distributed import ENDS, CollectiveTimeout, Processes, described
 from ..evaluate.heldout import HeldOutLoss, device_of
-from ..evaluate.isolation import delayed_signals, preserved_rng, terminations
 from ..evaluate.parking import Parking
+from ..evaluate.untouched.isolation import delayed_signals, preserved_rng, terminations
 from ..metrics import MergeRecord
 from ..search.grouped import GroupedSearch
 from ..search.problem import GRADIENT_COST, SearchState

@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from ..distributed import Processes
 from ..search.checks import shown
 from .indices import Indices
-from .isolation import preserved_rng
-from .reachable import preserved
 from .sample import Laid, Split, evenly, lay_together
+from .untouched.isolation import preserved_rng
+from .untouched.reachable import preserved
 
 # The label of a position that is no target.
 IGNORED = -100

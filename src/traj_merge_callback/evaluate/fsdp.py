@@ -28,9 +28,9 @@ from ..window.memory import let_go
 from ..window.names import unwrap
 from ..window.pieces import EXCHANGE, Pieces
 from ..window.sharding import Unit
-from .isolation import isolated
 from .kept import Kept
 from .parking import Parking
+from .untouched.isolation import isolated
 from .weights import add_gradients, installed, write_into
 
 

@@ -31,10 +31,10 @@ from .data import (
     select_sequences,
     tensors_of,
 )
-from .isolation import isolated, uncached_casts
 from .language_model import LanguageModelNll
-from .reachable import Owned
 from .sample import Split, choose
+from .untouched.isolation import isolated, uncached_casts
+from .untouched.reachable import Owned
 
 logger = logging.getLogger("traj_merge_callback")
 #: In the place of held-out data that are not there yet.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..window.names import clean_name, unwrap
-from .isolation import MODULE_INTERNALS, delayed_signals
+from .untouched.isolation import MODULE_INTERNALS, delayed_signals
 
 # Larger tensors are kept only if they have been seen to change: frozen weights can be as large as the model.
 _ALWAYS_KEPT = 2**16

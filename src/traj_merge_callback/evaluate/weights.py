@@ -15,9 +15,9 @@ from ..window.layout import BufferPlace, ParameterLayout, Slot, persistent_buffe
 from ..window.names import clean_name, unwrap
 from ..window.pieces import EXCHANGE, Pieces
 from ..window.sharding import EqualShares
-from .isolation import Watch, delayed_signals, isolated
 from .kept import Kept
 from .parking import Parking
+from .untouched.isolation import Watch, delayed_signals, isolated
 
 
 class Weights(Protocol):

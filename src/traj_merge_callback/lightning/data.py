@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import CombinedLoader
 
-from ..evaluate.isolation import preserved_rng
+from ..evaluate.untouched.isolation import preserved_rng
 
 T = TypeVar("T")
 

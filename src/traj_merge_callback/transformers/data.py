@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
-from ..evaluate.isolation import preserved_rng
+from ..evaluate.untouched.isolation import preserved_rng
 
 logger = logging.getLogger("traj_merge_callback")
 
