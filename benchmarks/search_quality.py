@@ -7,12 +7,16 @@ less than a few 1e-6 nats). Prints a table and, as its last line, one JSON objec
 
     python benchmarks/search_quality.py --quick                       one small trajectory, under a minute
     python benchmarks/search_quality.py --output benchmarks/results   27 cases, about 70 minutes on 2 cores
+    python benchmarks/search_quality.py --only fisher regmean --output benchmarks/results
+
+The last runs these methods alone, and puts them into the results of an earlier run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import time
@@ -33,7 +37,9 @@ from trajectories import BATCH, Spec, Trajectory, blocks_of, load, prose_blocks,
 from traj_merge_callback import CheckpointWindow, Evaluation, HeldOutLoss, Problem
 from traj_merge_callback.distributed import Processes
 from traj_merge_callback.engine.choose import Selection, select
-from traj_merge_callback.evaluate.candidate import Candidates, weights_in
+from traj_merge_callback.evaluate.by_parameter.fisher import FisherInformation
+from traj_merge_callback.evaluate.by_parameter.regmean import RegressionMean
+from traj_merge_callback.evaluate.candidate import ByParameter, Candidates, weights_in
 from traj_merge_callback.evaluate.heldout import Split, device_of
 from traj_merge_callback.evaluate.parking import Parking
 from traj_merge_callback.evaluate.weights import installed
@@ -52,11 +58,14 @@ ROWS = 8
 DEFAULT = "auto"
 # What may be spent by methods without an entry here: what a merge of the library may spend by default.
 EVALUATIONS = 9
-BUDGETS = {"gp": 50, "greedy": 16, "pairwise": 12, "reach": 12, "sparse": 50, "trajectory": 36}
+BUDGETS = {"df-merge": 50, "gp": 50, "greedy": 16, "pairwise": 12, "reach": 12, "sparse": 50, "trajectory": 36}
 RECIPES = ("lawa", "ema", "wma", "wsm", "mwa-loss", "mwa-step", "perplexity")
 AVERAGES = ("tail-ema", "half-life", "mean-of-steps", "posthoc-ema")
+BY_PARAMETER = ("fisher", "regmean", "df-merge")
 SEARCHES = ("auto", "trajectory", "reach", "gp", "pairwise", "sparse", "greedy")
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in SEARCHES + RECIPES + AVERAGES}
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (name, {}) for name in (*SEARCHES, *RECIPES, *AVERAGES, *BY_PARAMETER)
+}
 METHODS["auto, simplex"] = ("auto", {"space": "simplex"})
 
 
@@ -106,8 +115,8 @@ class Case:
             put(self.model, trajectory.at(end))
             self.window.push(self.model, end)
         parking = Parking(device_of(self.model), self.window.processes)
-        weights = weights_in(self.model, self.window, self.heldout.seed, parking)
-        self.candidates = Candidates(weights, self.window, self.heldout)
+        self.weights = weights_in(self.model, self.window, self.heldout.seed, parking)
+        self.candidates = Candidates(self.weights, self.window, self.heldout)
         self.live_search = self.heldout.evaluate(self.model, "search")
         self.live = self.heldout.evaluate(self.model, "report")
         self.problem = Problem(
@@ -120,12 +129,24 @@ class Case:
             spans=self.window.spans if window.samples > 1 else (),
         )
 
-    def choose(self, name: str, options: dict[str, Any], evaluations: int) -> Selection:
-        """Run a search by name."""
-        problem = replace(self.problem, evaluations=evaluations - 1, memory={})
-        build: Callable[..., Search] = resolve_search(name, options)
+    def choose(self, name: str, options: dict[str, Any], evaluations: int) -> tuple[Evaluation, Selection]:
+        """Run a search by name; also what it chose, on the report split."""
+        kind = resolve_search(name, options)
+        by_parameter: ByParameter | None = None
+        if kind.weighing != "rows":
+            fisher = kind.weighing == "fisher"
+            by_parameter = FisherInformation(self.window, ROWS) if fisher else RegressionMean(self.window, self.model)
+        candidates = Candidates(self.weights, self.window, self.heldout, by_parameter)
+        learnt = finish(candidates.learn())
+        problem = replace(self.problem, evaluations=evaluations - 1 - math.ceil(learnt), memory={})
+        build: Callable[..., Search] = kind
         search = build(problem, **options)
-        return finish(select(lambda: search, problem, self.candidates.measure, self.start(), {}, ALONE))
+        chosen = finish(select(lambda: search, problem, candidates.measure, self.start(), {}, ALONE))
+        chosen = replace(chosen, forward_equivalents=chosen.forward_equivalents + learnt)
+        if chosen.weights is None:
+            return self.live, chosen
+        finish(candidates.load(chosen.weights))
+        return finish(candidates.evaluate("report")), chosen
 
     def choose_grouped(self, chosen: Selection) -> Selection:
         """Go on to weights for each parameter group, three steps at most."""
@@ -199,28 +220,32 @@ class Case:
         return Selection(None, self.live_search.loss, self.live_search)
 
 
-def study(trajectory: Trajectory, point: int, window: Window, quick: bool) -> dict[str, Any]:
-    """All methods on one case."""
+def study(trajectory: Trajectory, point: int, window: Window, quick: bool, only: Sequence[str]) -> dict[str, Any]:
+    """All methods on one case, or the default, the optimum and some others."""
     started = time.perf_counter()
     case = Case(trajectory, point, window, quick)
     finals = trajectory.finals[point]
     decayed = case.report_row(finals["decayed"])
     found: dict[str, tuple[Evaluation, Selection | None]] = {}
     for name, (search, options) in METHODS.items():
-        chosen = case.choose(search, options, EVALUATIONS if quick else BUDGETS.get(name, EVALUATIONS))
-        found[name] = case.report(chosen.weights), chosen
+        # Methods that weigh each parameter merge single checkpoints.
+        possible = window.samples == 1 or name not in BY_PARAMETER
+        if possible and (not only or name in (DEFAULT, *only)):
+            budget = EVALUATIONS if quick else BUDGETS.get(name, EVALUATIONS)
+            found[name] = case.choose(search, options, budget)
     default = found[DEFAULT][1]
     assert default is not None
-    surrogate = case.surrogate_alone()
-    found["surrogate alone"] = case.report(surrogate.weights), surrogate
     optimum = case.optimum(np.full(ROWS, 1 / ROWS) if default.weights is None else default.weights)
     found["affine optimum"] = case.report(optimum.weights), optimum
-    if default.weights is not None:
-        grouped = case.choose_grouped(default)
-        found["auto, groups"] = case.report(grouped.weights), grouped
-    for name, row in finals.items():
-        if name != "decayed":
-            found[f"per-step {name}" if name.startswith("ema") else name] = case.report_row(row), None
+    if not only:
+        surrogate = case.surrogate_alone()
+        found["surrogate alone"] = case.report(surrogate.weights), surrogate
+        if default.weights is not None:
+            grouped = case.choose_grouped(default)
+            found["auto, groups"] = case.report(grouped.weights), grouped
+        for name, row in finals.items():
+            if name != "decayed":
+                found[f"per-step {name}" if name.startswith("ema") else name] = case.report_row(row), None
 
     def losses(evaluation: Evaluation) -> dict[str, float]:
         return {name: evaluation.only({name}).loss for name in ("text", "prose")}
@@ -260,9 +285,9 @@ def study(trajectory: Trajectory, point: int, window: Window, quick: bool) -> di
     }
 
 
-def _study(arguments: tuple[Spec, int, Window, bool]) -> dict[str, Any]:
-    spec, point, window, quick = arguments
-    case = study(load([spec])[0], point, window, quick)
+def _study(arguments: tuple[Spec, int, Window, bool, Sequence[str]]) -> dict[str, Any]:
+    spec, point, window, quick, only = arguments
+    case = study(load([spec])[0], point, window, quick, only)
     print(
         f"{case['trajectory']:<20} {point:>5} {window.name:<5} live {case['live']['text']:.4f} decayed "
         f"{case['decayed']['text']:.4f} default {case['methods'][DEFAULT]['loss']:.4f} recovered "
@@ -271,6 +296,21 @@ def _study(arguments: tuple[Spec, int, Window, bool]) -> dict[str, Any]:
         flush=True,
     )
     return case
+
+
+def with_earlier(cases: list[dict[str, Any]], path: Path, only: Sequence[str]) -> list[dict[str, Any]]:
+    """The cases of an earlier run, with some methods of this one.
+
+    Raises:
+        ValueError: the cases are not the same.
+    """
+    earlier: list[dict[str, Any]] = json.loads(path.read_text())["all_cases"]
+    for old, new in zip(earlier, cases, strict=True):
+        same = all(old[key] == new[key] for key in ("trajectory", "point", "window", "spacing", "samples"))
+        if not same or not math.isclose(old["live"]["text"], new["live"]["text"], abs_tol=1e-6):
+            raise ValueError(f"{path} is of other cases: make all of it anew, without --only")
+        old["methods"] |= {name: new["methods"][name] for name in only if name in new["methods"]}
+    return earlier
 
 
 def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
@@ -287,13 +327,13 @@ def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
             "gain_recovered_min": min(recovered),
             "forward_equivalents": None,
             "decay_recovery": statistics.median(over(name, "decay_recovery")),
-            "decay_recovery_mean_rows": statistics.median(
-                over(name, "decay_recovery", lambda c: c["window"] == "mean")
-            ),
+            "decay_recovery_mean_rows": None,
             "prose_worse_than_live": sum(
                 case["methods"][name]["prose"] > case["live"]["prose"] for case in cases if name in case["methods"]
             ),
         }
+        if mean_rows := over(name, "decay_recovery", lambda case: case["window"] == "mean"):
+            methods[name]["decay_recovery_mean_rows"] = statistics.median(mean_rows)
         if "forward_equivalents" in cases[0]["methods"][name]:
             on_search, cost = over(name, "search_gain_recovered"), over(name, "forward_equivalents")
             methods[name] |= {
@@ -328,9 +368,10 @@ def table(found: dict[str, Any]) -> str:
     ]
     for name, row in sorted(found["methods"].items(), key=lambda item: -item[1]["gain_recovered"]):
         cost = "" if row["forward_equivalents"] is None else f"{row['forward_equivalents']:.2f}"
+        mean_rows = "" if row["decay_recovery_mean_rows"] is None else f"{row['decay_recovery_mean_rows']:.3f}"
         lines.append(
             f"| {name} | {row['gain_recovered']:.3f} | {row['gain_recovered_min']:.3f} | {cost} | "
-            f"{row['decay_recovery']:.3f} | {row['decay_recovery_mean_rows']:.3f} |"
+            f"{row['decay_recovery']:.3f} | {mean_rows} |"
         )
     return "\n".join(lines)
 
@@ -380,17 +421,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one small trajectory, near and mean rows")
     parser.add_argument("--output", type=Path, help="folder for search_quality.json, .md and .png")
+    parser.add_argument("--only", nargs="+", choices=sorted(METHODS), default=[], help="methods; needs --output")
     arguments = parser.parse_args()
     specs = [QUICK] if arguments.quick else list(SPECS)
     load(specs)
     work = [
-        (spec, point, window, arguments.quick)
+        (spec, point, window, arguments.quick, arguments.only)
         for spec in specs
         for point in spec.points
         for window in windows(spec, point)[:: 2 if arguments.quick else 1]
     ]
     with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         cases = list(pool.map(_study, work))
+    if arguments.only and arguments.output:
+        cases = with_earlier(cases, arguments.output / "search_quality.json", arguments.only)
     found = summary(cases)
     print("\n" + table(found) + "\n")
     if arguments.output:

@@ -16,8 +16,10 @@ from typing import Any, TypeVar
 from .metrics import DEFAULT_NAME
 from .search import resolve_search
 from .search.checks import LARGEST_SEED, choice, did_you_mean, function, integer, number, share, shown
+from .search.evaluation import PARTS
 from .search.grouped import GroupedSearch
 from .search.objective import KINDS
+from .search.problem import LEARNING_COST
 from .window.layout import check_groups
 from .window.storage import DTYPES
 
@@ -218,14 +220,27 @@ class MergeConfig:
         if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
             raise TypeError(f"search_options={options!r}: must be a dict from names of options to values")
         search = resolve_search(self.search, options)
-        self._check_rows(search.average_rate is not None)
+        self._check_rows(search.average_rate is not None or search.weighing != "rows")
         check_groups(self.groups)
-        if self.groups is not None and self.evaluations < GroupedSearch.cost + 2:
-            raise ValueError(
-                f"evaluations={self.evaluations}: groups take {GroupedSearch.cost} of them, so with groups="
-                f"{self.groups!r} it must be at least {GroupedSearch.cost + 2}"
-            )
+        if self.groups is not None and search.weighing != "rows":
+            raise ValueError(f"groups={self.groups!r} does not go with search={self.search!r}, which has no groups")
+        self.check_evaluations(self.num_rows)
         self._check_objective()
+
+    def check_evaluations(self, rows: int) -> None:
+        """Raise a ValueError if ``evaluations`` are too few for a merge of so many rows."""
+        least = self.least_evaluations(rows)
+        if self.evaluations < least:
+            takes = f"groups take {least - 2} of them, so with groups={self.groups!r}"
+            if self.groups is None:
+                takes = f"search={self.search!r} takes {least - 2} of them to learn of {rows} rows, so"
+            raise ValueError(f"evaluations={self.evaluations}: {takes} it must be at least {least}")
+
+    def least_evaluations(self, rows: int) -> int:
+        """The fewest ``evaluations`` with which so many rows can be merged."""
+        if self.groups is not None:
+            return GroupedSearch.cost + 2
+        return 2 + math.ceil(LEARNING_COST[resolve_search(self.search).weighing] * rows / PARTS)
 
     def _check_integers(self) -> None:
         minimums = {
@@ -289,7 +304,7 @@ class MergeConfig:
         if not os.fspath(self.output_dir):
             raise ValueError("output_dir='': must be the path of a folder; leave it out for the default")
 
-    def _check_rows(self, has_running_sums: bool) -> None:
+    def _check_rows(self, needs_checkpoints: bool) -> None:
         samples = self.samples_per_row
         if samples is not None and not 1 <= samples <= self.capture_interval:
             raise ValueError(f"samples_per_row={samples}: must be from 1 to capture_every={self.capture_interval}")
@@ -303,7 +318,7 @@ class MergeConfig:
                 f"samples_per_row={samples} does not divide capture_every={self.capture_interval}: samples must be "
                 "evenly spaced"
             )
-        if self.row_kind != "last" and has_running_sums:
+        if self.row_kind != "last" and needs_checkpoints:
             raise ValueError(
                 f"row={self.row!r} does not go with search={self.search!r}, which needs single checkpoints"
             )

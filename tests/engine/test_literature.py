@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import AT_ONCE, tiny_llama, train_steps
+from conftest import AT_ONCE, same_weights, tiny_llama, train_steps
 from transformers import AutoModelForCausalLM
 
-from traj_merge_callback import TrajectoryMerger
+from traj_merge_callback import MergeConfig, TrajectoryMerger, read_merge
 from traj_merge_callback.search.recipes import half_life_rate
 
 STEPS = 40
@@ -76,3 +76,56 @@ def test_every_method_merges_rows_of_every_kind(run, search, row):
     assert sum(record.weights) == pytest.approx(1)
     assert np.isfinite(record.merged_loss)
     assert record.search_losses["merged"] <= record.search_losses["live"]
+
+
+@pytest.mark.parametrize("search", ["fisher", "regmean", "df-merge"])
+def test_methods_that_weigh_each_parameter_merge_checkpoints(run, search):
+    record, trajectory = run(search, {}, evaluations=15, window_size=3)
+    assert record.source == "merge"
+    assert record.search_losses["merged"] < record.search_losses["live"]
+    learnt = (1 if search == "regmean" else 3) * 3 / 4
+    assert record.forward_equivalents == pytest.approx(learnt + record.evaluations, abs=1)
+    assert record.forward_equivalents <= 15
+    assert read_merge(record.snapshot)["weighing"] == ("regmean" if search == "regmean" else "fisher")
+    if search != "df-merge":
+        assert record.weights == pytest.approx([1 / 3] * 3)
+    merged, rows = published(record), torch.stack([trajectory[step] for step in record.checkpoint_steps])
+    mean = torch.tensor(record.weights, dtype=rows.dtype) @ rows
+    assert (merged - mean).norm() > 2e-3  # it is no weighted mean of checkpoints
+    if search != "regmean":  # each parameter is between its largest and its smallest value
+        used = rows[[weight > 0 for weight in record.weights]]
+        assert (merged <= used.amax(dim=0) + 1e-6).all()
+        assert (merged >= used.amin(dim=0) - 1e-6).all()
+
+
+@pytest.mark.parametrize("search", ["fisher", "regmean", "df-merge"])
+def test_methods_that_weigh_each_parameter_leave_training_as_it_is(loader, train, tmp_path, search):
+    def training(merging):
+        model = tiny_llama()
+        merger = TrajectoryMerger(
+            loader, output_dir=tmp_path, search=search, capture_every=1, merge_every=3, window_size=3, on_error="raise"
+        )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        train_steps(model, train, 12, (lambda step: merger.step(model, step)) if merging else None, optimizer=optimizer)
+        merger.close()
+        return model, len(merger.records)
+
+    (alone, _), (with_merges, count) = training(False), training(True)
+    assert count > 0
+    assert same_weights(alone, with_merges)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"search": "fisher", "evaluations": 7},
+            "evaluations=7: search='fisher' takes 6 of them to learn of 8 rows, so",
+        ),
+        ({"search": "df-merge", "groups": "blocks"}, "groups='blocks' does not go with search='df-merge'"),
+        ({"search": "regmean", "row": "mean"}, "row='mean' does not go with search='regmean', which needs single"),
+    ],
+)
+def test_methods_that_weigh_each_parameter_say_what_they_cannot(options, message):
+    with pytest.raises(ValueError, match=message):
+        MergeConfig(**options)

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ..config import MergeConfig
-from ..evaluate.candidate import Candidates, weights_in
+from ..evaluate.by_parameter.fisher import FisherInformation
+from ..evaluate.by_parameter.regmean import RegressionMean
+from ..evaluate.candidate import ByParameter, Candidates, weights_in
 from ..evaluate.fsdp import Units
 from ..evaluate.heldout import HeldOutLoss, Ready, device_of
 from ..evaluate.kept import Keeper, Kept
 from ..evaluate.parking import Parking
 from ..evaluate.untouched.isolation import isolated
 from ..metrics import MergeRecord, report_losses
+from ..search import resolve_search
 from ..search.problem import SearchState
 from ..window.matrix import Matrix
 from ..window.memory import refused_on_all
@@ -85,6 +88,7 @@ class Merge:
         if config.on_spike is not None:
             with refused_on_all(window.processes, config.num_rows):
                 self.last = LastMerge(torch.empty(window.layout.numel))
+        self._by_parameter = self._weighing(model)
         self._units = Units(model, window.layout, window.processes) if window.layout.sharding.units else None
 
     def first_pass(self, model: nn.Module) -> None:
@@ -174,8 +178,10 @@ class Merge:
             live = merged = yield from candidates.evaluate_live("report")
             if self._heldout.left_out > left_out:
                 state.forget()  # losses of earlier merges are of more sequences
+            learnt = yield from candidates.learn()
+            left = max(2, evaluations - math.ceil(learnt))
             chosen, described = yield from self.chooser.choose(
-                candidates.measure, window, live_search, state, step, evaluations
+                candidates.measure, window, live_search, state, step, left
             )
             yield from candidates.load(chosen.weights)
             if chosen.weights is not None:
@@ -210,7 +216,7 @@ class Merge:
             **described,
             **losses,
             evaluations=chosen.evaluations,
-            forward_equivalents=float(chosen.forward_equivalents),
+            forward_equivalents=float(chosen.forward_equivalents + learnt),
             allowed={"evaluations": evaluations},
             window_bytes=window.nbytes,
             snapshot=str(snapshot) if snapshot else None,
@@ -218,4 +224,19 @@ class Merge:
 
     def _candidates(self, model: nn.Module, kept: Kept) -> Candidates:
         weights = weights_in(model, self.window, self._heldout.seed, self.parking, units=self._units, kept=kept)
-        return Candidates(weights, self.window, self._heldout)
+        return Candidates(weights, self.window, self._heldout, self._by_parameter)
+
+    def _weighing(self, model: nn.Module) -> ByParameter | None:
+        """How rows are combined, if not as their weighted mean."""
+        weighing, window = resolve_search(self._config.search).weighing, self.window
+        if weighing == "rows":
+            return None
+        if window.processes.size > 1:
+            raise ValueError(
+                f"search={self._config.search!r} weighs each parameter by itself, which takes a whole model in one "
+                f"process; there are {window.processes.size}"
+            )
+        with refused_on_all(window.processes, self._config.num_rows):
+            if weighing == "regmean":
+                return RegressionMean(window, model)
+            return FisherInformation(window, max(self._config.num_rows, len(window)))

@@ -29,6 +29,7 @@ from ..disk.snapshots import SnapshotStore
 from ..distributed import ENDS, FailedOnAllRanks, Processes
 from ..evaluate.fsdp import ShardedWeights
 from ..evaluate.weights import Weights, WholeWeights
+from ..search import resolve_search
 from ..window.matrix import Matrix
 from ..window.pieces import PUBLISH, WAIT, Pieces
 from .failures import Failures
@@ -203,6 +204,7 @@ class Publisher:
             **{name: value for name, value in described.items() if name != "search_losses"},
             "search": config.search,
             "search_options": config.search_options,
+            "weighing": resolve_search(config.search).weighing,
             "search_split": search_losses,
             "report_split": losses,
             "row_dtype": self._window.dtype,

@@ -20,7 +20,6 @@ from ..evaluate.heldout import HeldOutLoss, device_of
 from ..evaluate.parking import Parking
 from ..evaluate.untouched.isolation import delayed_signals, preserved_rng, terminations
 from ..metrics import MergeRecord
-from ..search.grouped import GroupedSearch
 from ..search.problem import GRADIENT_COST, SearchState
 from ..window import devices
 from ..window.memory import let_go, ran_out
@@ -422,7 +421,7 @@ class Schedule:
             return None
         searched, reported = (-(-heldout.num_batches(split) // self._processes.size) for split in ("search", "report"))
         cost = MergeCost(searched, reported, heldout.parts, self._merge.window.num_pieces)
-        wanted = budgets(evaluations, 2 if config.groups is None else GroupedSearch.cost + 2)
+        wanted = budgets(evaluations, config.least_evaluations(config.num_rows))
         allowance = self._overhead.allowance
         budget = affordable(wanted, cost, self._durations, allowance)
         if budget != self._logged_budget:

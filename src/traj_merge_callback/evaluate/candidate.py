@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from ..search.evaluation import Evaluation, Gradient
 from ..window.matrix import Matrix
@@ -46,6 +47,27 @@ def weights_in(
     return WholeWeights(model, window.layout, row, kept, seed, parking)
 
 
+class ByParameter(Protocol):
+    """Combines rows in another way than as their weighted mean, by what it learns of each row."""
+
+    def learn(
+        self, load: Callable[[np.ndarray], Pieces[None]], weights: Weights, heldout: HeldOutLoss
+    ) -> Pieces[float]:
+        """Learn of each row on one part of the search split.
+
+        Args:
+            load: makes a row, given as merge weights, the current candidate.
+            weights: of the current candidate.
+            heldout: the held-out loss.
+
+        Returns:
+            What that cost, in forward passes over the search split.
+        """
+
+    def combine_pieces(self, weights: np.ndarray, out: Tensor) -> Pieces[None]:
+        """Write a merge of at least two rows to ``out``, shape ``(N,)``."""
+
+
 class Candidates:
     """Evaluates merges of a window, one after another, in a model whose own weights are never written.
 
@@ -55,22 +77,35 @@ class Candidates:
         weights: room for one candidate's weights.
         window: the checkpoints.
         heldout: the held-out loss.
+        by_parameter: how rows are combined; None: as their weighted mean.
     """
 
-    def __init__(self, weights: Weights, window: Matrix, heldout: HeldOutLoss) -> None:
+    def __init__(
+        self, weights: Weights, window: Matrix, heldout: HeldOutLoss, by_parameter: ByParameter | None = None
+    ) -> None:
         self.weights = weights
         #: Names of the buffers that are live's in every candidate.
         self.unmerged = frozenset[str]()
         self._window = window
         self._heldout = heldout
+        self._by_parameter = by_parameter
 
     def prepare(self) -> Pieces[None]:
         """Find out what candidates of the rows that the window holds now take from live."""
         self.unmerged = yield from self._window.unmerged_pieces()
 
+    def learn(self) -> Pieces[float]:
+        """Learn of the rows what combining them needs; what that cost, in forward passes over the search split."""
+        if self._by_parameter is None:
+            return 0.0
+        return (yield from self._by_parameter.learn(self.load, self.weights, self._heldout))
+
     def load(self, weights: np.ndarray | None) -> Pieces[None]:
         """Make the merge with these merge weights the current candidate; None: live, as last captured."""
-        yield from self._window.combine_pieces(weights, self.weights.row)
+        if self._by_parameter is None or weights is None or np.count_nonzero(weights) == 1:
+            yield from self._window.combine_pieces(weights, self.weights.row)
+        else:
+            yield from self._by_parameter.combine_pieces(weights, self.weights.row)
         if self.unmerged:
             layout, views = self._window.layout, self._window.layout.views(self.weights.row)
             for slot, tensor in zip(layout.slots, layout.tensors(self.weights.model), strict=True):

@@ -70,6 +70,7 @@ def curve(
     """
     window = integer("window", window, 2)
     config = checked_config(options, keep_last=0, keep_best=False)
+    config.check_evaluations(window)
     found = find_checkpoints(checkpoints, last=last, every=every, steps=steps, allow_pickle=allow_pickle)
     ends = [*range(1, len(found))]
     if not every_step and len(ends) > _POINTS:

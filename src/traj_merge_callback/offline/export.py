@@ -21,7 +21,8 @@ def export(folder: str | Path, *, format: str = "mergekit") -> str:
         format: "mergekit".
 
     Raises:
-        ValueError: the snapshot was made of rows that are no checkpoints, or with weights for each parameter group.
+        ValueError: the snapshot was made of rows that are no checkpoints, or with weights for each parameter group or
+            parameter.
     """
     choice("format", format, FORMATS)
     folder = snapshot_folder(folder)
@@ -33,6 +34,11 @@ def export(folder: str | Path, *, format: str = "mergekit") -> str:
         )
     if merge.get("group_weights"):
         raise ValueError(f"{folder} has merge weights for each parameter group, which mergekit's linear merge has not")
+    if merge.get("weighing", "rows") != "rows":
+        raise ValueError(
+            f"{folder} was merged with search={merge.get('search')!r}, which weighs each parameter by itself: "
+            "mergekit's linear merge does not"
+        )
     lines = ["merge_method: linear", "models:"]
     with damage_of(folder / "merge.json"):
         names, weights = texts(names), numbers(weights)

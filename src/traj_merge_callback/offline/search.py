@@ -134,6 +134,7 @@ def search(
     config = checked_config(options)
     folder = new_folder(output)
     found = find_checkpoints(checkpoints, last=last, every=every, steps=steps, allow_pickle=allow_pickle)
+    config.check_evaluations(len(found))
     reading = {"sequences": sequences, "block_size": block_size, "batch_size": batch_size}
     evaluating = prepare(found, heldout, config, model, tokenizer, nll, device, dtype, reading)
     rows = make_rows(evaluating, found, found[-1] if model is None else None, progress=progress)
@@ -155,7 +156,9 @@ def checked_config(options: dict[str, Any], **fixed: Any) -> MergeConfig:
     for name in options.keys() - set(OPTIONS):
         meant = did_you_mean(name, OPTIONS) or f"; there are {', '.join(OPTIONS)}"
         raise TypeError(f"{name}={options[name]!r}: there is no such option{meant}")
-    config = MergeConfig(row="last", capture_every=1, merge_every=1, on_error="raise", **options, **fixed)
+    config = MergeConfig(
+        row="last", capture_every=1, merge_every=1, on_error="raise", window_size=2, **options, **fixed
+    )
     if resolve_search(config.search).average_rate is not None:
         raise ValueError(
             f"search={config.search!r} needs an average of every step of a run, which its checkpoints do not tell; it "

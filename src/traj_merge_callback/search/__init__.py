@@ -51,6 +51,9 @@ _BUILT_IN = {
     "mean-of-steps": "recipes:MeanOfSteps",
     "posthoc-ema": "recipes:PosthocEma",
     "bema": "recipes:Bema",
+    "fisher": "recipes:Fisher",
+    "regmean": "recipes:RegMean",
+    "df-merge": "without_gradients.gp:DynamicFisherSearch",
 }
 _REQUIRED = "a subclass of traj_merge_callback.Search that overrides ask"
 _registered: dict[str, type[Search]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 
@@ -15,6 +15,10 @@ from .spans import Span
 
 # Cost of evaluating a candidate with its gradient (a forward and a backward pass), in forward passes.
 GRADIENT_COST = 3
+#: What merge weights belong to: see :class:`Search`.
+Weighing: TypeAlias = Literal["rows", "fisher", "regmean"]
+#: What it costs to learn of a row, in forward passes over one part of the search split.
+LEARNING_COST: dict[Weighing, int] = {"rows": 0, "fisher": GRADIENT_COST, "regmean": 1}
 # Live has gone astray if its loss rises by more than this many usual rises from merge to merge, and by more than this
 # share of the loss, which is below 0 where it is of a density.
 _RISES, _CLEARLY = 4.0, 0.02
@@ -179,6 +183,10 @@ class Search(ABC):
             over the search split (live's and the candidate's) suffice.
         multiscale: class attribute; whether ``row="auto"`` gives it rows that are means over spans that grow with age,
             instead of single checkpoints.
+        weighing: class attribute; what merge weights make a model of. "rows": the weighted mean of the rows. "fisher":
+            each parameter's weights are multiplied by its Fisher information in each row. "regmean": linear layers are
+            merged by least squares on their inputs, with equal weights. What the last two learn of the rows on one part
+            of the search split is paid from the budget.
         average_rate: class attribute; for BEMA, a function of the step and the options that returns beta_t, with which
             the window keeps its leading rows. None: the window has no leading rows.
         wants_gradient: whether the next candidate is to be evaluated with its gradient.
@@ -191,6 +199,7 @@ class Search(ABC):
     needs_gradients: ClassVar[bool] = False
     closed_form: ClassVar[bool] = False
     multiscale: ClassVar[bool] = False
+    weighing: ClassVar[Weighing] = "rows"
     average_rate: ClassVar[Callable[..., float] | None] = None
 
     wants_gradient: bool = False

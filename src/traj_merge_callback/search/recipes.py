@@ -333,6 +333,27 @@ MeanOfSteps = _search_of(mean_of_steps, "MeanOfSteps", "spans")
 PosthocEma = _search_of(posthoc_ema, "PosthocEma", "spans")
 
 
+class Fisher(Lawa):  # type: ignore[misc, valid-type]
+    """The mean of the rows, each parameter weighted by its Fisher information in each row (arXiv 2111.09832).
+
+    The information is the square of the gradient on one part of the search split. It takes as much memory as the rows
+    do in float32, and 3 passes over that part for each row.
+    """
+
+    weighing = "fisher"
+    closed_form = False
+
+
+class RegMean(Lawa):  # type: ignore[misc, valid-type]
+    """The mean of the rows, with linear layers merged by least squares on their inputs (arXiv 2212.09849).
+
+    It takes a pass over one part of the search split for each row.
+    """
+
+    weighing = "regmean"
+    closed_form = False
+
+
 class Bema(Search):
     """BEMA as a search (arXiv 2508.00180), with the paper's symbols as options; see :func:`bema`.
 

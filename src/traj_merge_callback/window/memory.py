@@ -71,6 +71,20 @@ def _left_by_groups(controller: str, path: str) -> list[tuple[float, float]]:
     return found
 
 
+def check_free(nbytes: int, what: str) -> None:
+    """Whether there is CPU memory for so many bytes, beside what is left to training.
+
+    Raises:
+        NoRoom: there is not.
+    """
+    free, total = free_memory(torch.device("cpu"))
+    if nbytes + devices.ROOM * total > free:
+        raise NoRoom(
+            f"{what} takes {in_bytes(nbytes)} of memory; {in_bytes(free)} are free, {in_bytes(devices.ROOM * total)} "
+            "of which are left to training"
+        )
+
+
 def in_bytes(count: float) -> str:
     """A number of bytes for a message."""
     if count >= 1e12:

@@ -100,6 +100,16 @@ class GaussianProcessSearch(_BayesianSearch):
         return point
 
 
+class DynamicFisherSearch(GaussianProcessSearch):
+    """Bayesian optimisation of one coefficient a row, with Fisher information as weights (DF-Merge, arXiv 2504.18992).
+
+    Coefficients are on the simplex, as there is no base model here whose differences to the rows could be scaled. The
+    information is that of each row, learnt once; the paper's is taken anew at each candidate, at k backward passes.
+    """
+
+    weighing = "fisher"
+
+
 class ReachSearch(_BayesianSearch):
     """Bayesian optimisation over two numbers: how far the merge reaches back and how sharply it ends.
 

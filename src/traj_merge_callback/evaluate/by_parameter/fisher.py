@@ -1,0 +1,102 @@
+"""Rows weighted by their Fisher information, parameter by parameter (arXiv 2111.09832, equation 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...search.problem import LEARNING_COST
+from ...window.matrix import Matrix
+from ...window.memory import check_free
+from ...window.names import unwrap
+from ...window.pieces import COMBINE, Pieces
+from ...window.storage import CHUNK
+from ..heldout import HeldOutLoss
+from ..weights import Weights
+
+# Of the mean information, added to each: a parameter that no row's loss depends on, as that of a token which the
+# held-out text has not, is the plain weighted mean of its rows then. Ours.
+_LEAST = 1e-10
+
+
+class FisherInformation:
+    """``theta = sum_i a_i F_i theta_i / sum_i a_i F_i``, for each parameter by itself, with merge weights ``a``.
+
+    ``F_i`` is the diagonal of the empirical Fisher information of row i: the square of the gradient of a batch's
+    summed loss in row i, summed over the batches of one part of the search split. A pass over examples one by one, as
+    in the paper, would take many times as long.
+
+    Args:
+        window: the rows.
+        rows: how many there are at most. So many float32 rows are kept in CPU memory.
+
+    Raises:
+        NoRoom: there is too little memory.
+    """
+
+    def __init__(self, window: Matrix, rows: int) -> None:
+        check_free(4 * rows * window.layout.numel, f"the Fisher information of {rows} rows")
+        self._window = window
+        self._information = torch.empty(rows, window.layout.numel)
+        self._least = 0.0
+
+    def learn(
+        self, load: Callable[[np.ndarray], Pieces[None]], weights: Weights, heldout: HeldOutLoss
+    ) -> Pieces[float]:
+        """See :class:`ByParameter`: a forward and a backward pass over one part of the split for each row."""
+        count = self._window.num_weights
+        for row, information in zip(np.eye(count), self._information[:count], strict=True):
+            yield from load(row)
+            yield from heldout.search_pieces(
+                weights.model, weights.ready, [0], gradient=_Squares(self._window, weights, information.zero_())
+            )
+        yield COMBINE
+        self._least = max(_LEAST * float(self._information[:count].mean()), float(torch.finfo(torch.float32).tiny))
+        return LEARNING_COST["fisher"] * count / heldout.parts
+
+    def combine_pieces(self, weights: np.ndarray, out: Tensor) -> Pieces[None]:
+        """See :class:`ByParameter`.
+
+        Raises:
+            ValueError: a weight is negative, so that the sum of a parameter's weights might be 0.
+        """
+        if (weights < 0).any():
+            raise ValueError(f"weights={weights.tolist()}: with Fisher information they must be at least 0")
+        row, total = torch.empty_like(out), torch.zeros_like(out)
+        chunks = [slice(start, start + CHUNK) for start in range(0, len(out), CHUNK)]
+        out.zero_()
+        for index in np.flatnonzero(weights):
+            yield from self._window.combine_pieces(np.eye(len(weights))[index], row)
+            for chunk in chunks:
+                yield COMBINE
+                share = self._information[index, chunk].to(out.device).add_(self._least).mul_(float(weights[index]))
+                out[chunk].addcmul_(share, row[chunk])
+                total[chunk].add_(share)
+        yield COMBINE
+        out.div_(total)
+
+
+class _Squares:
+    """A :class:`MergeGradient` that sums the squares of gradients, and has nothing to say of merge weights."""
+
+    def __init__(self, window: Matrix, weights: Weights, total: Tensor) -> None:
+        self._window = window
+        self._weights = weights
+        self._total = total
+        self.clear_gradient = weights.clear_gradient
+
+    def add_gradient(self) -> None:
+        """See :class:`MergeGradient`."""
+        for tensor in self._window.layout.tensors(unwrap(self._weights.model)):
+            if tensor.grad is not None:
+                tensor.grad.square_()
+        self._weights.add_gradient()
+
+    def projected(self) -> Pieces[np.ndarray]:
+        """See :class:`MergeGradient`."""
+        found = yield from self._weights.gradient()
+        self._total.add_(found.cpu())
+        return np.zeros(self._window.num_weights)

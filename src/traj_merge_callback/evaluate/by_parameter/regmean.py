@@ -1,0 +1,177 @@
+"""Linear layers merged by least squares on their inputs: RegMean (arXiv 2212.09849, equation 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from ...search.problem import LEARNING_COST
+from ...window.layout import Slot
+from ...window.matrix import Matrix
+from ...window.memory import check_free
+from ...window.names import unwrap
+from ...window.pieces import COMBINE, Pieces
+from ..heldout import HeldOutLoss
+from ..weights import Weights
+
+# By what the entries off the diagonal of a Gram matrix are multiplied: the paper's alpha, with its value.
+_OFF_DIAGONAL = 0.9
+# Of the mean of a sum's diagonal, added to it, so that it can be inverted. Ours.
+_RIDGE = 1e-6
+_TINY = 1e-30
+# The class of GPT-2's linear layers, which are stored the other way round.
+_CONV1D = "Conv1D"
+
+
+class _Matrix(NamedTuple):
+    """A linear layer's matrix.
+
+    Args:
+        slot: its columns.
+        transposed: whether it is stored as (inputs, outputs), as that of GPT-2's Conv1D.
+    """
+
+    slot: Slot
+    transposed: bool
+
+    @property
+    def inputs(self) -> int:
+        """How many inputs the layer has."""
+        return self.slot.shape[0 if self.transposed else 1]
+
+    def by_input(self, row: Tensor) -> Tensor:
+        """The matrix in a flat row, as (inputs, outputs)."""
+        view = row[self.slot.offset : self.slot.offset + self.slot.numel].view(self.slot.shape)
+        return view if self.transposed else view.T
+
+
+class _Sums:
+    """What the least squares of one matrix need.
+
+    Args:
+        matrix: the matrix.
+        device: that the model computes on.
+    """
+
+    def __init__(self, matrix: _Matrix, device: torch.device) -> None:
+        size = matrix.inputs
+        self._matrix = matrix
+        #: Of the inputs in the row that is looked at, shape ``(inputs, inputs)``.
+        self.gram = torch.zeros(size, size, device=device)
+        # Over all rows: of Gram matrices, and of their products with the rows' differences to their mean.
+        self._grams, self._products = torch.zeros(size, size), torch.zeros(size, matrix.slot.numel // size)
+
+    def add(self, row: Tensor, mean: Tensor) -> None:
+        """Add what was seen of a row, which is given as well as the rows' mean, and look at the next one."""
+        self.gram.mul_(_OFF_DIAGONAL).diagonal().div_(_OFF_DIAGONAL)
+        difference = self._matrix.by_input(row) - self._matrix.by_input(mean).to(row.device)
+        self._products.add_((self.gram @ difference).cpu())
+        self._grams.add_(self.gram.cpu())
+        self.gram.zero_()
+
+    def solve(self, merged: Tensor) -> None:
+        """Put the least squares in the place of the rows' mean, which is kept where no input says anything."""
+        self._grams.diagonal().add_(max(_RIDGE * float(self._grams.diagonal().mean()), _TINY))
+        found = torch.linalg.solve(self._grams.double(), self._products.double())
+        self._matrix.by_input(merged).add_(found)
+
+
+class RegressionMean:
+    """Each linear layer's matrix is the one whose outputs are nearest to those of the rows' own, on the rows' inputs.
+
+    With ``G_i = X_i' X_i`` of the inputs ``X_i`` that the layer has in row i, on one part of the search split, that is
+    ``(sum_i G_i)^-1 sum_i G_i W_i``. All other parameters are the rows' mean, and so are matrices that are shared with
+    an embedding. There is one such merge; its merge weights are those of the mean.
+
+    Args:
+        window: the rows.
+        model: the model.
+
+    Raises:
+        ValueError: the model has no linear layer.
+        NoRoom: there is too little memory: for each matrix what its inputs' Gram matrix takes twice, and the matrix.
+    """
+
+    def __init__(self, window: Matrix, model: nn.Module) -> None:
+        self._window = window
+        model = unwrap(model)
+        embeddings = {id(one.weight) for one in model.modules() if isinstance(one, nn.Embedding)}
+        tensors = zip(window.layout.tensors(model), window.layout.slots, strict=True)
+        slots = {id(tensor): slot for tensor, slot in tensors if slot.is_parameter and id(tensor) not in embeddings}
+        layers = [one for one in model.modules() if isinstance(one, nn.Linear) or type(one).__name__ == _CONV1D]
+        #: By the ``id`` of their parameter.
+        self._matrices = {
+            id(one.weight): _Matrix(slots[id(one.weight)], not isinstance(one, nn.Linear))
+            for one in layers
+            if id(one.weight) in slots
+        }
+        if not self._matrices:
+            raise ValueError("search='regmean' merges linear layers, and the model has none that is merged")
+        numbers = sum(2 * one.inputs**2 + one.slot.numel for one in self._matrices.values())
+        check_free(4 * (numbers + window.layout.numel), "the Gram matrices of the linear layers' inputs")
+        self._merged = torch.empty(window.layout.numel)
+
+    def learn(
+        self, load: Callable[[np.ndarray], Pieces[None]], weights: Weights, heldout: HeldOutLoss
+    ) -> Pieces[float]:
+        """See :class:`ByParameter`: a forward pass over one part of the split for each row."""
+        count = self._window.num_weights
+        layers = {key: _Sums(one, weights.row.device) for key, one in self._matrices.items()}
+
+        @contextmanager
+        def ready(gradients: bool) -> Iterator[None]:
+            with weights.ready(gradients), _Inputs(layers):
+                yield
+
+        yield from self._window.combine_pieces(np.full(count, 1 / count), self._merged)
+        for row in np.eye(count):
+            yield from load(row)
+            yield from heldout.search_pieces(weights.model, ready, [0])
+            for layer in layers.values():
+                yield COMBINE
+                layer.add(weights.row, self._merged)
+        for layer in layers.values():
+            yield COMBINE
+            layer.solve(self._merged)
+        return LEARNING_COST["regmean"] * count / heldout.parts
+
+    def combine_pieces(self, weights: np.ndarray, out: Tensor) -> Pieces[None]:
+        """See :class:`ByParameter`.
+
+        Raises:
+            ValueError: the weights are not equal.
+        """
+        if np.ptp(weights) > 1e-9:
+            raise ValueError(f"weights={weights.tolist()}: the least squares of all rows have equal weights")
+        yield COMBINE
+        out.copy_(self._merged)
+
+
+class _Inputs(TorchFunctionMode):
+    """Adds to layers' Gram matrices what their matrices are multiplied with.
+
+    It sees calls and not modules, so that no hook has to be put into the model that is being trained.
+
+    Args:
+        layers: by the ``id`` of their parameter.
+    """
+
+    def __init__(self, layers: dict[int, _Sums]) -> None:
+        super().__init__()
+        self._layers = layers
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Linear(x, weight), and GPT-2's addmm(bias, x, weight).
+        place = {functional.linear: 0, torch.addmm: 1}.get(func)
+        if place is not None and len(args) > place + 1 and (layer := self._layers.get(id(args[place + 1]))) is not None:
+            inputs = args[place].detach().reshape(-1, len(layer.gram)).float()
+            with torch.autocast(inputs.device.type, enabled=False):
+                layer.gram.add_(inputs.T @ inputs)
+        return func(*args, **(kwargs or {}))
