@@ -70,6 +70,22 @@ def test_search_inspect_verify_export_and_what_verify_finds(trainer_run, heldout
     assert "damaged" in run("verify", snapshot, code=1).stderr
 
 
+@pytest.mark.parametrize("search", ["fisher", "df-merge", "regmean"])
+def test_merges_that_weigh_each_parameter_are_verified_and_not_exported(trainer_run, heldout_file, tmp_path, search):
+    arguments = ["search", trainer_run, "--heldout", heldout_file, "--search", search, "--output", tmp_path / "merged"]
+    assert f"search='{search}' takes" in run(*arguments, *SMALL, "--set", "evaluations=2", code=1).stderr
+    assert not (tmp_path / "merged").exists()
+    run(*arguments, *SMALL)
+    snapshot = tmp_path / "merged" / "best"
+    merge = json.loads((snapshot / "merge.json").read_text())
+    assert merge["weighing"] == ("regmean" if search == "regmean" else "fisher")
+    found = json.loads(run("verify", snapshot, "--json").stdout)
+    assert found["differs"] == []
+    if merge["source"] == "merge":
+        assert "weighs each parameter by itself" in run("export", snapshot, code=1).stderr
+        assert "weighted by itself besides" in (snapshot / "README.md").read_text()
+
+
 def test_merge_writes_what_was_asked_for(tmp_path):
     saved(llama(), tmp_path / "run", (100, 200, 300))
     found = run("merge", tmp_path / "run", "--weights", "1/2,0,1/2", "--output", tmp_path / "mean", "--json")

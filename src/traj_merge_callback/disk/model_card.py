@@ -66,6 +66,8 @@ def _text(merge: dict[str, Any]) -> str:
         lines.append(f"| {last if first == last else f'{first} to {last}'} | {samples} | {weight:.4f} |")
     if merge["group_weights"]:
         lines += ["", f"Each of the groups {', '.join(merge['group_weights'])} has weights of its own, near these."]
+    if merge["weighing"] != "rows":
+        lines += ["", f"Each parameter is weighted by itself besides: `{merge['weighing']}`."]
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     return "\n".join([*lines, "", f"Made with {versions}.", ""])
 
