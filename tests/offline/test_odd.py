@@ -1,5 +1,6 @@
 """Checkpoints, names and folders that are not as one expects, and what a killed command leaves."""
 
+import csv
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 from typer.testing import CliRunner
 
 from traj_merge_callback import HeldOutLoss, load_merged
+from traj_merge_callback.evaluate.data import NAMELESS
 from traj_merge_callback.offline import curve, export, find_checkpoints, merge, search
 from traj_merge_callback.offline.cli import app
 from traj_merge_callback.offline.heldout import ByteTokenizer, heldout_batches
@@ -267,12 +269,106 @@ def test_a_killed_command_leaves_nothing_once_it_is_run_again(arguments, heldout
     command += arguments or ["--heldout", heldout_file, "--tokenizer", "bytes", "--block-size", "32"]
     command += ["--output", tmp_path / "out"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while process.poll() is None and not list(tmp_path.glob(".tmp-*")):
+    while process.poll() is None and not list(tmp_path.glob(".tmp-out-*")):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "out").exists()
-    assert list(tmp_path.glob(".tmp-*"))
+    assert list(tmp_path.glob(".tmp-out-*"))
     assert CliRunner().invoke(app, list(map(str, command[3:]))).exit_code == 0
     assert (tmp_path / "out").is_dir()
     assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_two_commands_do_not_write_one_folder(heldout_file, tmp_path):
+    saved(llama(hidden_size=256, intermediate_size=1024), tmp_path / "run", (1, 2, 3, 4))
+    text = ["--heldout", heldout_file, "--tokenizer", "bytes", "--block-size", "32"]
+    first = [
+        sys.executable,
+        "-m",
+        "traj_merge_callback",
+        "search",
+        tmp_path / "run",
+        *text,
+        "--output",
+        tmp_path / "out",
+    ]
+    process = subprocess.Popen(first, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while process.poll() is None and not list(tmp_path.glob(".tmp-out-*")):
+        time.sleep(0.001)
+    for command in (["merge", tmp_path / "run", "--recipe", "lawa"], ["search", *first[4:-2]], ["curve", *first[4:-2]]):
+        done = CliRunner().invoke(app, [*map(str, command), "--output", str(tmp_path / "out")])
+        assert (done.exit_code, "is being written by another command" in done.stderr) == (1, True)
+    assert process.wait() == 0
+    assert (tmp_path / "out" / "best" / "merge.json").is_file()
+    assert not list(tmp_path.rglob(".tmp-*"))
+
+
+@pytest.mark.parametrize("arguments", [["merge", "--recipe", "lawa"], ["search"]], ids=["merge", "search"])
+def test_an_interrupted_command_leaves_nothing(arguments, heldout_file, tmp_path):
+    saved(llama(hidden_size=256, intermediate_size=1024), tmp_path / "run", (1, 2, 3, 4))
+    command = [sys.executable, "-m", "traj_merge_callback", arguments[0], tmp_path / "run", *arguments[1:]]
+    command += ["--heldout", heldout_file, "--tokenizer", "bytes", "--block-size", "32"] if len(arguments) == 1 else []
+    process = subprocess.Popen(
+        [*command, "--output", tmp_path / "out"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while process.poll() is None and not list(tmp_path.glob(".tmp-out-*")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode != 0
+    assert b"Traceback" not in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_terminal_without_unicode_shows_everything_else(heldout_file, tmp_path):
+    saved(llama(), tmp_path / "run", (1, 2))
+    text = ["--heldout", heldout_file, "--tokenizer", "bytes", "--block-size", "32"]
+    done = subprocess.run(
+        [sys.executable, "-m", "traj_merge_callback", "search", tmp_path / "run", *text, "--output", tmp_path / "out"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"},
+        capture_output=True,
+        check=True,
+    )
+    record = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
+    assert f"{record['merged_loss']:.4f}".encode() in done.stdout
+
+
+def test_checkpoints_may_be_links(heldout_file, tmp_path):
+    saved(llama(), tmp_path / "real", (1, 2, 3))
+    for step in (1, 2, 3):
+        (tmp_path / "run" / f"step{step}").mkdir(parents=True)
+        for path in (tmp_path / "real" / f"step{step}").iterdir():
+            (tmp_path / "run" / f"step{step}" / path.name).symlink_to(path)
+    options = {"tokenizer": "bytes", "block_size": 32, "sequences": 16, "progress": False}
+    linked = search(tmp_path / "run", str(heldout_file), output=tmp_path / "one", **options)
+    real = search(tmp_path / "real", str(heldout_file), output=tmp_path / "two", **options)
+    assert linked.weights == real.weights
+    # Whatever else a link leads to is not copied into a folder that may be shared.
+    with pytest.raises(ValueError, match="leads out of its folder"):
+        merge(tmp_path / "run", recipe="lawa", output=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_rows_of_csv_and_json_files_and_rows_without_text(tmp_path):
+    texts = [*documents(40, seed=5), "a text, with a comma,\nand 'two' \"lines\" " * 3000]
+    (tmp_path / "one.json").write_text(json.dumps([{"text": text} for text in texts]))
+    (tmp_path / "two.json").write_text(json.dumps([None, *texts][1:]))
+    (tmp_path / "three.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [None, *texts, None]))
+    with (tmp_path / "four.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["number", "text"])
+        writer.writeheader()
+        writer.writerows({"number": index, "text": text} for index, text in enumerate(texts))
+    found = {}
+    for path in sorted(tmp_path.iterdir()):
+        batches = heldout_batches([str(path)], ByteTokenizer(), sequences=64, block_size=32, batch_size=8)[NAMELESS]
+        found[path.name] = torch.cat([batch["input_ids"] for batch, _ in batches.batches])
+    assert torch.equal(found["one.json"], found["two.json"])
+    assert torch.equal(found["one.json"], found["four.csv"])
+    assert len(found["three.jsonl"]) == 64
+    (tmp_path / "five.json").write_text(json.dumps([1, 2]))
+    with pytest.raises(ValueError, match="row 1 has no text"):
+        heldout_batches([str(tmp_path / "five.json")], ByteTokenizer(), sequences=4, block_size=8, batch_size=2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import glob
 import logging
 import os
 import re
@@ -218,27 +217,6 @@ def remove_folder(path: Path) -> None:
 def remove_tree(path: Path) -> None:
     """Remove a folder that nobody reads any more, if it is there."""
     shutil.rmtree(path, ignore_errors=True)
-
-
-def new_folder(output: str | Path) -> Path:
-    """Where a folder is to be written, whole or not at all; what a killed process left of it is removed.
-
-    Raises:
-        FileExistsError: something is there that is not an empty folder.
-        OSError: it cannot be made.
-    """
-    path = Path(output).expanduser()
-    if path.is_symlink() and not path.exists():
-        raise FileExistsError(f"output={str(output)!r} is a link that leads nowhere: remove it, or name a new folder")
-    path = path.resolve()
-    if path.exists() and not (path.is_dir() and all(one.name.startswith(TEMPORARY) for one in path.iterdir())):
-        raise FileExistsError(f"output={str(output)!r} is there already: remove it, or name a new folder")
-    make_folder(path.parent)
-    remove_leftovers(path.parent, of=glob.escape(path.name))
-    if path.is_dir():
-        remove_leftovers(path)
-        path.rmdir()
-    return path
 
 
 def check_space(path: Path, nbytes: int) -> None:

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .mapped import unnamed
-from .untrusted import damage_of, own_file, shards_in
+from .untrusted import damage_of, own_file, resolved, shards_in
 
 #: Files of ``torch.save``.
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
@@ -89,7 +89,7 @@ def _no_weights(path: Path) -> Exception:
 
 def _all_of(index: Path, read: Any) -> dict[str, Tensor]:
     """The tensors of all files that an index names."""
-    names = shards_in(index, (".safetensors", ".bin"))
+    names = shards_in(resolved(index), (".safetensors", ".bin"))
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise FileNotFoundError(f"{index.parent}: {', '.join(missing)} of {len(names)} shards are missing")
     found: dict[str, Tensor] = {}
@@ -99,7 +99,7 @@ def _all_of(index: Path, read: Any) -> dict[str, Tensor]:
 
 
 def _mapped(path: Path) -> dict[str, Tensor]:
-    own_file(path)
+    own_file(resolved(path))  # the user named the folder: its links are followed
     with damage_of(path), safe_open(path, framework="pt") as opened:
         return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
 
@@ -116,7 +116,7 @@ def _pickled(path: Path) -> dict[str, Tensor]:
 
 def _load(path: Path) -> Any:
     """A file of ``torch.save`` with nothing in it but tensors and plain values."""
-    own_file(path)
+    own_file(resolved(path))
     try:
         with damage_of(path):
             # Files from before torch 1.6 cannot be mapped.

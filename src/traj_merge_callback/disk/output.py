@@ -6,6 +6,7 @@ knows (``flock``); from other machines a thread is seen to renew the file's time
 
 from __future__ import annotations
 
+import glob
 import itertools
 import json
 import logging
@@ -16,11 +17,12 @@ import threading
 import time
 import uuid
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .atomic import clear_for_file, temporary_path
+from .atomic import TEMPORARY, clear_for_file, make_folder, remove_leftovers, temporary_path
 
 try:
     import fcntl
@@ -33,6 +35,58 @@ LOCK = ".traj-merge.lock"
 _BEAT_S, _PATIENCE_S = 5.0, 20.0
 # Locks of this process, by their uuid.
 _held: weakref.WeakValueDictionary[str, OutputFolder] = weakref.WeakValueDictionary()
+
+
+@contextmanager
+def new_folder(output: str | Path) -> Iterator[Path]:
+    """A place for a folder that is to be written, whole or not at all; see :func:`alone` and :func:`vacant`."""
+    with alone(output):
+        yield vacant(output)
+
+
+def vacant(output: str | Path) -> Path:
+    """The path of a folder that is not there; what a killed process left of it is removed.
+
+    Raises:
+        FileExistsError: something is there that is not an empty folder.
+    """
+    path = Path(output).expanduser().resolve()
+    if path.exists() and not (path.is_dir() and all(one.name.startswith(TEMPORARY) for one in path.iterdir())):
+        raise FileExistsError(f"output={str(output)!r} is there already: remove it, or name a new folder")
+    remove_leftovers(path.parent, of=glob.escape(path.name))
+    if path.is_dir():
+        remove_leftovers(path)
+        path.rmdir()
+    return path
+
+
+@contextmanager
+def alone(output: str | Path) -> Iterator[None]:
+    """Keep other commands from writing a folder. The lock is beside it, and is open when its process has ended.
+
+    Raises:
+        FileExistsError: another command is writing it, or it is a link that leads nowhere.
+        OSError: there can be no folder.
+    """
+    path = Path(output).expanduser()
+    if path.is_symlink() and not path.exists():
+        raise FileExistsError(f"output={str(output)!r} is a link that leads nowhere: remove it, or name a new folder")
+    path = path.resolve()
+    make_folder(path.parent)
+    lock = path.with_name(f"{TEMPORARY}{path.name}.lock")
+    with ExitStack() as held:
+        try:
+            file = held.enter_context(lock.open("a"))
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"output={str(output)!r} is being written by another command: wait for it, or name another folder"
+            ) from None
+        except OSError as error:  # a file system without locks, or a folder that cannot be written to
+            logger.debug("%s cannot be locked: %s", path, error)
+        held.callback(lock.unlink, missing_ok=True)
+        yield
 
 
 class OutputFolder:

@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .atomic import check_space, new_folder, whole_folder
+from .atomic import check_space, whole_folder
 from .checksums import check_document, check_files, checksums_of
 from .model_files import METADATA, PEFT, SHARD_BYTES, write_shards
+from .output import new_folder
 from .parts import PartsIndex, check_parts, read_tensors, tensor_sizes
 from .snapshots import FORMAT_VERSION, read_merge, snapshot_folder, write_document
 from .untrusted import own_file
@@ -121,7 +122,7 @@ def write_model_folder(
     """Write a folder with weights, a merge.json, and the small files of another model folder; whole or not at all.
 
     Args:
-        output: where :func:`new_folder` has made room.
+        output: a path where nothing is.
         beside: whose configuration and tokenizer are copied; None: nobody's.
         tensors, pieces: see :func:`write_streamed`.
         document: of merge.json.
@@ -181,8 +182,7 @@ def consolidate_snapshot(folder: str | Path, output: str | Path, *, shard_bytes:
     if "checksum" in merge:
         check_document(folder / "merge.json", merge)
         check_files(folder, merge)
-    output = new_folder(output)
-    with whole_folder(output) as temporary:
+    with new_folder(output) as place, whole_folder(place) as temporary:
 
         def write(path: Path, names: list[str]) -> None:
             save_file(read_tensors(folder, index, names), path, metadata=METADATA)
@@ -194,4 +194,4 @@ def consolidate_snapshot(folder: str | Path, output: str | Path, *, shard_bytes:
                 shutil.copy2(own_file(path), temporary / path.name)
         described = {key: value for key, value in merge.items() if key not in ("checksum", "checksums")}
         write_document(temporary, {**described, "sharded": None}, checksums_of(temporary))
-    return output
+    return place

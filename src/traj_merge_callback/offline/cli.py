@@ -50,7 +50,9 @@ AllowPickle = Annotated[
 ]
 Heldout = Annotated[
     list[str],
-    typer.Option(help="Held-out text: a file, folder, .jsonl, .parquet or dataset; name=... names its domain. Repeat."),
+    typer.Option(
+        help="Held-out text: a file, folder, .jsonl, .parquet, .csv, dataset; name=... names its domain. Repeat."
+    ),
 ]
 Model = Annotated[str | None, typer.Option(help="Model of transformers, for checkpoints without config.json.")]
 Tokenizer = Annotated[str | None, typer.Option(help="Folder or name of a tokenizer, or 'bytes'.")]

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..disk.atomic import make_folder, new_folder, write_whole
+from ..disk.atomic import make_folder, write_whole
 from ..disk.metrics_file import read_records
+from ..disk.output import alone, vacant
 from ..disk.snapshots import SnapshotStore
 from ..disk.untrusted import damage_of, mapping, read_json_object
 from ..evaluate.heldout import Nll
@@ -88,24 +89,25 @@ def curve(
         **{name: getattr(config, name) for name in OPTIONS},
         "heldout": evaluating.heldout.digest,
     }
-    lines = _begun(output, settings, store)
-    for number, end in enumerate(ends, start=1):
-        step = found[end].step
-        if step in lines:
-            continue
-        part = found[max(0, end + 1 - window) : end + 1]
-        check_alike(part)
-        rows = make_rows(evaluating, part, found[-1] if model is None else None, progress=progress)
-        record = merge_rows(evaluating, rows, part, store, SearchState(), progress=progress)
-        lines[step] = record.to_json()
-        write_whole(output / "metrics.jsonl", "".join(f"{lines[one]}\n" for one in sorted(lines)))
-        logger.info(
-            "%d/%d, step %d: live %.4f, merged %.4f", number, len(ends), step, record.live_loss, record.merged_loss
-        )
-    try:
-        report(output, output / "curve.html")
-    except ImportError as error:
-        logger.warning("the curve is not drawn: %s", error)
+    with alone(output):
+        lines = _begun(output, settings, store)
+        for number, end in enumerate(ends, start=1):
+            step = found[end].step
+            if step in lines:
+                continue
+            part = found[max(0, end + 1 - window) : end + 1]
+            check_alike(part)
+            rows = make_rows(evaluating, part, found[-1] if model is None else None, progress=progress)
+            record = merge_rows(evaluating, rows, part, store, SearchState(), progress=progress)
+            lines[step] = record.to_json()
+            write_whole(output / "metrics.jsonl", "".join(f"{lines[one]}\n" for one in sorted(lines)))
+            logger.info(
+                "%d/%d, step %d: live %.4f, merged %.4f", number, len(ends), step, record.live_loss, record.merged_loss
+            )
+        try:
+            report(output, output / "curve.html")
+        except ImportError as error:
+            logger.warning("the curve is not drawn: %s", error)
     return [json.loads(lines[found[end].step]) for end in ends]
 
 
@@ -126,6 +128,6 @@ def _begun(output: Path, settings: dict[str, Any], store: SnapshotStore) -> dict
                 f"output={str(output)!r} holds a curve with another {', '.join(differ)}: name another folder"
             )
         return {one["step"]: json.dumps(one) for one in read_records(output / "metrics.jsonl")}
-    make_folder(new_folder(output))
+    make_folder(vacant(output))
     write_whole(document, json.dumps({"version": 1, "run": store.run, "settings": settings}, indent=2) + "\n")
     return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import re
@@ -63,9 +64,9 @@ def heldout_batches(
     tokenizer has one. Of fewer than 16 documents sections are dealt instead, with gaps between them.
 
     Args:
-        given: files or folders of text (a document each), ``.jsonl`` and ``.parquet`` files (a document a row, in
-            "text", "content" or "document"), or datasets of the Hub as ``name[:config[:split]]``; each may have the
-            name of its domain in front: ``code=src.jsonl``.
+        given: files or folders of text (a document each), ``.jsonl``, ``.parquet`` and ``.csv`` files and lists in
+            ``.json`` files (a document a row, in "text", "content" or "document"), or datasets of the Hub as
+            ``name[:config[:split]]``; each may have the name of its domain in front: ``code=src.jsonl``.
         tokenizer: of the model.
         sequences: of each domain, both splits together.
         block_size: tokens of a sequence.
@@ -213,9 +214,9 @@ class _Rows(Sequence[str]):
             row = json.loads(row) if isinstance(row, bytes) else row
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{self._source}: row {index + 1} is no JSON ({error})") from error
-        text = next(
-            (row[key] for key in _TEXT_KEYS if isinstance(row, Mapping) and isinstance(row.get(key), str)), None
-        )
+        # Datasets have rows without a text, and mark them so.
+        texts = [row[key] or "" for key in _TEXT_KEYS if isinstance(row, Mapping) and key in row]
+        text = row if isinstance(row, str) else next((one for one in texts if isinstance(one, str)), None)
         if text is None:
             raise ValueError(f"{self._source}: row {index + 1} has no text in {', '.join(map(repr, _TEXT_KEYS))}")
         return text
@@ -250,9 +251,34 @@ def _parts_of(source: str) -> list[Sequence[str]]:
             return [_Rows(source, _datasets().Dataset.from_parquet(str(path)))]
         except (OSError, RuntimeError) as error:
             raise ValueError(f"heldout={source}: is no parquet file that can be read ({error})") from error
+    if path.suffix == ".csv":
+        return [_Rows(source, _rows_in(path))]
+    if path.suffix == ".json" and (found := _list_in(path)) is not None:
+        return [_Rows(source, found)]
     if not _is_text(path):
-        raise ValueError(f"heldout={source}: is no text; give text, .jsonl or .parquet")
+        raise ValueError(f"heldout={source}: is no text; give text, .jsonl, .parquet, .csv or a list in .json")
     return [_Files([path])]
+
+
+def _rows_in(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file with a line of names."""
+    longest = csv.field_size_limit(2**31 - 1)
+    try:
+        with path.open(encoding="utf-8", errors="replace", newline="") as file:
+            return list(csv.DictReader(file))
+    except csv.Error as error:
+        raise ValueError(f"heldout={path}: is no CSV file that can be read ({error})") from error
+    finally:
+        csv.field_size_limit(longest)
+
+
+def _list_in(path: Path) -> list[Any] | None:
+    """The rows in a JSON file, if it holds a list."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) else None
 
 
 def _is_text(path: Path) -> bool:

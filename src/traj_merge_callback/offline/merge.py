@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..disk.atomic import new_folder
 from ..disk.checkpoints import ADAPTER
 from ..disk.model_files import PEFT, SHARD_BYTES, STATE_DICT, TRANSFORMERS
+from ..disk.output import new_folder
 from ..disk.streamed import Described, write_model_folder
 from ..search import resolve_search
 from ..search.objective import Objective
@@ -66,41 +66,41 @@ def merge(
     """
     if (weights is None) == (recipe is None):
         raise ValueError(f"weights={weights}, recipe={recipe!r}: give one of them")
-    output = new_folder(output)
-    if recipe is not None:  # before anything is downloaded
-        _check_recipe(recipe, recipe_options)
-    found = find_checkpoints(checkpoints, last=last, every=every, steps=steps, allow_pickle=allow_pickle)
-    values = _given(weights, found) if recipe is None else _of_recipe(recipe, recipe_options, found)
-    check_alike(found)
-    tensors = _tensors(found)
-    newest = found[-1].tensors
-    described = {name: Described(tuple(one.shape), one.dtype) for name, one in newest.items()}
-    folder = found[-1].path if found[-1].path.is_dir() else None
-    document = {
-        "step": found[-1].step,
-        "checkpoint_steps": [one.step for one in found],
-        "weights": values.tolist(),
-        "source": "merge",
-        "search": recipe,
-        "search_options": dict(recipe_options or {}),
-        "weights_format": _format(folder),
-        "merged_tensors": [name for name, one in newest.items() if one.is_floating_point()],
-        "checkpoints": [one.name for one in found],
-    }
-    with bar("merging", sum(one.nbytes for one in described.values()), show=progress) as shown:
+    with new_folder(output) as place:
+        if recipe is not None:  # before anything is downloaded
+            _check_recipe(recipe, recipe_options)
+        found = find_checkpoints(checkpoints, last=last, every=every, steps=steps, allow_pickle=allow_pickle)
+        values = _given(weights, found) if recipe is None else _of_recipe(recipe, recipe_options, found)
+        check_alike(found)
+        tensors = _tensors(found)
+        newest = found[-1].tensors
+        described = {name: Described(tuple(one.shape), one.dtype) for name, one in newest.items()}
+        folder = found[-1].path if found[-1].path.is_dir() else None
+        document = {
+            "step": found[-1].step,
+            "checkpoint_steps": [one.step for one in found],
+            "weights": values.tolist(),
+            "source": "merge",
+            "search": recipe,
+            "search_options": dict(recipe_options or {}),
+            "weights_format": _format(folder),
+            "merged_tensors": [name for name, one in newest.items() if one.is_floating_point()],
+            "checkpoints": [one.name for one in found],
+        }
+        with bar("merging", sum(one.nbytes for one in described.values()), show=progress) as shown:
 
-        def pieces(name: str) -> Iterator[Tensor]:
-            for piece in merged(tensors[name], values) if name in tensors else [newest[name].contiguous()]:
-                if name in tensors and not _is_finite(piece):
-                    _blame(name, found)
-                    raise ValueError(
-                        f"the merge is not finite in {name!r}: one of the checkpoints is not; leave it out"
-                    )
-                yield piece
-                shown.advance(piece.nbytes)
+            def pieces(name: str) -> Iterator[Tensor]:
+                for piece in merged(tensors[name], values) if name in tensors else [newest[name].contiguous()]:
+                    if name in tensors and not _is_finite(piece):
+                        _blame(name, found)
+                        raise ValueError(
+                            f"the merge is not finite in {name!r}: one of the checkpoints is not; leave it out"
+                        )
+                    yield piece
+                    shown.advance(piece.nbytes)
 
-        write_model_folder(output, folder, described, pieces, document, shard_bytes)
-    return output
+            write_model_folder(place, folder, described, pieces, document, shard_bytes)
+        return place
 
 
 def merged(tensors: Sequence[Tensor], weights: np.ndarray) -> Iterator[Tensor]:
@@ -124,6 +124,8 @@ def _blame(name: str, found: Sequence[Checkpoint]) -> None:
 
 
 def _is_finite(piece: Tensor) -> bool:
+    if piece.itemsize == 1:  # float8, which has no sums
+        piece = piece.float()
     # A sum is made faster than numbers are looked at one by one, and shows that one is not finite.
     return math.isfinite(float(piece.sum())) or bool(piece.isfinite().all())
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..disk.mapped import unnamed
-from ..disk.untrusted import own_file, read_json_object
+from ..disk.untrusted import read_json_object
 from ..search.checks import choice
 from .checkpoints import Checkpoint
 from .heldout import ByteTokenizer, Tokenizer
@@ -113,13 +113,13 @@ def check_alike(checkpoints: Sequence[Checkpoint]) -> None:
 
 def _config_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
     path = checkpoint.path / "config.json"
-    return read_json_object(path) if path.is_file() else None
+    return read_json_object(path.resolve()) if path.is_file() else None
 
 
 def _vocabulary_of(checkpoint: Checkpoint) -> str | None:
     """A digest of the tokenizer's vocabulary."""
     paths = [path for name in _VOCABULARIES if (path := checkpoint.path / name).is_file()]
-    return hashlib.sha256(own_file(paths[0]).read_bytes()).hexdigest() if paths else None
+    return hashlib.sha256(paths[0].read_bytes()).hexdigest() if paths else None
 
 
 def _compare(one: Checkpoint, config: dict[str, Any], last: Checkpoint, newest: dict[str, Any]) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 from torch import nn
 
 from ..config import MergeConfig
-from ..disk.atomic import Writer, check_space, new_folder, whole_folder
+from ..disk.atomic import Writer, check_space, whole_folder
 from ..disk.metrics_file import MetricsFile
 from ..disk.model_files import collect_pretrained
+from ..disk.output import new_folder
 from ..disk.parts import PartsIndex
 from ..disk.snapshots import SnapshotStore
 from ..disk.untrusted import folder_name_of_step
@@ -132,18 +133,18 @@ def search(
         print(record.live_loss, record.merged_loss, record.snapshot)
     """
     config = checked_config(options)
-    folder = new_folder(output)
-    found = find_checkpoints(checkpoints, last=last, every=every, steps=steps, allow_pickle=allow_pickle)
-    config.check_evaluations(len(found))
-    reading = {"sequences": sequences, "block_size": block_size, "batch_size": batch_size}
-    evaluating = prepare(found, heldout, config, model, tokenizer, nll, device, dtype, reading)
-    rows = make_rows(evaluating, found, found[-1] if model is None else None, progress=progress)
-    check_space(folder, sum(slot.numel * slot.dtype.itemsize for slot in rows.layout.slots))
-    with whole_folder(folder) as temporary, rows.other_buffers(evaluating.model):
-        store = SnapshotStore(temporary, keep_last=1, keep_best=True)
-        record = merge_rows(evaluating, rows, found, store, SearchState(), progress=progress)
-        record = replace(record, snapshot=str(Path(output) / folder_name_of_step(record.step)))
-        MetricsFile(temporary / "metrics.jsonl").append(record)
+    with new_folder(output) as folder:
+        found = find_checkpoints(checkpoints, last=last, every=every, steps=steps, allow_pickle=allow_pickle)
+        config.check_evaluations(len(found))
+        reading = {"sequences": sequences, "block_size": block_size, "batch_size": batch_size}
+        evaluating = prepare(found, heldout, config, model, tokenizer, nll, device, dtype, reading)
+        rows = make_rows(evaluating, found, found[-1] if model is None else None, progress=progress)
+        check_space(folder, sum(slot.numel * slot.dtype.itemsize for slot in rows.layout.slots))
+        with whole_folder(folder) as temporary, rows.other_buffers(evaluating.model):
+            store = SnapshotStore(temporary, keep_last=1, keep_best=True)
+            record = merge_rows(evaluating, rows, found, store, SearchState(), progress=progress)
+            record = replace(record, snapshot=str(Path(output) / folder_name_of_step(record.step)))
+            MetricsFile(temporary / "metrics.jsonl").append(record)
     return record
 
 
