@@ -6,7 +6,7 @@ same window, found to convergence on the search split (``BFGS`` from the best po
 less than a few 1e-6 nats). Prints a table and, as its last line, one JSON object; ``--output`` also draws the plot.
 
     python benchmarks/search_quality.py --quick                       one small trajectory, under a minute
-    python benchmarks/search_quality.py --output benchmarks/results   27 cases, about 70 minutes on 2 cores
+    python benchmarks/search_quality.py --output benchmarks/results   18 cases, about 70 minutes on 2 cores
     python benchmarks/search_quality.py --only fisher regmean --output benchmarks/results
 
 The last runs these methods alone, and puts them into the results of an earlier run.
@@ -52,19 +52,32 @@ from traj_merge_callback.search.surrogate import SurrogateSearch
 from traj_merge_callback.window.pieces import finish
 
 SPECS = (Spec("llama", "python", 3e-3), Spec("gpt2", "cpp", 1.5e-3), Spec("llama", "cpp", 1e-3))
+# Steps of the trajectories that are looked at.
+POINTS = (1000, 2000)
 QUICK = Spec("llama", "python", 1e-2, steps=240, points=(240,), sample_every=5, width=32, layers=1)
 ALONE = Processes(alone=True)
 ROWS = 8
 DEFAULT = "auto"
 # What may be spent by methods without an entry here: what a merge of the library may spend by default.
 EVALUATIONS = 9
-BUDGETS = {"df-merge": 50, "gp": 50, "greedy": 16, "pairwise": 12, "reach": 12, "sparse": 50, "trajectory": 36}
+BUDGETS = {"df-merge": 50, "gp": 50, "greedy": 16, "pairwise": 12, "reach": 12, "sparse": 20, "trajectory": 36}
 RECIPES = ("lawa", "ema", "wma", "wsm", "mwa-loss", "mwa-step", "perplexity")
 AVERAGES = ("tail-ema", "half-life", "mean-of-steps", "posthoc-ema")
 BY_PARAMETER = ("fisher", "regmean", "df-merge")
 SEARCHES = ("auto", "trajectory", "reach", "gp", "pairwise", "sparse", "greedy")
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     name: (name, {}) for name in (*SEARCHES, *RECIPES, *AVERAGES, *BY_PARAMETER)
+}
+LABELS = {
+    "auto": "**`auto`**",
+    "auto, groups": "`auto` with `groups`",
+    "auto, simplex": "`auto` on the simplex",
+    "surrogate alone": "its surrogate alone, not evaluated",
+    "affine optimum": "the best affine merge, to convergence",
+    "per-step ema 0.9": "per-step EMA, decay 0.9",
+    "per-step ema 0.99": "per-step EMA, decay 0.99",
+    "per-step ema 0.999": "per-step EMA, decay 0.999",
+    "bema": "BEMA as in TRL",
 }
 METHODS["auto, simplex"] = ("auto", {"space": "simplex"})
 
@@ -361,16 +374,17 @@ def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The summary for people, best first, as Markdown."""
+    """The summary for people, best first, as the Markdown that stands in docs/search.md."""
     lines = [
-        "| method | gain recovered, median | worst case | forward-equivalents | decay recovery | with mean rows |",
+        "| how weights are chosen | gain recovered, median | worst | passes | decay recovery | with mean rows |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in sorted(found["methods"].items(), key=lambda item: -item[1]["gain_recovered"]):
         cost = "" if row["forward_equivalents"] is None else f"{row['forward_equivalents']:.2f}"
         mean_rows = "" if row["decay_recovery_mean_rows"] is None else f"{row['decay_recovery_mean_rows']:.3f}"
+        label = LABELS.get(name, f"`{name}`")
         lines.append(
-            f"| {name} | {row['gain_recovered']:.3f} | {row['gain_recovered_min']:.3f} | {cost} | "
+            f"| {label} | {row['gain_recovered']:.3f} | {row['gain_recovered_min']:.3f} | {cost} | "
             f"{row['decay_recovery']:.3f} | {mean_rows} |"
         )
     return "\n".join(lines)
@@ -428,7 +442,7 @@ def main() -> None:
     work = [
         (spec, point, window, arguments.quick, arguments.only)
         for spec in specs
-        for point in spec.points
+        for point in (spec.points if arguments.quick else POINTS)
         for window in windows(spec, point)[:: 2 if arguments.quick else 1]
     ]
     with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:

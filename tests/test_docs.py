@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import importlib
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,6 +117,14 @@ def test_the_file_tree_is_complete():
     files = {path.relative_to(source).as_posix() for path in source.rglob("*.py")}
     empty = {name for name in files if name.endswith("/__init__.py") and name != "search/__init__.py"}
     assert found == files - empty
+
+
+def test_the_table_of_methods_is_that_of_the_committed_benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    found = json.loads((ROOT / "benchmarks/results/search_quality.json").read_text())
+    made = importlib.import_module("search_quality").table(found)
+    assert made in (ROOT / "docs/search.md").read_text()
+    assert (ROOT / "benchmarks/results/search_quality.md").read_text() == made + "\n"
 
 
 def test_what_a_diff_shows_stands_in_the_example():

@@ -72,8 +72,9 @@ class MergeConfig:
         merge_every: optimizer steps between two merges; a multiple of ``capture_every``, so that live is a row.
         start_step: no checkpoint is taken before this step (for instance the end of warm-up).
         search: how merge weights are chosen: "auto", "surrogate", "trajectory", "reach", "gp", "pairwise", "sparse",
-            "greedy", a recipe ("lawa", "ema", "wma", "wsm", "mwa-loss", "mwa-step", "perplexity", "bema", "tail-ema",
-            "half-life", "mean-of-steps", "posthoc-ema"), a registered name or "package.module:Class".
+            "greedy", "df-merge", a recipe ("lawa", "ema", "wma", "wsm", "mwa-loss", "mwa-step", "perplexity", "bema",
+            "tail-ema", "half-life", "mean-of-steps", "posthoc-ema", "fisher", "regmean"), a registered name or
+            "package.module:Class".
         search_options: options of the search or recipe, for instance ``{"decay": 0.9}`` for "ema" or
             ``{"space": "simplex"}`` for "auto".
         groups: merge weights for each parameter group of its own, starting from the best ones for the whole model:
