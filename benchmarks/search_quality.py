@@ -127,8 +127,8 @@ class Case:
                 self.window.sample(self.model, end - sample * (window.spacing // window.samples))
             put(self.model, trajectory.at(end))
             self.window.push(self.model, end)
-        parking = Parking(device_of(self.model), self.window.processes)
-        self.weights = weights_in(self.model, self.window, self.heldout.seed, parking)
+        self.parking = Parking(device_of(self.model), self.window.processes)
+        self.weights = weights_in(self.model, self.window, self.heldout.seed, self.parking)
         self.candidates = Candidates(self.weights, self.window, self.heldout)
         self.live_search = self.heldout.evaluate(self.model, "search")
         self.live = self.heldout.evaluate(self.model, "report")
@@ -147,8 +147,11 @@ class Case:
         kind = resolve_search(name, options)
         by_parameter: ByParameter | None = None
         if kind.weighing != "rows":
-            fisher = kind.weighing == "fisher"
-            by_parameter = FisherInformation(self.window, ROWS) if fisher else RegressionMean(self.window, self.model)
+            by_parameter = (
+                FisherInformation(self.window, ROWS, self.parking)
+                if kind.weighing == "fisher"
+                else RegressionMean(self.window, self.model, self.parking)
+            )
         candidates = Candidates(self.weights, self.window, self.heldout, by_parameter)
         learnt = finish(candidates.learn())
         problem = replace(self.problem, evaluations=evaluations - 1 - math.ceil(learnt), memory={})

@@ -24,6 +24,10 @@ def tiny_gpt2():
     return GPT2LMHeadModel(GPT2Config(vocab_size=realtext.VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=64))
 
 
+def fisher(window, model, parking):
+    return FisherInformation(window, ROWS, parking)
+
+
 class Case:
     """A window of three checkpoints of a run, and merges of it by what is learnt of them."""
 
@@ -36,8 +40,9 @@ class Case:
 
         train_steps(model, train, ROWS, capture, lr=3e-2)
         self.heldout = HeldOutLoss(loader, batches=2)
-        weights = weights_in(model, self.window, 0, Parking(torch.device("cpu"), self.window.processes))
-        self.candidates = Candidates(weights, self.window, self.heldout, make(self.window, model))
+        parking = Parking(torch.device("cpu"), self.window.processes)
+        weights = weights_in(model, self.window, 0, parking)
+        self.candidates = Candidates(weights, self.window, self.heldout, make(self.window, model, parking))
         finish(self.candidates.prepare())
         self.cost = finish(self.candidates.learn())
 
@@ -53,7 +58,7 @@ class Case:
 
 @pytest.mark.parametrize("make", [lambda: tiny_llama(dropout=0.0), tiny_gpt2], ids=["llama", "gpt2"])
 def test_fisher_weighs_each_parameter_by_the_squares_of_its_gradients(make, train, loader):
-    case = Case(make(), train, loader, lambda window, _: FisherInformation(window, ROWS))
+    case = Case(make(), train, loader, fisher)
     model, live = case.model, {name: value.clone() for name, value in case.model.state_dict().items()}
     information = []
     for state in case.states:
@@ -83,7 +88,7 @@ def test_fisher_weighs_each_parameter_by_the_squares_of_its_gradients(make, trai
 
 def test_embeddings_of_tokens_that_the_heldout_text_has_not_are_the_weighted_mean(train, loader):
     model = tiny_llama(dropout=0.0, tie_word_embeddings=False)
-    case = Case(model, train, loader, lambda window, _: FisherInformation(window, ROWS))
+    case = Case(model, train, loader, fisher)
     there = torch.cat([batch["input_ids"].flatten() for batch in case.batches]).unique()
     absent = [token for token in range(realtext.VOCABULARY) if token not in there]
     name, coefficients = "model.embed_tokens.weight", (0.5, 0.25, 0.25)
@@ -139,7 +144,7 @@ def test_regmean_is_the_least_squares_of_each_layer_on_the_rows_inputs(make, tra
     assert case.cost == pytest.approx(ROWS / case.heldout.parts)
 
 
-@pytest.mark.parametrize("make", [lambda window, _: FisherInformation(window, ROWS), RegressionMean])
+@pytest.mark.parametrize("make", [fisher, RegressionMean])
 def test_a_row_alone_is_that_row_and_live_is_untouched(make, train, loader):
     case = Case(tiny_llama(), train, loader, make)
     assert all(torch.equal(value, case.states[-1][name]) for name, value in case.model.state_dict().items())
@@ -149,13 +154,13 @@ def test_a_row_alone_is_that_row_and_live_is_untouched(make, train, loader):
 
 
 def test_what_cannot_be_is_said(train, loader):
-    case = Case(tiny_llama(), train, loader, lambda window, _: FisherInformation(window, ROWS))
+    case = Case(tiny_llama(), train, loader, fisher)
     with pytest.raises(ValueError, match="at least 0"):
         case.merged([-0.5, 0.5, 1.0])
     with pytest.raises(NoRoom, match=r"the Fisher information of 1000000000 rows takes .* GB of memory"):
-        FisherInformation(case.window, 10**9)
+        FisherInformation(case.window, 10**9, None)
     case = Case(tiny_llama(), train, loader, RegressionMean)
     with pytest.raises(ValueError, match="equal weights"):
         case.merged([0.5, 0.25, 0.25])
     with pytest.raises(ValueError, match="merges linear layers, and the model has none"):
-        RegressionMean(CheckpointWindow(nn.LayerNorm(3), 2), nn.LayerNorm(3))
+        RegressionMean(CheckpointWindow(nn.LayerNorm(3), 2), nn.LayerNorm(3), None)

@@ -223,7 +223,10 @@ class Merge:
         )
 
     def _candidates(self, model: nn.Module, kept: Kept) -> Candidates:
-        weights = weights_in(model, self.window, self._heldout.seed, self.parking, units=self._units, kept=kept)
+        beside = 0 if self._by_parameter is None else self._by_parameter.nbytes
+        weights = weights_in(
+            model, self.window, self._heldout.seed, self.parking, units=self._units, kept=kept, beside=beside
+        )
         return Candidates(weights, self.window, self._heldout, self._by_parameter)
 
     def _weighing(self, model: nn.Module) -> ByParameter | None:
@@ -238,5 +241,5 @@ class Merge:
             )
         with refused_on_all(window.processes, self._config.num_rows):
             if weighing == "regmean":
-                return RegressionMean(window, model)
-            return FisherInformation(window, max(self._config.num_rows, len(window)))
+                return RegressionMean(window, model, self.parking)
+            return FisherInformation(window, max(self._config.num_rows, len(window)), self.parking)

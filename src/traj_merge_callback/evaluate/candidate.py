@@ -26,6 +26,7 @@ def weights_in(
     *,
     units: Units | None = None,
     kept: Kept | None = None,
+    beside: int = 0,
 ) -> Weights:
     """Room for the weights of one candidate of a window, on the model's device.
 
@@ -36,10 +37,12 @@ def weights_in(
         parking: of the device memory that it takes, from now on until the next call.
         units: the model's FSDP units; None for a model without FSDP.
         kept: what every candidate takes from live; None: what live has whenever a candidate is evaluated.
+        beside: bytes of device memory that the merge holds beside.
     """
     slots = window.layout.slots
     # The candidate and its gradient, whole where they are not sharded.
-    parking.begin(8 * (window.layout.numel if units is not None else sum(slot.whole_numel for slot in slots)))
+    numbers = window.layout.numel if units is not None else sum(slot.whole_numel for slot in slots)
+    parking.begin(8 * numbers + beside)
     row = parking.hold(window.staging_on(device_of(model)))
     kept = Kept() if kept is None else kept
     if units is not None:
@@ -48,7 +51,13 @@ def weights_in(
 
 
 class ByParameter(Protocol):
-    """Combines rows in another way than as their weighted mean, by what it learns of each row."""
+    """Combines rows in another way than as their weighted mean, by what it learns of each row.
+
+    Args:
+        nbytes: of device memory that a merge holds for it.
+    """
+
+    nbytes: int
 
     def learn(
         self, load: Callable[[np.ndarray], Pieces[None]], weights: Weights, heldout: HeldOutLoss

@@ -15,6 +15,7 @@ from ...window.names import unwrap
 from ...window.pieces import COMBINE, Pieces
 from ...window.storage import CHUNK
 from ..heldout import HeldOutLoss
+from ..parking import Parking
 from ..weights import Weights
 
 # Of the mean information, added to each: a parameter that no row's loss depends on, as that of a token which the
@@ -32,14 +33,18 @@ class FisherInformation:
     Args:
         window: the rows.
         rows: how many there are at most. So many float32 rows are kept in CPU memory.
+        parking: of device memory.
 
     Raises:
         NoRoom: there is too little memory.
     """
 
-    def __init__(self, window: Matrix, rows: int) -> None:
+    def __init__(self, window: Matrix, rows: int, parking: Parking) -> None:
         check_free(4 * rows * window.layout.numel, f"the Fisher information of {rows} rows")
         self._window = window
+        self._parking = parking
+        #: Device memory that a merge holds.
+        self.nbytes = 8 * window.layout.numel
         self._information = torch.empty(rows, window.layout.numel)
         self._least = 0.0
 
@@ -48,6 +53,7 @@ class FisherInformation:
     ) -> Pieces[float]:
         """See :class:`ByParameter`: a forward and a backward pass over one part of the split for each row."""
         count = self._window.num_weights
+        self._row, self._total = (self._parking.hold(torch.empty_like(weights.row)) for _ in range(2))
         for row, information in zip(np.eye(count), self._information[:count], strict=True):
             yield from load(row)
             yield from heldout.search_pieces(
@@ -65,7 +71,7 @@ class FisherInformation:
         """
         if (weights < 0).any():
             raise ValueError(f"weights={weights.tolist()}: with Fisher information they must be at least 0")
-        row, total = torch.empty_like(out), torch.zeros_like(out)
+        row, total = self._row, self._total.zero_()
         chunks = [slice(start, start + CHUNK) for start in range(0, len(out), CHUNK)]
         out.zero_()
         for index in np.flatnonzero(weights):

@@ -19,6 +19,7 @@ from ...window.memory import check_free
 from ...window.names import unwrap
 from ...window.pieces import COMBINE, Pieces
 from ..heldout import HeldOutLoss
+from ..parking import Parking
 from ..weights import Weights
 
 # By what the entries off the diagonal of a Gram matrix are multiplied: the paper's alpha, with its value.
@@ -57,14 +58,13 @@ class _Sums:
 
     Args:
         matrix: the matrix.
-        device: that the model computes on.
+        gram: for the Gram matrix of the inputs in the row that is looked at, shape ``(inputs, inputs)``, zeros.
     """
 
-    def __init__(self, matrix: _Matrix, device: torch.device) -> None:
+    def __init__(self, matrix: _Matrix, gram: Tensor) -> None:
         size = matrix.inputs
         self._matrix = matrix
-        #: Of the inputs in the row that is looked at, shape ``(inputs, inputs)``.
-        self.gram = torch.zeros(size, size, device=device)
+        self.gram = gram
         # Over all rows: of Gram matrices, and of their products with the rows' differences to their mean.
         self._grams, self._products = torch.zeros(size, size), torch.zeros(size, matrix.slot.numel // size)
 
@@ -93,14 +93,16 @@ class RegressionMean:
     Args:
         window: the rows.
         model: the model.
+        parking: of device memory.
 
     Raises:
         ValueError: the model has no linear layer.
         NoRoom: there is too little memory: for each matrix what its inputs' Gram matrix takes twice, and the matrix.
     """
 
-    def __init__(self, window: Matrix, model: nn.Module) -> None:
+    def __init__(self, window: Matrix, model: nn.Module, parking: Parking) -> None:
         self._window = window
+        self._parking = parking
         model = unwrap(model)
         embeddings = {id(one.weight) for one in model.modules() if isinstance(one, nn.Embedding)}
         tensors = zip(window.layout.tensors(model), window.layout.slots, strict=True)
@@ -114,8 +116,11 @@ class RegressionMean:
         }
         if not self._matrices:
             raise ValueError("search='regmean' merges linear layers, and the model has none that is merged")
-        numbers = sum(2 * one.inputs**2 + one.slot.numel for one in self._matrices.values())
-        check_free(4 * (numbers + window.layout.numel), "the Gram matrices of the linear layers' inputs")
+        #: Device memory that a merge holds.
+        self.nbytes = 4 * sum(one.inputs**2 for one in self._matrices.values())
+        products = sum(one.slot.numel for one in self._matrices.values())
+        beside = 4 * (products + window.layout.numel)
+        check_free(2 * self.nbytes + beside, "the Gram matrices of the linear layers' inputs")
         self._merged = torch.empty(window.layout.numel)
 
     def learn(
@@ -123,7 +128,7 @@ class RegressionMean:
     ) -> Pieces[float]:
         """See :class:`ByParameter`: a forward pass over one part of the split for each row."""
         count = self._window.num_weights
-        layers = {key: _Sums(one, weights.row.device) for key, one in self._matrices.items()}
+        layers = {key: _Sums(one, self._gram(one, weights.row.device)) for key, one in self._matrices.items()}
 
         @contextmanager
         def ready(gradients: bool) -> Iterator[None]:
@@ -141,6 +146,9 @@ class RegressionMean:
             yield COMBINE
             layer.solve(self._merged)
         return LEARNING_COST["regmean"] * count / heldout.parts
+
+    def _gram(self, matrix: _Matrix, device: torch.device) -> Tensor:
+        return self._parking.hold(torch.zeros(matrix.inputs, matrix.inputs, device=device))
 
     def combine_pieces(self, weights: np.ndarray, out: Tensor) -> Pieces[None]:
         """See :class:`ByParameter`.
