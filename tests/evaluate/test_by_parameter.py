@@ -73,7 +73,7 @@ def test_fisher_weighs_each_parameter_by_the_squares_of_its_gradients(make, trai
                 squares[name] += value.grad.square()
         information.append(squares)
     model.load_state_dict(live)
-    for coefficients in ([1 / 3, 1 / 3, 1 / 3], [0.0, 0.2, 0.8]):
+    for coefficients in ([1 / 3, 1 / 3, 1 / 3], [0.0, 0.2, 0.8], [0.6, 0.3, 0.1], [0.0, 0.2, 0.8]):
         merged, looked_at = case.merged(coefficients), 0
         for name in information[0]:
             shares = torch.stack([c * f[name] for c, f in zip(coefficients, information, strict=True)])

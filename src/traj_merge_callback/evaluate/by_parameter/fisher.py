@@ -78,7 +78,7 @@ class FisherInformation:
             yield from self._window.combine_pieces(np.eye(len(weights))[index], row)
             for chunk in chunks:
                 yield COMBINE
-                share = self._information[index, chunk].to(out.device).add_(self._least).mul_(float(weights[index]))
+                share = (self._information[index, chunk].to(out.device) + self._least).mul_(float(weights[index]))
                 out[chunk].addcmul_(share, row[chunk])
                 total[chunk].add_(share)
         yield COMBINE

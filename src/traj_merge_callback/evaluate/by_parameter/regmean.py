@@ -104,15 +104,16 @@ class RegressionMean:
         self._window = window
         self._parking = parking
         model = unwrap(model)
-        embeddings = {id(one.weight) for one in model.modules() if isinstance(one, nn.Embedding)}
+        # Not their attributes: a parametrized weight is computed whenever it is asked for, and may change by that.
+        weights = {one: one._parameters.get("weight") for one in model.modules()}
+        embeddings = {id(weight) for one, weight in weights.items() if isinstance(one, nn.Embedding)}
         tensors = zip(window.layout.tensors(model), window.layout.slots, strict=True)
         slots = {id(tensor): slot for tensor, slot in tensors if slot.is_parameter and id(tensor) not in embeddings}
-        layers = [one for one in model.modules() if isinstance(one, nn.Linear) or type(one).__name__ == _CONV1D]
         #: By the ``id`` of their parameter.
         self._matrices = {
-            id(one.weight): _Matrix(slots[id(one.weight)], not isinstance(one, nn.Linear))
-            for one in layers
-            if id(one.weight) in slots
+            id(weight): _Matrix(slots[id(weight)], not isinstance(one, nn.Linear))
+            for one, weight in weights.items()
+            if id(weight) in slots and (isinstance(one, nn.Linear) or type(one).__name__ == _CONV1D)
         }
         if not self._matrices:
             raise ValueError("search='regmean' merges linear layers, and the model has none that is merged")
