@@ -161,7 +161,8 @@ class MergeRecord:
 
     def eval_scalars(self) -> dict[str, float]:
         """What ``on_publish`` found, for the trainer's logs."""
-        return {f"{self.name}/eval/{key}": value for key, value in {**self.eval, "step": float(self.step)}.items()}
+        found = {"step": float(self.step)} | self.eval
+        return {f"{self.name}/eval/{key}": value for key, value in found.items()}
 
 
 def with_error(gain: float, stderr: float | None) -> str:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import AT_ONCE, same_weights, tiny_llama, train_steps
+from torch.nn.utils.parametrizations import spectral_norm
 from transformers import AutoModelForCausalLM
 
 from traj_merge_callback import MergeConfig, TrajectoryMerger, read_merge
@@ -101,7 +102,9 @@ def test_methods_that_weigh_each_parameter_merge_checkpoints(run, search):
 @pytest.mark.parametrize("search", ["fisher", "regmean", "df-merge"])
 def test_methods_that_weigh_each_parameter_leave_training_as_it_is(loader, train, tmp_path, search):
     def training(merging):
+        # A weight that is computed anew, with a step of a power iteration, whenever somebody asks for it in training.
         model = tiny_llama()
+        spectral_norm(model.model.layers[0].mlp.up_proj)
         merger = TrajectoryMerger(
             loader, output_dir=tmp_path, search=search, capture_every=1, merge_every=3, window_size=3, on_error="raise"
         )

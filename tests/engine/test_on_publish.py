@@ -218,3 +218,32 @@ def test_bad_commands_are_named_before_training(options, message):
         MergeConfig(**options)
     with pytest.raises(TypeError, match="on_publish=3: must be a function, of a snapshot's folder"):
         MergeConfig(on_publish=3)
+
+
+@pytest.mark.parametrize(("status", "ends"), [(0, "well"), (3, "badly")])
+def test_what_a_command_leaves_behind_ends_with_it(loader, train, tmp_path, status, ends):
+    pids = tmp_path / "pids"
+    leaving = (
+        "import os, subprocess, sys\n"
+        f"print(subprocess.Popen(['sleep', '1000']).pid, file=open({str(pids)!r}, 'a'))\n"
+        f"sys.exit({status})\n"
+    )
+    run(loader, train, tmp_path / "merged", script(tmp_path, leaving), on_error="warn")
+    found = [int(pid) for pid in pids.read_text().split()]
+    assert len(found) == 2
+    assert not any(is_alive(pid) for pid in found), ends
+
+
+def test_numbers_that_are_long_or_named_like_ours_and_much_that_is_printed(loader, train, tmp_path):
+    writing = (
+        "import json, pathlib, sys\n"
+        "text = json.dumps({'acc': 0.5, 'seed': 2**70, 'step': 7, 'huge': 10**400, 'results': {}})\n"
+        "pathlib.Path(sys.argv[2], 'found.json').write_bytes(b'\\xef\\xbb\\xbf' + text.encode())\n"
+        "print('x' * 3 * 2**24)\n"
+    )
+    _, merger, evals = run(loader, train, tmp_path / "merged", script(tmp_path, writing) + " {out}")
+    assert merger.records[-1].eval == {"acc": 0.5, "seed": 2.0**70, "step": 7.0}
+    assert evals[-1].eval_scalars()["merge/eval/acc"] == 0.5
+    printing = "import sys\nprint('y' * 3 * 2**24)\nprint('{\"last\": 2}')\n"
+    _, merger, _ = run(loader, train, tmp_path / "again", script(tmp_path, printing))
+    assert merger.records[-1].eval == {"last": 2.0}

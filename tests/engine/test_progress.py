@@ -51,3 +51,14 @@ def test_it_starts_at_0_and_ends_at_100_percent_however_early_the_search_stops(
         assert counts[0] == 0
         assert counts[-1] == totals[-1] > 0
         assert list(counts) == sorted(counts)
+
+
+@pytest.mark.parametrize("search", ["auto", "regmean"])
+def test_the_last_that_is_drawn_is_100_percent(tmp_path, loader, train, monkeypatch, capfd, search):
+    monkeypatch.setattr("traj_merge_callback.engine.schedule._PATIENCE_S", 0.0)
+    model, options = tiny_llama(), {"schedule": "blocking", "search": search, "evaluations": 12, **OPTIONS}
+    with TrajectoryMerger(loader, output_dir=tmp_path, **options) as merger:
+        train_steps(model, train, 4, lambda step: merger.step(model, step))
+    drawn = [one for one in capfd.readouterr().err.split("\r") if "merging at step 4" in one]
+    assert "  0%" in drawn[0]
+    assert "100%" in drawn[-1]

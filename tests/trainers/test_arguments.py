@@ -39,6 +39,26 @@ def test_a_command_line_gives_the_configuration():
         HfArgumentParser(MergeConfig).parse_args_into_dataclasses(["--merge_every", "0"])
 
 
+def test_dicts_are_json_on_a_command_line():
+    parser = HfArgumentParser((TrainingArguments, MergeArguments))
+    line = [
+        "--search_options",
+        '{"space": "simplex"}',
+        "--groups",
+        '{"heads": ["*attn*"]}',
+        "--domain_weights",
+        '{"a": 1}',
+    ]
+    _, merging = parser.parse_args_into_dataclasses([*line, "--evaluations", "12"])
+    options = merging.options()
+    assert options["search_options"] == {"space": "simplex"}
+    assert options["groups"] == {"heads": ["*attn*"]}
+    assert options["domain_weights"] == {"a": 1}
+    assert parser.parse_args_into_dataclasses(["--groups", "blocks"])[1].groups == "blocks"
+    with pytest.raises(ValueError, match=r"search_options='\{space: 1\}': is no JSON"):
+        parser.parse_args_into_dataclasses(["--search_options", "{space: 1}"])
+
+
 def test_without_arguments_all_defaults_are_the_same():
     args, merging = HfArgumentParser((TrainingArguments, MergeArguments)).parse_args_into_dataclasses(["--seed", "3"])
     assert args.seed == 3

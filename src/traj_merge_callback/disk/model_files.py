@@ -27,6 +27,8 @@ STATE_DICT, TRANSFORMERS, PEFT = "state_dict", "transformers", "peft"
 SHARD_BYTES = 5_000_000_000
 #: Of a safetensors file, without which transformers reads none.
 METADATA = {"format": "pt"}
+# How often a link is followed that a run moves on while it is read.
+_TRIES = 10
 
 
 def weights_format(model: nn.Module) -> str:
@@ -240,7 +242,17 @@ def load_merged(folder: str | Path, model: nn.Module, *, verify: bool = False) -
 
         load_merged("merged/best", model)
     """
-    folder, model = snapshot_folder(folder), unwrap(model)
+    for _ in range(_TRIES):
+        place = snapshot_folder(folder)
+        try:
+            return _load(place, unwrap(model), verify=verify)
+        except FileNotFoundError:
+            if snapshot_folder(folder) == place:
+                raise  # the link still leads there; otherwise a run that goes on has removed it meanwhile
+    raise FileNotFoundError(f"{folder} leads to another snapshot each time it is read: name one of them")
+
+
+def _load(folder: Path, model: nn.Module, *, verify: bool) -> dict[str, Any]:
     merge = read_merge(folder)
     if has_fsdp(model):
         raise ValueError("load_merged needs a whole model: load the snapshot before FSDP is applied")

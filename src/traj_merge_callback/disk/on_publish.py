@@ -5,6 +5,7 @@ What it prints and writes stays in ``<output_dir>/eval/step-<step>``; numbers in
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -23,10 +24,11 @@ from typing import Any, NamedTuple
 
 from .atomic import set_aside
 from .snapshots import SnapshotStore
-from .untrusted import mapping, parse_json, read_json_object
 
 logger = logging.getLogger("traj_merge_callback")
 _FOLDER, _OUTPUT = "eval", "output.txt"
+# Of a file or of what is printed no more is read than this.
+_MOST_BYTES = 2**24
 # Variables that make a process a rank of the run.
 _OF_A_RANK = re.compile(
     r"(LOCAL_|GROUP_|ROLE_|NODE_|CROSS_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|SLURM_(PROCID|LOCALID|NODEID|NTASKS.*)"
@@ -147,8 +149,7 @@ class OnPublish:
             late = time.monotonic() > running.until
             if running.process.poll() is None and not late:
                 return None
-            if late:
-                running.kill()
+            running.kill()  # if it has ended, what it has started and left behind
             self._running = None
             self._free(running.snapshot)
         if self._waiting is not None:
@@ -209,7 +210,7 @@ class OnPublish:
         return _Running(step, snapshot, out, process, time.monotonic() + self._limit)
 
     def _found(self, ended: _Running, late: bool) -> Found:
-        printed = (ended.out / _OUTPUT).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        printed = _last_lines(ended.out / _OUTPUT)
         if late or ended.process.returncode:
             how = f"took longer than on_publish_timeout={self._limit:g} s and was ended"
             if not late:
@@ -222,22 +223,39 @@ class OnPublish:
         return Found(ended.step, numbers_of(ended.out, printed))
 
 
+def _last_lines(path: Path) -> list[str]:
+    """The last lines of a file, however long it is."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _MOST_BYTES))
+        return file.read().decode("utf-8", errors="replace").strip().splitlines()
+
+
 def numbers_of(out: Path, printed: list[str]) -> dict[str, float]:
     """Numbers in the JSON files of a folder, else in the last line printed that is a JSON object."""
     files = sorted(out.rglob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-    documents = []
-    for path in files:
-        with suppress(OSError, ValueError):
-            documents.append(read_json_object(path))
-    for line in reversed(printed) if not documents else []:
-        with suppress(TypeError, ValueError):
-            documents = [mapping(parse_json(line.encode()))]
-            break
+    documents = [document for path in files if (document := _object(path)) is not None]
+    if not documents:
+        documents = [document for line in reversed(printed) if (document := _object(line)) is not None][:1]
     found: dict[str, float] = {}
     for document in documents:
         results = document.get("results")
-        found |= dict(_flat(results if isinstance(results, Mapping) else document))
+        found |= dict(_flat(results if isinstance(results, Mapping) and results else document))
     return found
+
+
+def _object(source: Path | str) -> dict[str, Any] | None:
+    """The JSON object in a file or a line, if there is one; numbers may be of any length there."""
+    try:
+        if isinstance(source, Path):
+            if source.stat().st_size > _MOST_BYTES or not source.is_file():
+                logger.info("on_publish: %s is not read, as it is larger than %d bytes", source, _MOST_BYTES)
+                return None
+            source = source.read_text(encoding="utf-8-sig")
+        found = json.loads(source, parse_int=float)
+    except (OSError, ValueError, RecursionError) as error:
+        logger.debug("on_publish: no JSON (%s)", error)
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, float]]:

@@ -311,9 +311,12 @@ class Schedule:
             def count(kind: str | None) -> None:
                 bar.update(min(_BATCH.get(str(kind), 0), left - bar.n))
 
+            began = time.monotonic()
             record = self._drive(lambda run: run.complete(count))
             if not self.under_way:
                 bar.update(left - bar.n)
+                if time.monotonic() - began > _PATIENCE_S:  # it is there, and may have been drawn a moment ago
+                    bar.refresh()
             return record
 
     def end_pause(self) -> None:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any, get_type_hints
 
 from ..config import MergeConfig
 
 # Options that TrainingArguments has as well.
 _SHARED = ("output_dir", "seed")
+# Options that may be dicts: on a command line as JSON.
+_DICTS = ("search_options", "groups", "domain_weights")
 
 
 class _Options:
     """What :class:`MergeArguments` adds to its fields."""
 
     def __post_init__(self) -> None:
+        for name in _DICTS:
+            if isinstance(given := getattr(self, name), str) and given.lstrip().startswith("{"):
+                try:
+                    setattr(self, name, json.loads(given))
+                except ValueError as error:
+                    raise ValueError(f"{name}={given!r}: is no JSON ({error})") from None
         MergeConfig(**self.options())
 
     def options(self) -> dict[str, Any]:
@@ -27,7 +36,7 @@ _HINTS = get_type_hints(MergeConfig)
 _FIELDS = [
     (
         f"merge_{one.name}" if one.name in _SHARED else one.name,
-        _HINTS[one.name],
+        dict[str, Any] | str | None if one.name in _DICTS else _HINTS[one.name],
         dataclasses.field(default=one.default, default_factory=one.default_factory),
     )
     for one in dataclasses.fields(MergeConfig)
@@ -37,7 +46,7 @@ MergeArguments.__module__ = __name__
 MergeArguments.__doc__ = """Options of :class:`MergeConfig` for ``HfArgumentParser``, beside ``TrainingArguments``.
 
 The names are the same, but for ``merge_output_dir`` and ``merge_seed``, as ``TrainingArguments`` has ``output_dir`` and
-``seed``. Options that are dicts can be given in JSON and YAML.
+``seed``. Options that are dicts are given as JSON on a command line.
 
 Example::
 

@@ -59,8 +59,12 @@ class FisherInformation:
             yield from heldout.search_pieces(
                 weights.model, weights.ready, [0], gradient=_Squares(self._window, weights, information.zero_())
             )
-        yield COMBINE
-        self._least = max(_LEAST * float(self._information[:count].mean()), float(torch.finfo(torch.float32).tiny))
+        sums = 0.0
+        for chunk in _chunks(self._window.layout.numel):
+            yield COMBINE
+            sums += float(self._information[:count, chunk].sum(dtype=torch.float64))
+        mean = sums / (count * max(1, self._window.layout.numel))
+        self._least = max(_LEAST * mean, float(torch.finfo(torch.float32).tiny))
         return LEARNING_COST["fisher"] * count / heldout.parts
 
     def combine_pieces(self, weights: np.ndarray, out: Tensor) -> Pieces[None]:
@@ -72,7 +76,7 @@ class FisherInformation:
         if (weights < 0).any():
             raise ValueError(f"weights={weights.tolist()}: with Fisher information they must be at least 0")
         row, total = self._row, self._total.zero_()
-        chunks = [slice(start, start + CHUNK) for start in range(0, len(out), CHUNK)]
+        chunks = _chunks(len(out))
         out.zero_()
         for index in np.flatnonzero(weights):
             yield from self._window.combine_pieces(np.eye(len(weights))[index], row)
@@ -81,8 +85,13 @@ class FisherInformation:
                 share = (self._information[index, chunk].to(out.device) + self._least).mul_(float(weights[index]))
                 out[chunk].addcmul_(share, row[chunk])
                 total[chunk].add_(share)
-        yield COMBINE
-        out.div_(total)
+        for chunk in chunks:
+            yield COMBINE
+            out[chunk].div_(total[chunk])
+
+
+def _chunks(numel: int) -> list[slice]:
+    return [slice(start, min(start + CHUNK, numel)) for start in range(0, numel, CHUNK)]
 
 
 class _Squares:
@@ -104,5 +113,7 @@ class _Squares:
     def projected(self) -> Pieces[np.ndarray]:
         """See :class:`MergeGradient`."""
         found = yield from self._weights.gradient()
-        self._total.add_(found.cpu())
+        for chunk in _chunks(len(found)):
+            yield COMBINE
+            self._total[chunk].add_(found[chunk].cpu())
         return np.zeros(self._window.num_weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,10 +19,12 @@ from ...window.matrix import Matrix
 from ...window.memory import check_free
 from ...window.names import unwrap
 from ...window.pieces import COMBINE, Pieces
+from ...window.storage import CHUNK
 from ..heldout import HeldOutLoss
 from ..parking import Parking
 from ..weights import Weights
 
+logger = logging.getLogger("traj_merge_callback")
 # By what the entries off the diagonal of a Gram matrix are multiplied: the paper's alpha, with its value.
 _OFF_DIAGONAL = 0.9
 # Of the mean of a sum's diagonal, added to it, so that it can be inverted. Ours.
@@ -29,6 +32,8 @@ _RIDGE = 1e-6
 _TINY = 1e-30
 # The class of GPT-2's linear layers, which are stored the other way round.
 _CONV1D = "Conv1D"
+# What calls, and GPT-2's, give a matrix and its inputs to, and the names of their operands.
+_OPERANDS = {functional.linear: ("input", "weight"), torch.addmm: ("input", "mat1", "mat2")}
 
 
 class _Matrix(NamedTuple):
@@ -63,24 +68,24 @@ class _Sums:
 
     def __init__(self, matrix: _Matrix, gram: Tensor) -> None:
         size = matrix.inputs
-        self._matrix = matrix
+        self.matrix = matrix
         self.gram = gram
         # Over all rows: of Gram matrices, and of their products with the rows' differences to their mean.
-        self._grams, self._products = torch.zeros(size, size), torch.zeros(size, matrix.slot.numel // size)
+        self.grams, self._products = torch.zeros(size, size), torch.zeros(size, matrix.slot.numel // size)
 
     def add(self, row: Tensor, mean: Tensor) -> None:
         """Add what was seen of a row, which is given as well as the rows' mean, and look at the next one."""
         self.gram.mul_(_OFF_DIAGONAL).diagonal().div_(_OFF_DIAGONAL)
-        difference = self._matrix.by_input(row) - self._matrix.by_input(mean).to(row.device)
+        difference = self.matrix.by_input(row) - self.matrix.by_input(mean).to(row.device)
         self._products.add_((self.gram @ difference).cpu())
-        self._grams.add_(self.gram.cpu())
+        self.grams.add_(self.gram.cpu())
         self.gram.zero_()
 
     def solve(self, merged: Tensor) -> None:
         """Put the least squares in the place of the rows' mean, which is kept where no input says anything."""
-        self._grams.diagonal().add_(max(_RIDGE * float(self._grams.diagonal().mean()), _TINY))
-        found = torch.linalg.solve(self._grams.double(), self._products.double())
-        self._matrix.by_input(merged).add_(found)
+        self.grams.diagonal().add_(max(_RIDGE * float(self.grams.diagonal().mean()), _TINY))
+        found = torch.linalg.solve(self.grams.double(), self._products.double())
+        self.matrix.by_input(merged).add_(found)
 
 
 class RegressionMean:
@@ -143,6 +148,8 @@ class RegressionMean:
             for layer in layers.values():
                 yield COMBINE
                 layer.add(weights.row, self._merged)
+        if unseen := [one.matrix.slot.name for one in layers.values() if not one.grams.any()]:
+            logger.info("regmean: no input was seen of %s, which are the rows' mean", ", ".join(unseen))
         for layer in layers.values():
             yield COMBINE
             layer.solve(self._merged)
@@ -159,8 +166,9 @@ class RegressionMean:
         """
         if np.ptp(weights) > 1e-9:
             raise ValueError(f"weights={weights.tolist()}: the least squares of all rows have equal weights")
-        yield COMBINE
-        out.copy_(self._merged)
+        for start in range(0, len(out), CHUNK):
+            yield COMBINE
+            out[start : start + CHUNK].copy_(self._merged[start : start + CHUNK])
 
 
 class _Inputs(TorchFunctionMode):
@@ -177,10 +185,11 @@ class _Inputs(TorchFunctionMode):
         self._layers = layers
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Linear(x, weight), and GPT-2's addmm(bias, x, weight).
-        place = {functional.linear: 0, torch.addmm: 1}.get(func)
-        if place is not None and len(args) > place + 1 and (layer := self._layers.get(id(args[place + 1]))) is not None:
-            inputs = args[place].detach().reshape(-1, len(layer.gram)).float()
-            with torch.autocast(inputs.device.type, enabled=False):
-                layer.gram.add_(inputs.T @ inputs)
+        if (names := _OPERANDS.get(func)) is not None:
+            given = dict(zip(names, args, strict=False)) | (kwargs or {})
+            layer = self._layers.get(id(given.get(names[-1])))
+            if layer is not None:
+                inputs = given[names[-2]].detach().reshape(-1, len(layer.gram)).float()
+                with torch.autocast(inputs.device.type, enabled=False):
+                    layer.gram.add_(inputs.T @ inputs)
         return func(*args, **(kwargs or {}))

@@ -121,7 +121,7 @@ def _gains(runs: list[Run]) -> Drawn:
         steps = [merge.step for merge in run.merges]
         gain, stderr = _columns(run, lambda merge: (merge.losses.gain, merge.losses.stderr))
         left.plot(steps, gain, color=color, label=run.name, **_marks(steps))
-        left.fill_between(steps, gain - 2 * stderr, gain + 2 * stderr, color=color, alpha=0.18, linewidth=0)
+        _band(left, steps, gain, stderr, color)
         (saved,) = _columns(run, lambda merge: (merge.steps_saved,))
         right.plot(steps, saved, color=color, label=run.name, **_marks(steps))
     left.axhline(0, color=INK, linewidth=0.8, alpha=0.6)
@@ -282,9 +282,18 @@ def _plot_losses(axis: Axes, runs: list[Run], losses: Callable[[Merge], Losses])
         own = {"color": _LIVE} if len(runs) == 1 else {"color": color, "linestyle": (0, (4, 2)), "alpha": 0.75}
         axis.plot(steps, live, **own, **_marks(steps))
         axis.plot(steps, merged, color=color, **_marks(steps))
-        axis.fill_between(steps, merged - 2 * stderr, merged + 2 * stderr, color=color, alpha=0.18, linewidth=0)
+        _band(axis, steps, merged, stderr, color)
         _mark_events(axis, run, lambda merge: losses(merge).live)
     return _cut_early_losses(axis, runs, losses)
+
+
+def _band(axis: Axes, steps: list[int], values: np.ndarray, stderr: np.ndarray, color: str) -> None:
+    """A band of two standard errors; a bar where a value has no neighbours."""
+    low, high = values - 2 * stderr, values + 2 * stderr
+    axis.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
+    known = np.pad(np.isfinite(low), 1)
+    alone = known[1:-1] & ~known[:-2] & ~known[2:]
+    axis.vlines(np.array(steps)[alone], low[alone], high[alone], color=color, alpha=0.5, linewidth=2)
 
 
 def _mark_events(axis: Axes, run: Run, height: Callable[[Merge], float]) -> None:
