@@ -237,7 +237,7 @@ class Case:
 
 
 def study(trajectory: Trajectory, point: int, window: Window, quick: bool, only: Sequence[str]) -> dict[str, Any]:
-    """All methods on one case, or the default, the optimum and some others."""
+    """All methods on one case; with ``only`` these, the default and the optimum."""
     started = time.perf_counter()
     case = Case(trajectory, point, window, quick)
     finals = trajectory.finals[point]
@@ -440,6 +440,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for search_quality.json, .md and .png")
     parser.add_argument("--only", nargs="+", choices=sorted(METHODS), default=[], help="methods; needs --output")
     arguments = parser.parse_args()
+    if arguments.only and not arguments.output:
+        parser.error("--only needs --output, the folder with the results of an earlier run")
     specs = [QUICK] if arguments.quick else list(SPECS)
     load(specs)
     work = [
@@ -450,7 +452,7 @@ def main() -> None:
     ]
     with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         cases = list(pool.map(_study, work))
-    if arguments.only and arguments.output:
+    if arguments.only:
         cases = with_earlier(cases, arguments.output / "search_quality.json", arguments.only)
     found = summary(cases)
     print("\n" + table(found) + "\n")

@@ -7,7 +7,7 @@ from conftest import AT_ONCE, same_weights, tiny_llama, train_steps
 from torch.nn.utils.parametrizations import spectral_norm
 from transformers import AutoModelForCausalLM
 
-from traj_merge_callback import MergeConfig, TrajectoryMerger, read_merge
+from traj_merge_callback import MergeConfig, Search, TrajectoryMerger, read_merge
 from traj_merge_callback.search.recipes import half_life_rate
 
 STEPS = 40
@@ -132,3 +132,31 @@ def test_methods_that_weigh_each_parameter_leave_training_as_it_is(loader, train
 def test_methods_that_weigh_each_parameter_say_what_they_cannot(options, message):
     with pytest.raises(ValueError, match=message):
         MergeConfig(**options)
+
+
+class Needy(Search):
+    weighing = "fisher"
+
+    def __init__(self, problem, *, share):
+        super().__init__(problem)
+        self._candidates = [np.array([1 - share, 0.0, share])]
+
+    def ask(self):
+        return self._candidates.pop() if self._candidates else None
+
+
+class Confused(Needy):
+    needs_gradients = True
+
+
+def test_a_search_of_ones_own_may_have_required_options_and_use_fisher_information(loader, train, tmp_path):
+    options = {"capture_every": 1, "merge_every": 3, "window_size": 3, "on_error": "raise", "output_dir": tmp_path}
+    search = f"{Needy.__module__}:Needy"
+    with TrajectoryMerger(loader, search=search, search_options={"share": 0.9}, **options, **AT_ONCE) as merger:
+        model = tiny_llama()
+        train_steps(model, train, 3, lambda step: merger.step(model, step))
+        assert merger.records[0].weights in ([pytest.approx(0.1), 0.0, 0.9], [0.0, 0.0, 1.0])
+    with pytest.raises(ValueError, match="do not fit"):
+        MergeConfig(search=search)
+    with pytest.raises(ValueError, match="weighing='fisher': must be one of rows, fisher, regmean, and 'rows' with"):
+        MergeConfig(search=f"{Needy.__module__}:Confused", search_options={"share": 0.9})

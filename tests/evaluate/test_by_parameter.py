@@ -1,14 +1,17 @@
 """Merges that weigh each parameter by itself, against their papers' formulas computed here in another way."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_llama, train_steps
+from conftest import AT_ONCE, tiny_llama, train_steps
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import realtext
-from traj_merge_callback import CheckpointWindow, HeldOutLoss
+from traj_merge_callback import CheckpointWindow, HeldOutLoss, TrajectoryMerger
 from traj_merge_callback.evaluate.by_parameter.fisher import FisherInformation
 from traj_merge_callback.evaluate.by_parameter.regmean import RegressionMean
 from traj_merge_callback.evaluate.candidate import Candidates, weights_in
@@ -40,9 +43,9 @@ class Case:
 
         train_steps(model, train, ROWS, capture, lr=3e-2)
         self.heldout = HeldOutLoss(loader, batches=2)
-        parking = Parking(torch.device("cpu"), self.window.processes)
-        weights = weights_in(model, self.window, 0, parking)
-        self.candidates = Candidates(weights, self.window, self.heldout, make(self.window, model, parking))
+        self.parking = Parking(torch.device("cpu"), self.window.processes)
+        weights = weights_in(model, self.window, 0, self.parking)
+        self.candidates = Candidates(weights, self.window, self.heldout, make(self.window, model, self.parking))
         finish(self.candidates.prepare())
         self.cost = finish(self.candidates.learn())
 
@@ -164,3 +167,38 @@ def test_what_cannot_be_is_said(train, loader):
         case.merged([0.5, 0.25, 0.25])
     with pytest.raises(ValueError, match="merges linear layers, and the model has none"):
         RegressionMean(CheckpointWindow(nn.LayerNorm(3), 2), nn.LayerNorm(3), None)
+
+
+@pytest.mark.parametrize("search", ["fisher", "regmean"])
+def test_a_merge_holds_nothing_on_the_device_when_it_is_done(train, loader, tmp_path, search):
+    held = []
+
+    class Watched(Parking):
+        def hold(self, tensor):
+            held.append(weakref.ref(tensor))
+            return super().hold(tensor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("traj_merge_callback.engine.merge.Parking", Watched)
+        model, options = tiny_llama(), {"capture_every": 1, "merge_every": 3, "window_size": 3, "on_error": "raise"}
+        with TrajectoryMerger(loader, output_dir=tmp_path, search=search, **options, **AT_ONCE) as merger:
+            train_steps(model, train, 3, lambda step: merger.step(model, step))
+            assert len(merger.records) == 1
+            gc.collect()
+            # The window's own row for a merge stays.
+            assert len({one().data_ptr() for one in held if one() is not None}) <= 1
+
+
+@pytest.mark.parametrize("make", [fisher, RegressionMean])
+def test_the_training_loops_autocast_rounds_nothing(make, train, loader):
+    exact = Case(tiny_llama(dropout=0.0), train, loader, make).merged([1 / 3, 1 / 3, 1 / 3])
+    case = Case(tiny_llama(dropout=0.0), train, loader, make)
+    model = case.candidates.weights.model
+    case.heldout = HeldOutLoss(loader, batches=2, precision=lambda: torch.autocast("cpu", enabled=False))
+    case.candidates = Candidates(
+        case.candidates.weights, case.window, case.heldout, make(case.window, model, case.parking)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        finish(case.candidates.learn())
+        merged = case.merged([1 / 3, 1 / 3, 1 / 3])
+    assert all(torch.equal(merged[name], exact[name]) for name in exact)

@@ -369,6 +369,40 @@ def test_rows_of_csv_and_json_files_and_rows_without_text(tmp_path):
     assert torch.equal(found["one.json"], found["two.json"])
     assert torch.equal(found["one.json"], found["four.csv"])
     assert len(found["three.jsonl"]) == 64
+    (tmp_path / "six.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "four.csv").read_bytes())
+    batches = heldout_batches([str(tmp_path / "six.csv")], ByteTokenizer(), sequences=64, block_size=32, batch_size=8)
+    assert torch.equal(torch.cat([batch["input_ids"] for batch, _ in batches[NAMELESS].batches]), found["one.json"])
     (tmp_path / "five.json").write_text(json.dumps([1, 2]))
     with pytest.raises(ValueError, match="row 1 has no text"):
         heldout_batches([str(tmp_path / "five.json")], ByteTokenizer(), sequences=4, block_size=8, batch_size=2)
+
+
+def test_the_first_key_with_a_text_is_taken(tmp_path):
+    rows = [{"text": None, "content": text} for text in documents(40, seed=5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "same.jsonl").write_text("".join(json.dumps({"text": row["content"]}) + "\n" for row in rows))
+    found = [
+        heldout_batches([str(tmp_path / name)], ByteTokenizer(), sequences=16, block_size=32, batch_size=16)[NAMELESS]
+        for name in ("rows.jsonl", "same.jsonl")
+    ]
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for (a, _), (b, _) in zip(*(one.batches for one in found)))
+    (tmp_path / "rows.jsonl").write_text('{"text": 0}\n')
+    with pytest.raises(ValueError, match="row 1 has no text"):
+        heldout_batches([str(tmp_path / "rows.jsonl")], ByteTokenizer(), sequences=4, block_size=8, batch_size=2)
+
+
+def test_outputs_that_are_there_are_used_or_refused(heldout_file, tmp_path, monkeypatch):
+    saved(llama(), tmp_path / "run", (1, 2, 3))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    curve(tmp_path / "run", str(heldout_file), output=".", **OPTIONS)
+    assert (tmp_path / "here" / "metrics.jsonl").is_file()
+    (tmp_path / "left").mkdir()
+    (tmp_path / "left" / ".tmp-a.lock").touch()
+    merge(tmp_path / "run", recipe="lawa", output=tmp_path / "left", progress=False)
+    assert (tmp_path / "left" / "merge.json").is_file()
+    os.mkfifo(tmp_path / ".tmp-pipe.lock")
+    merge(tmp_path / "run", recipe="lawa", output=tmp_path / "pipe", progress=False)
+    for place in ("/", tmp_path / "left"):
+        with pytest.raises(FileExistsError, match="is there already"):
+            merge(tmp_path / "run", recipe="lawa", output=place, progress=False)

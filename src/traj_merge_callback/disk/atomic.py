@@ -253,7 +253,7 @@ def remove_leftovers(folder: Path, of: str = "*") -> None:
     """Remove what a killed process left half-written in ``folder``: what :func:`temporary_path` names, and no more.
 
     Args:
-        folder: of one run; no other process writes there.
+        folder: where no other process writes what the pattern names.
         of: a glob pattern of what was to be written.
     """
     for path in folder.glob(f"{TEMPORARY}{of}-{'[0-9a-f]' * 32}"):

@@ -1,7 +1,7 @@
 """Checksums of the files of a folder, kept in its document, and of the document itself.
 
 SHA-256: the digest that the Hugging Face Hub names large files by, at about 1 GB/s with one core. A file is hashed
-right after it was written, when it is still in the system's memory, in the thread that wrote it.
+while it is written, or right after that, when it is still in the system's memory.
 """
 
 from __future__ import annotations

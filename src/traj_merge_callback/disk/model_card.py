@@ -67,7 +67,7 @@ def _text(merge: dict[str, Any]) -> str:
     if merge["group_weights"]:
         lines += ["", f"Each of the groups {', '.join(merge['group_weights'])} has weights of its own, near these."]
     if merge["weighing"] != "rows":
-        lines += ["", f"Each parameter is weighted by itself besides: `{merge['weighing']}`."]
+        lines += ["", f"The merge is no weighted mean of them: `{merge['weighing']}` makes it of them."]
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     return "\n".join([*lines, "", f"Made with {versions}.", ""])
 

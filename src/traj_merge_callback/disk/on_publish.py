@@ -27,7 +27,7 @@ from .snapshots import SnapshotStore
 
 logger = logging.getLogger("traj_merge_callback")
 _FOLDER, _OUTPUT = "eval", "output.txt"
-# Of a file or of what is printed no more is read than this.
+# Files that are larger are not read, and of what is printed no more than the end.
 _MOST_BYTES = 2**24
 # Variables that make a process a rank of the run.
 _OF_A_RANK = re.compile(
@@ -84,7 +84,7 @@ class _Running:
 
     def kill(self) -> None:
         """End the process and all that it has started."""
-        with suppress(ProcessLookupError):
+        with suppress(OSError):  # nothing is left, or what is left belongs to another user
             if hasattr(os, "killpg"):
                 os.killpg(self.process.pid, signal.SIGKILL)
             else:
@@ -146,8 +146,9 @@ class OnPublish:
         if running is not None:
             with suppress(subprocess.TimeoutExpired):
                 running.process.wait(wait)
-            late = time.monotonic() > running.until
-            if running.process.poll() is None and not late:
+            works = running.process.poll() is None
+            late = works and time.monotonic() > running.until
+            if works and not late:
                 return None
             running.kill()  # if it has ended, what it has started and left behind
             self._running = None
@@ -232,10 +233,11 @@ def _last_lines(path: Path) -> list[str]:
 
 def numbers_of(out: Path, printed: list[str]) -> dict[str, float]:
     """Numbers in the JSON files of a folder, else in the last line printed that is a JSON object."""
-    files = sorted(out.rglob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    files = sorted(filter(Path.is_file, out.rglob("*.json")), key=lambda path: path.stat().st_mtime_ns)
     documents = [document for path in files if (document := _object(path)) is not None]
     if not documents:
-        documents = [document for line in reversed(printed) if (document := _object(line)) is not None][:1]
+        lines = (line for line in reversed(printed) if line.lstrip().startswith("{"))
+        documents = [next(filter(None, map(_object, lines)), {})]
     found: dict[str, float] = {}
     for document in documents:
         results = document.get("results")
@@ -247,7 +249,7 @@ def _object(source: Path | str) -> dict[str, Any] | None:
     """The JSON object in a file or a line, if there is one; numbers may be of any length there."""
     try:
         if isinstance(source, Path):
-            if source.stat().st_size > _MOST_BYTES or not source.is_file():
+            if source.stat().st_size > _MOST_BYTES:
                 logger.info("on_publish: %s is not read, as it is larger than %d bytes", source, _MOST_BYTES)
                 return None
             source = source.read_text(encoding="utf-8-sig")

@@ -56,13 +56,15 @@ def vacant(output: str | Path) -> Path:
     remove_leftovers(path.parent, of=glob.escape(path.name))
     if path.is_dir():
         remove_leftovers(path)
+        for lock in path.glob(f"{TEMPORARY}*.lock"):
+            lock.unlink()
         path.rmdir()
     return path
 
 
 @contextmanager
 def alone(output: str | Path) -> Iterator[None]:
-    """Keep other commands from writing a folder. The lock is beside it, and is open when its process has ended.
+    """Keep other commands from writing a folder. The lock is a file beside it, free when its process ends.
 
     Raises:
         FileExistsError: another command is writing it, or it is a link that leads nowhere.
@@ -72,21 +74,31 @@ def alone(output: str | Path) -> Iterator[None]:
     if path.is_symlink() and not path.exists():
         raise FileExistsError(f"output={str(output)!r} is a link that leads nowhere: remove it, or name a new folder")
     path = path.resolve()
+    if not path.name:
+        raise FileExistsError(f"output={str(output)!r} is there already: name a new folder")
     make_folder(path.parent)
     lock = path.with_name(f"{TEMPORARY}{path.name}.lock")
     with ExitStack() as held:
         try:
+            clear_for_file(lock)
             file = held.enter_context(lock.open("a"))
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):  # whoever had it removed it just now
+                raise BlockingIOError
+            held.callback(_remove, lock)
         except BlockingIOError:
             raise FileExistsError(
                 f"output={str(output)!r} is being written by another command: wait for it, or name another folder"
             ) from None
         except OSError as error:  # a file system without locks, or a folder that cannot be written to
             logger.debug("%s cannot be locked: %s", path, error)
-        held.callback(lock.unlink, missing_ok=True)
         yield
+
+
+def _remove(lock: Path) -> None:
+    with suppress(OSError):  # on Windows while it is open
+        lock.unlink()
 
 
 class OutputFolder:

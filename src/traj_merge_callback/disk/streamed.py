@@ -130,6 +130,7 @@ def write_model_folder(
 
     Raises:
         OSError: there is too little space, or it cannot be written to.
+        ValueError: a small file is a link to somewhere else.
     """
     sizes = {name: one.nbytes for name, one in tensors.items()}
     check_space(output, sum(sizes.values()))
@@ -141,12 +142,16 @@ def write_model_folder(
             path = path.with_name("adapter_model.safetensors")
         checksums[path.name] = write_streamed(path, {name: tensors[name] for name in names}, pieces, METADATA)
 
+    small = [
+        own_file(path)
+        for path in (sorted(beside.iterdir()) if beside is not None else [])
+        if path.is_file() and path.suffix in _SMALL and not _NOT_COPIED.fullmatch(path.name)
+    ]
     with whole_folder(output) as temporary:
         # Adapters are read from one file.
         write_shards(temporary, sizes, write, sum(sizes.values()) if is_adapter else shard_bytes)
-        for path in sorted(beside.iterdir()) if beside is not None else []:
-            if path.is_file() and path.suffix in _SMALL and not _NOT_COPIED.fullmatch(path.name):
-                shutil.copyfile(own_file(path), temporary / path.name)
+        for path in small:
+            shutil.copyfile(path, temporary / path.name)
         write_document(temporary, {"version": FORMAT_VERSION, **document}, checksums_of(temporary, known=checksums))
 
 

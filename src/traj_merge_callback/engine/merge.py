@@ -164,6 +164,8 @@ class Merge:
     ) -> Pieces[MergeRecord]:
         window = self.window
         with in_use:
+            if self._by_parameter is not None:
+                in_use.callback(self._by_parameter.release)
             window.settle_together()
             if window.steps[-1:] != (step,):
                 raise ValueError("the model's weights are not finite, so there is no merge of them")
@@ -234,10 +236,10 @@ class Merge:
         weighing, window = resolve_search(self._config.search).weighing, self.window
         if weighing == "rows":
             return None
-        if window.processes.size > 1:
+        if window.processes.size > 1 or window.layout.sharding.units:
             raise ValueError(
-                f"search={self._config.search!r} weighs each parameter by itself, which takes a whole model in one "
-                f"process; there are {window.processes.size}"
+                f"search={self._config.search!r} makes no weighted mean of rows, which takes a whole model in one "
+                f"process, without FSDP"
             )
         with refused_on_all(window.processes, self._config.num_rows):
             if weighing == "regmean":

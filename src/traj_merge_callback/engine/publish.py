@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -195,6 +196,7 @@ class Publisher:
         sharded: bool,
     ) -> dict[str, Any]:
         config, model = self._config, weights.model
+        alone = np.count_nonzero(described["weights"]) == 1  # then it is that row, whatever the search
         search_losses = {f"{name}_loss": loss for name, loss in described["search_losses"].items()}
         return {
             "step": step,
@@ -204,7 +206,7 @@ class Publisher:
             **{name: value for name, value in described.items() if name != "search_losses"},
             "search": config.search,
             "search_options": config.search_options,
-            "weighing": resolve_search(config.search).weighing,
+            "weighing": "rows" if alone else resolve_search(config.search).weighing,
             "search_split": search_losses,
             "report_split": losses,
             "row_dtype": self._window.dtype,

@@ -37,7 +37,7 @@ def weights_in(
         parking: of the device memory that it takes, from now on until the next call.
         units: the model's FSDP units; None for a model without FSDP.
         kept: what every candidate takes from live; None: what live has whenever a candidate is evaluated.
-        beside: bytes of device memory that the merge holds beside.
+        beside: bytes of device memory that the merge holds beside a candidate and its gradient.
     """
     slots = window.layout.slots
     # The candidate and its gradient, whole where they are not sharded.
@@ -75,6 +75,9 @@ class ByParameter(Protocol):
 
     def combine_pieces(self, weights: np.ndarray, out: Tensor) -> Pieces[None]:
         """Write a merge of at least two rows to ``out``, shape ``(N,)``."""
+
+    def release(self) -> None:
+        """Give up the device memory that it holds; called when a merge ends, however it does."""
 
 
 class Candidates:

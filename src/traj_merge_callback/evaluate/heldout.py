@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..distributed import Processes
 from ..search.checks import LARGEST_SEED, function, integer, names, share, shown
 from ..search.evaluation import PARTS, Evaluation, Gradient
+from ..window.devices import without_autocast
 from ..window.names import unwrap
 from ..window.pieces import BACKWARD, EXCHANGE, FORWARD, Pieces, finish
 from .data import (
@@ -372,7 +373,8 @@ class HeldOutLoss:
             with self.undisturbed(), ready(gradient is not None):
                 nll, tokens = self.returned(model, of.domain, self.moved(model, of.domain, of.data))
                 if gradient is not None and float(tokens):
-                    (counts * torch.as_tensor(nll)).backward()
+                    with without_autocast(device_of(model)):
+                        (counts * torch.as_tensor(nll)).backward()
                     gradient.add_gradient()
                 values[turn] = float(torch.as_tensor(nll).detach()), float(tokens)
         found: np.ndarray = values

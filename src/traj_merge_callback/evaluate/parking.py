@@ -60,6 +60,10 @@ class Parking:
             self._held.append((tensor, allocate("parked", tuple(tensor.shape), tensor.dtype)))
         return tensor
 
+    def let_go(self, tensor: Tensor) -> None:
+        """Hold a tensor not any more."""
+        self._held = [pair for pair in self._held if pair[0] is not tensor]
+
     def park(self) -> None:
         """Give up the device memory of what is held."""
         if self.away:

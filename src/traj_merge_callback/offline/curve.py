@@ -76,7 +76,7 @@ def curve(
     ends = [*range(1, len(found))]
     if not every_step and len(ends) > _POINTS:
         ends = np.unique(np.linspace(1, len(found) - 1, _POINTS).round().astype(int)).tolist()
-    output = Path(output).expanduser()
+    output = Path(output).expanduser().resolve()
     reading = {"sequences": sequences, "block_size": block_size, "batch_size": batch_size}
     evaluating = prepare(found[-window:], heldout, config, model, tokenizer, nll, device, dtype, reading)
     store = SnapshotStore(output, keep_last=0, keep_best=False)
@@ -128,6 +128,7 @@ def _begun(output: Path, settings: dict[str, Any], store: SnapshotStore) -> dict
                 f"output={str(output)!r} holds a curve with another {', '.join(differ)}: name another folder"
             )
         return {one["step"]: json.dumps(one) for one in read_records(output / "metrics.jsonl")}
-    make_folder(vacant(output))
+    if not output.is_dir() or any(output.iterdir()):
+        make_folder(vacant(output))
     write_whole(document, json.dumps({"version": 1, "run": store.run, "settings": settings}, indent=2) + "\n")
     return {}

@@ -36,8 +36,8 @@ def export(folder: str | Path, *, format: str = "mergekit") -> str:
         raise ValueError(f"{folder} has merge weights for each parameter group, which mergekit's linear merge has not")
     if merge.get("weighing", "rows") != "rows":
         raise ValueError(
-            f"{folder} was merged with search={merge.get('search')!r}, which weighs each parameter by itself: "
-            "mergekit's linear merge does not"
+            f"{folder} was merged with search={merge.get('search')!r}, which makes no weighted mean of "
+            "checkpoints: mergekit's linear merge does"
         )
     lines = ["merge_method: linear", "models:"]
     with damage_of(folder / "merge.json"):

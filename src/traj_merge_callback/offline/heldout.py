@@ -77,7 +77,7 @@ def heldout_batches(
 
     Raises:
         FileNotFoundError: a file is not there.
-        ValueError: there is too little text for one sequence in each split, or a row has no text.
+        ValueError: there is too little text for one sequence in each split, or a row that has none of these keys.
     """
     share("search_fraction", search_fraction)
     least = {"sequences": 2, "block_size": 2, "batch_size": 1}
@@ -214,9 +214,12 @@ class _Rows(Sequence[str]):
             row = json.loads(row) if isinstance(row, bytes) else row
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{self._source}: row {index + 1} is no JSON ({error})") from error
-        # Datasets have rows without a text, and mark them so.
-        texts = [row[key] or "" for key in _TEXT_KEYS if isinstance(row, Mapping) and key in row]
-        text = row if isinstance(row, str) else next((one for one in texts if isinstance(one, str)), None)
+        if isinstance(row, str):
+            return row
+        values = [row[key] for key in _TEXT_KEYS if isinstance(row, Mapping) and key in row]
+        text = next((one for one in values if isinstance(one, str) and one), None)
+        if text is None and values and all(one in (None, "") for one in values):
+            return ""  # datasets have rows without a text, and mark them so
         if text is None:
             raise ValueError(f"{self._source}: row {index + 1} has no text in {', '.join(map(repr, _TEXT_KEYS))}")
         return text
@@ -264,7 +267,7 @@ def _rows_in(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file with a line of names."""
     longest = csv.field_size_limit(2**31 - 1)
     try:
-        with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
             return list(csv.DictReader(file))
     except csv.Error as error:
         raise ValueError(f"heldout={path}: is no CSV file that can be read ({error})") from error

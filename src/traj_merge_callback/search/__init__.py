@@ -25,7 +25,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from .checks import did_you_mean
-from .problem import Observed, Problem, Search
+from .problem import LEARNING_COST, Observed, Problem, Search
 
 __all__ = ["Observed", "Problem", "Search", "available_searches", "register_search", "resolve_search"]
 
@@ -87,7 +87,7 @@ def available_searches() -> list[str]:
 
 
 def resolve_search(name: str, options: dict[str, Any] | None = None) -> type[Search]:
-    """The class behind a name or a ``"package.module:Class"`` path, with ``options`` checked against it.
+    """The class behind a name or a ``"package.module:Class"`` path, with ``options`` checked against it if given.
 
     Raises:
         ValueError, TypeError: no such search, something that is no :class:`Search`, or options that it does not accept.
@@ -95,7 +95,13 @@ def resolve_search(name: str, options: dict[str, Any] | None = None) -> type[Sea
     search = _load(name)
     if not _is_search(search):
         raise ValueError(f"search={name!r} is {search!r}; it must be {_REQUIRED}")
-    options = options or {}
+    if search.weighing not in LEARNING_COST or (search.needs_gradients and search.weighing != "rows"):
+        raise ValueError(
+            f"search={name!r} has weighing={search.weighing!r}: must be one of {', '.join(LEARNING_COST)}, and 'rows' "
+            "with needs_gradients=True, as gradients are those of a weighted mean of rows"
+        )
+    if options is None:
+        return search
     accepted = list(inspect.signature(search).parameters.values())[1:]
     try:
         inspect.signature(search).bind(None, **options)

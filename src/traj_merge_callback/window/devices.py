@@ -7,6 +7,7 @@ import logging
 import mmap
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -19,6 +20,11 @@ logger = logging.getLogger("traj_merge_callback")
 ROOM = 0.05
 # cudaHostRegisterPortable: page-locked for every context of the process.
 _PORTABLE = 1
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """A context in which products are as exact as their operands: a training loop may call us under its autocast."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def worker(name: str, device: torch.device) -> ThreadPoolExecutor:

@@ -72,7 +72,7 @@ def _left_by_groups(controller: str, path: str) -> list[tuple[float, float]]:
 
 
 def check_free(nbytes: int, what: str) -> None:
-    """Whether there is CPU memory for so many bytes, beside what is left to training.
+    """Check that there is CPU memory for so many bytes, beside what is left to training.
 
     Raises:
         NoRoom: there is not.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import Processes
-from .devices import side_stream
+from .devices import side_stream, without_autocast
 from .layout import ParameterGroups, ParameterLayout, Slot
 from .pieces import COMBINE, EXCHANGE, Pieces
 from .storage import BLOCK, CHUNK, Rows
@@ -206,7 +206,8 @@ def gram(rows: list[StoredRow], piece: list[Chunk], products: Tensor) -> None:
         if index < last:
             filled[index].copy_(values)
         if index == last - 1:
-            products[chunk.region] += (filled @ filled.T).double()
+            with without_autocast(filled.device):
+                products[chunk.region] += (filled @ filled.T).double()
 
 
 def until(piece: list[Chunk], end: int) -> list[Chunk]:

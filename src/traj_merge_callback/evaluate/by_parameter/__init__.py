@@ -1,1 +1,1 @@
-"""Merges that are no weighted mean of rows: each parameter of each row has a weight of its own, learnt from data."""
+"""Merges that are no weighted mean of rows: what each parameter or layer is made of is learnt from data."""

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...search.problem import LEARNING_COST
+from ...window.layout import ParameterLayout
 from ...window.matrix import Matrix
 from ...window.memory import check_free
 from ...window.names import unwrap
@@ -40,31 +41,36 @@ class FisherInformation:
     """
 
     def __init__(self, window: Matrix, rows: int, parking: Parking) -> None:
-        check_free(4 * rows * window.layout.numel, f"the Fisher information of {rows} rows")
+        # The window's rows may have been promised and not yet used, so that they still count as free.
+        information = 4 * rows * window.layout.numel
+        check_free(window.nbytes + information, f"the window with the Fisher information of {rows} rows")
         self._window = window
         self._parking = parking
         #: Device memory that a merge holds.
         self.nbytes = 8 * window.layout.numel
         self._information = torch.empty(rows, window.layout.numel)
         self._least = 0.0
+        # On the device, during a merge: a row, and the sum of a parameter's weights or of its squared gradients.
+        self._held: tuple[Tensor, Tensor] | None = None
 
     def learn(
         self, load: Callable[[np.ndarray], Pieces[None]], weights: Weights, heldout: HeldOutLoss
     ) -> Pieces[float]:
         """See :class:`ByParameter`: a forward and a backward pass over one part of the split for each row."""
-        count = self._window.num_weights
-        self._row, self._total = (self._parking.hold(torch.empty_like(weights.row)) for _ in range(2))
-        for row, information in zip(np.eye(count), self._information[:count], strict=True):
-            yield from load(row)
-            yield from heldout.search_pieces(
-                weights.model, weights.ready, [0], gradient=_Squares(self._window, weights, information.zero_())
-            )
-        sums = 0.0
-        for chunk in _chunks(self._window.layout.numel):
-            yield COMBINE
-            sums += float(self._information[:count, chunk].sum(dtype=torch.float64))
-        mean = sums / (count * max(1, self._window.layout.numel))
-        self._least = max(_LEAST * mean, float(torch.finfo(torch.float32).tiny))
+        yield COMBINE
+        count, numel = self._window.num_weights, self._window.layout.numel
+        row, total = (self._parking.hold(torch.empty_like(weights.row)) for _ in range(2))
+        self._held = row, total
+        sums, squares = 0.0, _Squares(self._window.layout, weights.model, total)
+        for one, information in zip(np.eye(count), self._information[:count], strict=True):
+            yield from load(one)
+            total.zero_()
+            yield from heldout.search_pieces(weights.model, weights.ready, [0], gradient=squares)
+            for chunk in _chunks(numel):
+                yield COMBINE
+                information[chunk].copy_(total[chunk])
+                sums += float(information[chunk].sum(dtype=torch.float64))
+        self._least = max(_LEAST * sums / max(1, count * numel), float(torch.finfo(torch.float32).tiny))
         return LEARNING_COST["fisher"] * count / heldout.parts
 
     def combine_pieces(self, weights: np.ndarray, out: Tensor) -> Pieces[None]:
@@ -75,19 +81,24 @@ class FisherInformation:
         """
         if (weights < 0).any():
             raise ValueError(f"weights={weights.tolist()}: with Fisher information they must be at least 0")
-        row, total = self._row, self._total.zero_()
-        chunks = _chunks(len(out))
+        assert self._held is not None
+        row, total = self._held
+        total.zero_()
         out.zero_()
         for index in np.flatnonzero(weights):
             yield from self._window.combine_pieces(np.eye(len(weights))[index], row)
-            for chunk in chunks:
+            for chunk in _chunks(len(out)):
                 yield COMBINE
                 share = (self._information[index, chunk].to(out.device) + self._least).mul_(float(weights[index]))
                 out[chunk].addcmul_(share, row[chunk])
                 total[chunk].add_(share)
-        for chunk in chunks:
+        for chunk in _chunks(len(out)):
             yield COMBINE
             out[chunk].div_(total[chunk])
+
+    def release(self) -> None:
+        """See :class:`ByParameter`."""
+        self._held = None
 
 
 def _chunks(numel: int) -> list[slice]:
@@ -95,25 +106,30 @@ def _chunks(numel: int) -> list[slice]:
 
 
 class _Squares:
-    """A :class:`MergeGradient` that sums the squares of gradients, and has nothing to say of merge weights."""
+    """A :class:`MergeGradient` that sums the squares of gradients, and has nothing to say of merge weights.
 
-    def __init__(self, window: Matrix, weights: Weights, total: Tensor) -> None:
-        self._window = window
-        self._weights = weights
+    Args:
+        layout: of all columns of the model.
+        model: whose backward passes leave gradients.
+        total: the sum, float32, shape ``(N,)``.
+    """
+
+    def __init__(self, layout: ParameterLayout, model: nn.Module, total: Tensor) -> None:
+        self._layout = layout
+        self._model = unwrap(model)
         self._total = total
-        self.clear_gradient = weights.clear_gradient
+
+    def clear_gradient(self) -> None:
+        """See :class:`MergeGradient`: sums go on over domains."""
 
     def add_gradient(self) -> None:
         """See :class:`MergeGradient`."""
-        for tensor in self._window.layout.tensors(unwrap(self._weights.model)):
+        for slot, tensor in zip(self._layout.slots, self._layout.tensors(self._model), strict=True):
             if tensor.grad is not None:
-                tensor.grad.square_()
-        self._weights.add_gradient()
+                gradient = tensor.grad.detach().reshape(-1).float()
+                self._total[slot.offset : slot.offset + slot.numel].addcmul_(gradient, gradient)
 
     def projected(self) -> Pieces[np.ndarray]:
         """See :class:`MergeGradient`."""
-        found = yield from self._weights.gradient()
-        for chunk in _chunks(len(found)):
-            yield COMBINE
-            self._total[chunk].add_(found[chunk].cpu())
-        return np.zeros(self._window.num_weights)
+        yield COMBINE
+        return np.zeros(1)

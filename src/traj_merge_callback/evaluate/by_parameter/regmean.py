@@ -14,11 +14,12 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ...search.problem import LEARNING_COST
+from ...window.devices import without_autocast
 from ...window.layout import Slot
 from ...window.matrix import Matrix
 from ...window.memory import check_free
 from ...window.names import unwrap
-from ...window.pieces import COMBINE, Pieces
+from ...window.pieces import COMBINE, PROJECT, Pieces
 from ...window.storage import CHUNK
 from ..heldout import HeldOutLoss
 from ..parking import Parking
@@ -36,8 +37,8 @@ _CONV1D = "Conv1D"
 _OPERANDS = {functional.linear: ("input", "weight"), torch.addmm: ("input", "mat1", "mat2")}
 
 
-class _Matrix(NamedTuple):
-    """A linear layer's matrix.
+class _Layer(NamedTuple):
+    """A linear layer, by its matrix.
 
     Args:
         slot: its columns.
@@ -59,25 +60,26 @@ class _Matrix(NamedTuple):
 
 
 class _Sums:
-    """What the least squares of one matrix need.
+    """What the least squares of one layer need.
 
     Args:
-        matrix: the matrix.
+        layer: the layer.
         gram: for the Gram matrix of the inputs in the row that is looked at, shape ``(inputs, inputs)``, zeros.
     """
 
-    def __init__(self, matrix: _Matrix, gram: Tensor) -> None:
-        size = matrix.inputs
-        self.matrix = matrix
+    def __init__(self, layer: _Layer, gram: Tensor) -> None:
+        size = layer.inputs
+        self.layer = layer
         self.gram = gram
         # Over all rows: of Gram matrices, and of their products with the rows' differences to their mean.
-        self.grams, self._products = torch.zeros(size, size), torch.zeros(size, matrix.slot.numel // size)
+        self.grams, self._products = torch.zeros(size, size), torch.zeros(size, layer.slot.numel // size)
 
     def add(self, row: Tensor, mean: Tensor) -> None:
         """Add what was seen of a row, which is given as well as the rows' mean, and look at the next one."""
         self.gram.mul_(_OFF_DIAGONAL).diagonal().div_(_OFF_DIAGONAL)
-        difference = self.matrix.by_input(row) - self.matrix.by_input(mean).to(row.device)
-        self._products.add_((self.gram @ difference).cpu())
+        difference = self.layer.by_input(row) - self.layer.by_input(mean).to(row.device)
+        with without_autocast(row.device):
+            self._products.add_((self.gram @ difference).cpu())
         self.grams.add_(self.gram.cpu())
         self.gram.zero_()
 
@@ -85,7 +87,7 @@ class _Sums:
         """Put the least squares in the place of the rows' mean, which is kept where no input says anything."""
         self.grams.diagonal().add_(max(_RIDGE * float(self.grams.diagonal().mean()), _TINY))
         found = torch.linalg.solve(self.grams.double(), self._products.double())
-        self.matrix.by_input(merged).add_(found)
+        self.layer.by_input(merged).add_(found)
 
 
 class RegressionMean:
@@ -110,53 +112,60 @@ class RegressionMean:
         self._parking = parking
         model = unwrap(model)
         # Not their attributes: a parametrized weight is computed whenever it is asked for, and may change by that.
-        weights = {one: one._parameters.get("weight") for one in model.modules()}
-        embeddings = {id(weight) for one, weight in weights.items() if isinstance(one, nn.Embedding)}
+        matrices = {one: one._parameters.get("weight") for one in model.modules()}
+        embeddings = {id(matrix) for one, matrix in matrices.items() if isinstance(one, nn.Embedding)}
         tensors = zip(window.layout.tensors(model), window.layout.slots, strict=True)
         slots = {id(tensor): slot for tensor, slot in tensors if slot.is_parameter and id(tensor) not in embeddings}
         #: By the ``id`` of their parameter.
-        self._matrices = {
-            id(weight): _Matrix(slots[id(weight)], not isinstance(one, nn.Linear))
-            for one, weight in weights.items()
-            if id(weight) in slots and (isinstance(one, nn.Linear) or type(one).__name__ == _CONV1D)
+        self._layers = {
+            id(matrix): _Layer(slots[id(matrix)], not isinstance(one, nn.Linear))
+            for one, matrix in matrices.items()
+            if id(matrix) in slots and (isinstance(one, nn.Linear) or type(one).__name__ == _CONV1D)
         }
-        if not self._matrices:
+        if not self._layers:
             raise ValueError("search='regmean' merges linear layers, and the model has none that is merged")
         #: Device memory that a merge holds.
-        self.nbytes = 4 * sum(one.inputs**2 for one in self._matrices.values())
-        products = sum(one.slot.numel for one in self._matrices.values())
+        self.nbytes = 4 * sum(one.inputs**2 for one in self._layers.values())
+        products = sum(one.slot.numel for one in self._layers.values())
         beside = 4 * (products + window.layout.numel)
-        check_free(2 * self.nbytes + beside, "the Gram matrices of the linear layers' inputs")
+        # The window's rows may have been promised and not yet used, so that they still count as free.
+        check_free(window.nbytes + 2 * self.nbytes + beside, "the window with the layers' Gram matrices")
         self._merged = torch.empty(window.layout.numel)
 
     def learn(
         self, load: Callable[[np.ndarray], Pieces[None]], weights: Weights, heldout: HeldOutLoss
     ) -> Pieces[float]:
         """See :class:`ByParameter`: a forward pass over one part of the split for each row."""
-        count = self._window.num_weights
-        layers = {key: _Sums(one, self._gram(one, weights.row.device)) for key, one in self._matrices.items()}
+        yield COMBINE
+        count, device = self._window.num_weights, weights.row.device
+        sums = {
+            key: _Sums(one, self._parking.hold(torch.zeros(one.inputs, one.inputs, device=device)))
+            for key, one in self._layers.items()
+        }
 
         @contextmanager
         def ready(gradients: bool) -> Iterator[None]:
-            with weights.ready(gradients), _Inputs(layers):
+            with weights.ready(gradients), _Inputs(sums):
                 yield
 
         yield from self._window.combine_pieces(np.full(count, 1 / count), self._merged)
         for row in np.eye(count):
             yield from load(row)
             yield from heldout.search_pieces(weights.model, ready, [0])
-            for layer in layers.values():
+            for one in sums.values():
                 yield COMBINE
-                layer.add(weights.row, self._merged)
-        if unseen := [one.matrix.slot.name for one in layers.values() if not one.grams.any()]:
+                one.add(weights.row, self._merged)
+        for one in sums.values():
+            self._parking.let_go(one.gram)
+        if unseen := [one.layer.slot.name for one in sums.values() if not one.grams.any()]:
             logger.info("regmean: no input was seen of %s, which are the rows' mean", ", ".join(unseen))
-        for layer in layers.values():
-            yield COMBINE
-            layer.solve(self._merged)
+        for one in sums.values():
+            yield PROJECT  # no product with rows, but as rare, so that nobody plans with the time that it takes
+            one.solve(self._merged)
         return LEARNING_COST["regmean"] * count / heldout.parts
 
-    def _gram(self, matrix: _Matrix, device: torch.device) -> Tensor:
-        return self._parking.hold(torch.zeros(matrix.inputs, matrix.inputs, device=device))
+    def release(self) -> None:
+        """See :class:`ByParameter`: all that is held goes with :meth:`learn`."""
 
     def combine_pieces(self, weights: np.ndarray, out: Tensor) -> Pieces[None]:
         """See :class:`ByParameter`.
@@ -177,19 +186,18 @@ class _Inputs(TorchFunctionMode):
     It sees calls and not modules, so that no hook has to be put into the model that is being trained.
 
     Args:
-        layers: by the ``id`` of their parameter.
+        sums: of the layers, by the ``id`` of their parameter.
     """
 
-    def __init__(self, layers: dict[int, _Sums]) -> None:
+    def __init__(self, sums: dict[int, _Sums]) -> None:
         super().__init__()
-        self._layers = layers
+        self._sums = sums
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (names := _OPERANDS.get(func)) is not None:
             given = dict(zip(names, args, strict=False)) | (kwargs or {})
-            layer = self._layers.get(id(given.get(names[-1])))
-            if layer is not None:
-                inputs = given[names[-2]].detach().reshape(-1, len(layer.gram)).float()
-                with torch.autocast(inputs.device.type, enabled=False):
-                    layer.gram.add_(inputs.T @ inputs)
+            if (found := self._sums.get(id(given.get(names[-1])))) is not None:
+                inputs = given[names[-2]].detach().reshape(-1, len(found.gram)).float()
+                with without_autocast(inputs.device):
+                    found.gram.add_(inputs.T @ inputs)
         return func(*args, **(kwargs or {}))
