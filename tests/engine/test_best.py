@@ -1,5 +1,7 @@
 """Which snapshot is ``best``: chosen by the search split, so that the loss reported for it was not selected."""
 
+import shutil
+
 import pytest
 from conftest import AT_ONCE, tiny_llama, train_steps
 from torch.utils.data import DataLoader
@@ -14,8 +16,8 @@ OPTIONS = {"window_size": 2, "capture_every": 1, "merge_every": 1, "search": "la
 def run(heldout, train, tmp_path):
     """A run that does not get better any more, of ``steps``, in ``parts`` that resume from each other."""
 
-    def run(steps, parts=1):
-        model, records = tiny_llama(), []
+    def run(steps, parts=1, seed=0):
+        model, records = tiny_llama(seed), []
         for part in range(parts):
             merger = TrajectoryMerger(
                 DataLoader(heldout, batch_size=4), output_dir=str(tmp_path / "merged"), merge_at_end=False, **OPTIONS
@@ -34,9 +36,14 @@ def run(heldout, train, tmp_path):
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_best_is_chosen_by_the_search_split(run, tmp_path, parts):
-    records, merger = run(STEPS, parts)
-    chosen = min(records, key=lambda record: record.search_losses["merged"])
-    assert min(records, key=lambda record: record.merged_loss) != chosen
+    for seed in range(8):  # until the two splits disagree of which is best, as they do in most runs
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        records, merger = run(STEPS, parts, seed)
+        chosen = min(records, key=lambda record: record.search_losses["merged"])
+        if min(records, key=lambda record: record.merged_loss) != chosen:
+            break
+    else:
+        raise AssertionError("the splits agree in all runs")
     found = find_snapshot(tmp_path / "merged")
     assert found == merger.best_snapshot
     assert found.name == f"step-{chosen.step:08d}"
