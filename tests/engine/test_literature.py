@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import AT_ONCE, same_weights, tiny_llama, train_steps
+from conftest import AT_ONCE, same_weights, tiny_llama, train_steps, warnings_of
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.data import DataLoader, Subset
 from transformers import AutoModelForCausalLM
 
 from traj_merge_callback import MergeConfig, Search, TrajectoryMerger, read_merge
@@ -160,3 +161,13 @@ def test_a_search_of_ones_own_may_have_required_options_and_use_fisher_informati
         MergeConfig(search=search)
     with pytest.raises(ValueError, match="weighing='fisher': must be one of rows, fisher, regmean, and 'rows' with"):
         MergeConfig(search=f"{Needy.__module__}:Confused", search_options={"share": 0.9})
+
+
+def test_learning_that_costs_more_than_was_allowed_is_said(heldout, train, tmp_path, caplog):
+    options = {"capture_every": 1, "merge_every": 3, "window_size": 3, "evaluations": 5, "output_dir": tmp_path}
+    few = DataLoader(Subset(heldout, range(2)), batch_size=1)  # one sequence for each split, so that there is one part
+    with TrajectoryMerger(few, search="fisher", **options, **AT_ONCE) as merger:
+        model = tiny_llama()
+        train_steps(model, train, 6, lambda step: merger.step(model, step))
+        assert merger.records[-1].forward_equivalents > 9
+    assert sum("takes 9 passes to learn of 3 rows" in message for message in warnings_of(caplog)) == 1

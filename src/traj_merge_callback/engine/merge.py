@@ -89,6 +89,7 @@ class Merge:
             with refused_on_all(window.processes, config.num_rows):
                 self.last = LastMerge(torch.empty(window.layout.numel))
         self._by_parameter = self._weighing(model)
+        self._said_costly = False
         self._units = Units(model, window.layout, window.processes) if window.layout.sharding.units else None
 
     def first_pass(self, model: nn.Module) -> None:
@@ -181,9 +182,20 @@ class Merge:
             if self._heldout.left_out > left_out:
                 state.forget()  # losses of earlier merges are of more sequences
             learnt = yield from candidates.learn()
-            left = max(2, evaluations - math.ceil(learnt))
+            left = evaluations - math.ceil(learnt)
+            if left < 2 and not self._said_costly and window.processes.is_rank_zero:
+                self._said_costly = True
+                logger.warning(
+                    "search=%r takes %.3g passes to learn of %d rows, as the search split has no more than %d parts: "
+                    "merges cost more than evaluations=%d; give more held-out sequences, or a smaller window_size",
+                    self._config.search,
+                    learnt,
+                    len(window),
+                    self._heldout.parts,
+                    evaluations,
+                )
             chosen, described = yield from self.chooser.choose(
-                candidates.measure, window, live_search, state, step, left
+                candidates.measure, window, live_search, state, step, max(2, left)
             )
             yield from candidates.load(chosen.weights)
             if chosen.weights is not None:
