@@ -142,7 +142,10 @@ def test_a_buffer_that_stops_being_finite_is_lives(train, heldout, tmp_path, cap
     _, resumed = run(tmp_path / "resumed", range(9, 12), resume_at=10)
     assert "failed" not in caplog.text
     assert [record.gain for record in records] == pytest.approx([record.gain for record in clean], abs=5e-4)
-    assert [record.merged_loss for record in records][-len(resumed) :] == [record.merged_loss for record in resumed]
+    # A window that is made while the buffer is not finite has no columns for it, so that its sums are a little shorter
+    # and may be rounded in another way.
+    merged = [record.merged_loss for record in records][-len(resumed) :]
+    assert merged == pytest.approx([record.merged_loss for record in resumed], rel=1e-6)
     for record in records[1:]:
         assert load_file(f"{record.snapshot}/model.safetensors")["amax"][0] == pytest.approx(1e-3 * record.step)
     load_merged(records[-1].snapshot, spoilt)

@@ -171,8 +171,9 @@ def test_merges_are_those_of_one_process(folder, run, single):
         # Later ones may lie where many weights are as good.
         assert record["search_losses"] == pytest.approx(expected["search_losses"], abs=2e-3)
     record, expected = ours[0], theirs[0]
+    # Ranks add up in another order, which processors round differently; weights that differ a little have other losses.
     for name in ("merged_loss", "gain"):
-        assert record[name] == pytest.approx(expected[name], abs=1e-5)
+        assert record[name] == pytest.approx(expected[name], abs=5e-5)
     assert record["weights"] == pytest.approx(expected["weights"], abs=1e-3)
     assert abs(record["gain"]) > 0.001
     assert record["gain_stderr"] == pytest.approx(expected["gain_stderr"], rel=1e-3)

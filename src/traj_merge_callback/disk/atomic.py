@@ -43,8 +43,11 @@ def whole_folder(
         temporary: a folder that is there; by default one is made beside ``target``, and the parents of both.
         replaces: whether a folder of ours may be replaced; by default every one.
     """
-    temporary = temporary or _make_temporary(target)
     try:
+        if temporary is None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = temporary_path(target)  # known before it is there, should somebody interrupt just then
+            temporary.mkdir()
         yield temporary
         for path in sorted(temporary.rglob("*")):
             if path.is_dir() or path.stat().st_nlink == 1:  # a file that another folder shares is on the disk already
@@ -54,7 +57,8 @@ def whole_folder(
         _rename(temporary, target)
         _flush(target.parent)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
