@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import AT_ONCE, same_weights, tiny_llama, train_steps, warnings_of
+from conftest import AT_ONCE, nll_without_gradients, same_weights, tiny_llama, train_steps, warnings_of
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.data import DataLoader, Subset
 from transformers import AutoModelForCausalLM
@@ -171,3 +171,11 @@ def test_learning_that_costs_more_than_was_allowed_is_said(heldout, train, tmp_p
         train_steps(model, train, 6, lambda step: merger.step(model, step))
         assert merger.records[-1].forward_equivalents > 9
     assert sum("takes 9 passes to learn of 3 rows" in message for message in warnings_of(caplog)) == 1
+
+
+def test_a_loss_without_gradients_is_named(loader, train, tmp_path, caplog):
+    options = {"capture_every": 1, "merge_every": 3, "window_size": 3, "output_dir": tmp_path}
+    with TrajectoryMerger(loader, nll=nll_without_gradients, search="fisher", **options, **AT_ONCE) as merger:
+        train_steps(model := tiny_llama(), train, 6, lambda step: merger.step(model, step))
+        assert merger.records == []
+    assert "nll must not detach it" in caplog.text

@@ -371,12 +371,15 @@ class HeldOutLoss:
             of = batches[mine if counts else first]
             # The model's own gradients are looked after, and looked at, inside ``ready``.
             with self.undisturbed(), ready(gradient is not None):
-                nll, tokens = self.returned(model, of.domain, self.moved(model, of.domain, of.data))
+                returned, tokens = self.returned(model, of.domain, self.moved(model, of.domain, of.data))
+                nll = torch.as_tensor(returned)
                 if gradient is not None and float(tokens):
+                    if not nll.requires_grad:
+                        raise RuntimeError("the held-out loss has no gradient: nll must not detach it")
                     with without_autocast(device_of(model)):
-                        (counts * torch.as_tensor(nll)).backward()
+                        (counts * nll).backward()
                     gradient.add_gradient()
-                values[turn] = float(torch.as_tensor(nll).detach()), float(tokens)
+                values[turn] = float(nll.detach()), float(tokens)
         found: np.ndarray = values
         if self._processes.size > 1:
             yield EXCHANGE
