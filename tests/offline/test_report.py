@@ -10,6 +10,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import AT_ONCE, tiny_llama, train_steps
 from PIL import Image
@@ -220,6 +221,17 @@ def test_merges_that_published_live_spikes_and_rollbacks_are_marked(tmp_path):
     assert table.count("spike") == 1
     assert table.count("rolled back before") == 1
     assert "rolled back before" in page.text[: page.text.index("All merges")]
+
+
+def test_a_single_merge_shows_its_error(tmp_path):
+    def coloured(name, stderr):
+        """How many rows of the figure's pixels have a colour."""
+        report([write(tmp_path / name, record(100, gain_stderr=stderr))], tmp_path / f"{name}.html")
+        pixels = np.asarray(Image.open(tmp_path / f"{name}-figures" / "gain.png").convert("RGB")).astype(int)
+        left = pixels[:, : pixels.shape[1] // 2]
+        return int((np.ptp(left, axis=2) > 40).any(axis=1).sum())
+
+    assert coloured("known", 0.02) > 5 * coloured("unknown", None)
 
 
 def test_weights_of_parameter_groups_have_a_figure(tmp_path):
