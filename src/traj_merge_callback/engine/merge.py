@@ -251,7 +251,7 @@ class Merge:
         if window.processes.size > 1 or window.layout.sharding.units:
             raise ValueError(
                 f"search={self._config.search!r} makes no weighted mean of rows, which takes a whole model in one "
-                f"process, without FSDP"
+                "process, without FSDP"
             )
         with refused_on_all(window.processes, self._config.num_rows):
             if weighing == "regmean":

@@ -77,7 +77,7 @@ def heldout_batches(
 
     Raises:
         FileNotFoundError: a file is not there.
-        ValueError: there is too little text for one sequence in each split, or a row that has none of these keys.
+        ValueError: there is too little text for one sequence in each split, or a row has none of these keys.
     """
     share("search_fraction", search_fraction)
     least = {"sequences": 2, "block_size": 2, "batch_size": 1}

@@ -66,10 +66,10 @@ class FisherInformation:
             yield from load(one)
             total.zero_()
             yield from heldout.search_pieces(weights.model, weights.ready, [0], gradient=squares)
-            for chunk in _chunks(numel):
+            for kept, found in zip(information.split(CHUNK), total.split(CHUNK), strict=True):
                 yield COMBINE
-                information[chunk].copy_(total[chunk])
-                sums += float(information[chunk].sum(dtype=torch.float64))
+                kept.copy_(found)
+                sums += float(kept.sum(dtype=torch.float64))
         self._least = max(_LEAST * sums / max(1, count * numel), float(torch.finfo(torch.float32).tiny))
         return LEARNING_COST["fisher"] * count / heldout.parts
 
@@ -85,24 +85,22 @@ class FisherInformation:
         row, total = self._held
         total.zero_()
         out.zero_()
+        merged, sums = out.split(CHUNK), total.split(CHUNK)
         for index in np.flatnonzero(weights):
             yield from self._window.combine_pieces(np.eye(len(weights))[index], row)
-            for chunk in _chunks(len(out)):
+            chunks = zip(merged, sums, row.split(CHUNK), self._information[index].split(CHUNK), strict=True)
+            for there, shares, values, information in chunks:
                 yield COMBINE
-                share = (self._information[index, chunk].to(out.device) + self._least).mul_(float(weights[index]))
-                out[chunk].addcmul_(share, row[chunk])
-                total[chunk].add_(share)
-        for chunk in _chunks(len(out)):
+                share = (information.to(out.device) + self._least).mul_(float(weights[index]))
+                there.addcmul_(share, values)
+                shares.add_(share)
+        for there, shares in zip(merged, sums, strict=True):
             yield COMBINE
-            out[chunk].div_(total[chunk])
+            there.div_(shares)
 
     def release(self) -> None:
         """See :class:`ByParameter`."""
         self._held = None
-
-
-def _chunks(numel: int) -> list[slice]:
-    return [slice(start, min(start + CHUNK, numel)) for start in range(0, numel, CHUNK)]
 
 
 class _Squares:

@@ -175,9 +175,9 @@ class RegressionMean:
         """
         if np.ptp(weights) > 1e-9:
             raise ValueError(f"weights={weights.tolist()}: the least squares of all rows have equal weights")
-        for start in range(0, len(out), CHUNK):
+        for there, merged in zip(out.split(CHUNK), self._merged.split(CHUNK), strict=True):
             yield COMBINE
-            out[start : start + CHUNK].copy_(self._merged[start : start + CHUNK])
+            there.copy_(merged)
 
 
 class _Inputs(TorchFunctionMode):
